@@ -81,3 +81,109 @@ class QuantizedWeight:
         shape = (out_features, groups, in_features // groups)
         values = (self.codes.float().reshape(shape) - zero) * self.scale.float().reshape(rows, groups, 1)
         return values.reshape(out_features, in_features)
+
+
+_SEARCH_CHUNK = 2**16  # elements searched at a time: what a core's cache holds
+
+
+def min_max_grid(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that just cover each group, zero included: round-to-nearest's grid.
+
+    Args:
+        weight: float [rows, groups, width].
+
+    Returns:
+        scale and zero point, float32 [rows, groups]; the scale rounded to `scheme.scale_dtype`, never 0.
+    """
+    if scheme.symmetric:
+        scale = weight.abs().amax(-1) / (scheme.max_code / 2)
+        return round_scale(scale, scheme), torch.full_like(scale, float(scheme.midpoint))
+    low, high = weight.amin(-1).clamp_(max=0), weight.amax(-1).clamp_(min=0)
+    scale = round_scale((high - low) / scheme.max_code, scheme)
+    return scale, (-low / scale).round_().clamp_(0, scheme.max_code)
+
+
+def round_scale(scale: Tensor, scheme: Scheme) -> Tensor:
+    """Round scales to the type they are stored in; zero or lost ones (an all-zero group) become 1."""
+    rounded = scale.to(getattr(torch, scheme.scale_dtype)).float()
+    return torch.where((rounded == 0) | ~rounded.isfinite(), torch.ones_like(rounded), rounded)
+
+
+def search_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, steps: int = 16) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of least weighted error per group.
+
+    Shrinks the covering range step by step (clipping outliers buys resolution for the rest), refits the scale to
+    the codes that each candidate gives by least squares, and keeps what has the least
+    `sum importance * (w - (code - zero_point) * scale)**2`.
+
+    Args:
+        weight: float32 [out, in].
+        importance: float32 [in], for instance the diagonal of the Hessian; equal when None.
+        steps: shrunken ranges tried.
+
+    Returns:
+        scale and zero point, float32 of `Scheme.scale_shape`.
+    """
+    out_features, in_features = weight.shape
+    rows, groups = scheme.scale_shape(out_features, in_features)
+    width = out_features * in_features // (rows * groups)
+    if importance is None:
+        importance = torch.ones(in_features, device=weight.device)
+    factors = (importance / importance.mean().clamp_min(1e-30)).expand(out_features, in_features)
+    if rows == 1:
+        factors = factors.reshape(1, 1, width)
+    else:
+        factors = factors[:1].reshape(1, groups, width)
+    grouped = weight.reshape(rows, groups, width)
+    step = max(1, _SEARCH_CHUNK // (groups * width))
+    found = [_search(chunk, factors, scheme, steps) for chunk in grouped.split(step)]
+    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
+
+
+def _search(weight: Tensor, factors: Tensor, scheme: Scheme, steps: int) -> tuple[Tensor, Tensor]:
+    scale, zero = min_max_grid(weight, scheme)
+    best = torch.full_like(scale, torch.inf)
+    codes, error = torch.empty_like(weight), torch.empty_like(weight)
+
+    def attempt(new_scale: Tensor, new_zero: Tensor) -> None:
+        nonlocal scale, zero, best
+        _codes(weight, new_scale, new_zero, scheme, out=codes)
+        torch.sub(codes, new_zero.unsqueeze(-1), out=error).mul_(new_scale.unsqueeze(-1)).sub_(weight)
+        loss = error.square_().mul_(factors).sum(-1)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        scale = torch.where(better, new_scale, scale)
+        zero = torch.where(better, new_zero, zero)
+
+    full, start = scale, zero
+    shrinks = torch.linspace(1.0, 0.45 if scheme.bits < 4 else 0.65, steps).tolist()
+    signs = (1.0, -1.0) if scheme.symmetric else (1.0,)
+    for shrink in shrinks:
+        for sign in signs:  # a symmetric grid has one more level below zero than above: either end may get it
+            attempt(round_scale(full * (shrink * sign), scheme), start)
+    for _ in range(2):
+        _codes(weight, scale, zero, scheme, out=codes)
+        centred = codes.sub_(zero.unsqueeze(-1))
+        weighted = centred * factors
+        power = (weighted * centred).sum(-1)
+        fitted = (weighted * weight).sum(-1) / power.clamp_min(1e-30)
+        attempt(round_scale(torch.where(power > 0, fitted, scale), scheme), zero)
+    return scale, zero
+
+
+def _codes(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme, out: Tensor | None = None) -> Tensor:
+    """Nearest codes (as floats) for weight [rows, groups, width] on a grid [rows, groups]."""
+    codes = torch.mul(weight, scale.reciprocal().unsqueeze(-1), out=out)
+    return codes.add_(zero.unsqueeze(-1)).round_().clamp_(0, scheme.max_code)
+
+
+def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> QuantizedWeight:
+    """Round a float weight [out, in] to the nearest points of a grid."""
+    rows, groups = scale.shape
+    codes = _codes(weight.reshape(rows, groups, -1), scale, zero, scheme)
+    return assemble(codes.reshape(weight.shape), scale, zero, scheme)
+
+
+def assemble(codes: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> QuantizedWeight:
+    zero_point = None if scheme.symmetric else zero.to(torch.uint8)
+    return QuantizedWeight(scheme, codes.to(torch.uint8), scale, zero_point)

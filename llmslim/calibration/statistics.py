@@ -1,0 +1,51 @@
+"""Sums over the inputs of a Linear: what calibration leaves behind."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_TILE = 384
+
+
+class InputStats:
+    """Second moments of the inputs of a Linear, as sums over tokens in float32.
+
+    Sums (not means) can be added over ranks and over rounds. One object serves all Linears that read the same
+    input (q, k, v; gate, up), so what is derived from it is derived once.
+
+    Attributes:
+        tokens: how many input rows were added.
+        hessian: X^T X, float32 [in, in].
+        cross: X^T (X_ref - X), float32 [in, in], where X_ref are the inputs in the uncompressed model; None
+            unless `add` was given them.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.hessian = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.cross: Tensor | None = None
+        self.derived: dict[object, object] = {}  # factors of the Hessian, kept by who computes them
+
+    def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
+        """Add input rows [..., in], and optionally the same rows in the uncompressed model."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.tokens += rows.shape[0]
+        self._add_upper_triangle(rows)
+        if reference is not None:
+            if self.cross is None:
+                self.cross = torch.zeros_like(self.hessian)
+            self.cross.addmm_(rows.T, reference.reshape(rows.shape).float() - rows)
+
+    def _add_upper_triangle(self, rows: Tensor) -> None:
+        """Half of a symmetric product suffices; tiles keep the matrix product fast."""
+        width = rows.shape[1]
+        for start in range(0, width, _TILE):
+            stop = min(start + _TILE, width)
+            self.hessian[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+
+    def finish(self) -> InputStats:
+        """Mirror the upper triangle into the lower one; call once, after the last `add`."""
+        upper = self.hessian.triu_()
+        upper.add_(upper.triu(1).T)
+        return self

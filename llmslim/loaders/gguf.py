@@ -1,0 +1,91 @@
+"""Turn a GGUF file into a folder of safetensors, once, one tensor at a time.
+
+transformers reads GGUF by dequantizing the whole file into memory. This does the same conversion with its own
+name map and its own per-architecture permutations, but writes each tensor to disk before the next is read, so
+that a GGUF model streams like any other. It runs in a child process: what parsing costs in memory is gone after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from llmslim.errors import UserError
+from llmslim.loaders.safetensors_io import write_in_order
+
+# Weights of a GGUF with fewer parameters than this are kept in float32, exactly as dequantized; above it the
+# bfloat16 rounding (0.4%) is far below the file's own quantization error and halves the disk space.
+EXACT_BELOW = 1_000_000_000
+
+
+def cache_root() -> Path:
+    """Where converted models are kept: $LLMSLIM_CACHE, or llmslim/ in $XDG_CACHE_HOME or ~/.cache."""
+    if os.environ.get("LLMSLIM_CACHE"):
+        return Path(os.environ["LLMSLIM_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llmslim"
+
+
+def converted(gguf_file: Path) -> Path:
+    """The folder of safetensors for a GGUF file, converting it first if it is not in the cache."""
+    stat = gguf_file.stat()
+    key = f"{gguf_file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    folder = cache_root() / "gguf" / f"{gguf_file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if not folder.exists():
+        command = [sys.executable, "-m", "llmslim.loaders.gguf", str(gguf_file), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            last_line = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise UserError(f"The GGUF file {gguf_file} cannot be converted: {last_line}")
+    return folder
+
+
+def convert(gguf_file: Path, folder: Path) -> None:
+    """Write config, tokenizer and dequantized weights of `gguf_file` to `folder` (made whole, then renamed)."""
+    import torch
+    from accelerate import init_empty_weights
+    from gguf import GGUFReader, dequantize
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import modeling_gguf_pytorch_utils as hf_gguf
+
+    source = {"gguf_file": gguf_file.name}
+    config = AutoConfig.from_pretrained(gguf_file.parent, **source)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    reader = GGUFReader(gguf_file)
+    architecture = hf_gguf.read_field(reader, "general.architecture")[0]
+    processor = hf_gguf.TENSOR_PROCESSORS.get(architecture, hf_gguf.TensorProcessor)(config=config.to_dict())
+    names = hf_gguf.get_gguf_hf_weights_map(model, processor)
+    exact = sum(p.numel() for p in model.parameters()) < EXACT_BELOW
+    dtype = torch.float32 if exact else torch.bfloat16
+
+    temporary = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+    def tensors():
+        for tensor in reader.tensors:
+            values = dequantize(tensor.data, tensor.tensor_type)
+            result = processor.process(
+                weights=values, name=tensor.name, tensor_key_mapping=names, parsed_parameters={"tensors": {}}
+            )
+            if result.name in names:
+                yield names[result.name], torch.from_numpy(result.weights.copy()).to(dtype)
+
+    write_in_order(temporary / "model.safetensors", tensors())
+    config.architectures = [type(model).__name__]
+    config.dtype = torch.bfloat16  # what a compressed copy stores; the weights here keep what they have
+    config.__dict__.pop("_model_name_or_path", None)  # a name out of the GGUF's metadata, not a path
+    config.save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(gguf_file.parent, **source).save_pretrained(temporary)
+    generation = {k: getattr(config, k, None) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (temporary / "generation_config.json").write_text(json.dumps(generation, indent=2))
+    os.replace(temporary, folder)
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))

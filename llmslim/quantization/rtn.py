@@ -1,0 +1,35 @@
+"""Round to nearest: the data-free floor of weight quantization."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from llmslim.calibration.statistics import InputStats
+from llmslim.quantization.grid import QuantizedWeight, Scheme, min_max_grid, round_to_grid, search_grid
+from llmslim.quantization.quantizer import Quantizer
+from llmslim.step import StepRecord
+
+
+class RTN(Quantizer):
+    """Round to nearest: every weight goes to the closest point of its group's grid; needs no calibration.
+
+    With `search` (the default) the grid's range is shrunk where that lowers the squared error of the weights;
+    without, it just covers the smallest and largest weight of the group.
+    """
+
+    kind: ClassVar[str] = "rtn"
+
+    search: bool = Field(True, description="search the scale of least squared error instead of covering the range")
+
+    def quantize(
+        self, name: str, weight: Tensor, scheme: Scheme, stats: InputStats | None, record: StepRecord
+    ) -> QuantizedWeight:
+        if self.search:
+            scale, zero = search_grid(weight, scheme)
+        else:
+            rows, groups = scheme.scale_shape(*weight.shape)
+            scale, zero = min_max_grid(weight.reshape(rows, groups, -1), scheme)
+        return round_to_grid(weight, scale, zero, scheme)

@@ -1,0 +1,253 @@
+"""Step: decide. A method is one class whose fields are the YAML keys, the CLI flags and the rows of the docs.
+
+Ladder: `Step` (whole model) -> `BlockStep` (sees one block and its calibration inputs) -> `LinearStep` (sees one
+weight and the statistics of its inputs). Override the narrowest rung.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from llmslim.anatomy import Anatomy, Block
+from llmslim.edit import Edit, replace_module
+from llmslim.errors import UserError
+
+if TYPE_CHECKING:
+    from llmslim.calibration.statistics import InputStats
+    from llmslim.calibration.stream import BlockStream
+
+STEPS: dict[str, type[Step]] = {}
+
+
+@dataclass
+class StepRecord:
+    """What a step did, for the report and for resuming.
+
+    Attributes:
+        edits: the changes of structure, in order.
+        linears: one row per weight: name, bits, error, ...
+        notes: every fallback and anomaly: (where, what).
+    """
+
+    edits: list[Edit] = field(default_factory=list)
+    linears: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[dict[str, str]] = field(default_factory=list)
+
+    def note(self, where: str, what: str) -> None:
+        self.notes.append({"where": where, "what": what})
+
+
+class Step(BaseModel):
+    """A method. Subclasses set `kind` (the name in recipes) and `verb` (the CLI verb that offers it)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: ClassVar[str]
+    verb: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "kind" in cls.__dict__:
+            STEPS[cls.kind] = cls
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the step looks at a text."""
+        return False
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuse what cannot work on this model; runs on meta, before a weight is read.
+
+        Raises:
+            UserError: with the value received, the reason, and what would work.
+        """
+
+    def workspace_bytes(self, anatomy: Anatomy) -> int:
+        """Memory the step needs at its peak beside a block's weights and the calibration states; for the plan."""
+        return 0
+
+
+class BlockStep(Step):
+    """A step that decides block by block, in order, with the inputs that earlier decisions produce."""
+
+    def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
+        """Change what lies outside the blocks (embeddings, head), which is filled; runs first."""
+
+    def compress_block(
+        self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
+    ) -> None:
+        """Change one block, which is filled, and pass the lane "calibration" through the result.
+
+        Args:
+            reference: the uncompressed model with the same lane, still in front of this block, when
+                `needs_reference`; the step passes it through the block.
+        """
+        raise TypeError(f"{type(self).__name__} does not define compress_block()")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the step compares with the inputs that the uncompressed model has."""
+        return False
+
+
+class LinearStep(BlockStep):
+    """A step that decides weight by weight from the statistics of its inputs.
+
+    Attributes:
+        include: patterns of module names to compress; all Linears of the blocks when empty.
+        exclude: patterns of module names to leave alone.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def selects(self, name: str) -> bool:
+        """Whether a Linear of that dotted name is compressed; a pattern may match any tail of the name."""
+        return (not self.include or matches(name, self.include)) and not matches(name, self.exclude)
+
+    def compress_linear(
+        self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord
+    ) -> tuple[Edit, nn.Module]:
+        """Decide on one weight.
+
+        Args:
+            weight: float [out, in], not to be changed in place.
+            stats: of its inputs; None for a step without calibration, or when no token reached it.
+
+        Returns:
+            The edit, and the module (without bias) that it puts in place, holding the result.
+        """
+        raise TypeError(f"{type(self).__name__} does not define compress_linear()")
+
+    def prepare_block(self, block: Block, stream: BlockStream, record: StepRecord) -> None:
+        """Bring the block into the shape that this step's Linears need, before they are listed."""
+
+    def compress_block(
+        self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
+    ) -> None:
+        self.prepare_block(block, stream, record)
+        names = [name for name in block.linears() if self.selects(name)]
+        visitor = _Visitor(self, stream, record)
+        if not self.needs_calibration:
+            for name in names:
+                visitor.decide(name, None)
+            return
+        if reference is not None:
+            lane = reference.lanes["calibration"]
+            visitor.reference = reference.inputs_of(block_of(reference, block), lane, names)
+        stream.walk(block, stream.lanes["calibration"], names, visitor.visit)
+        for name in names:
+            if name not in visitor.done:
+                record.note(name, "no calibration token reached it: decided without statistics")
+                visitor.decide(name, None)
+
+
+class _Visitor:
+    """Gathers the statistics of each Linear that a walk halts at, and has the step decide on it."""
+
+    def __init__(self, step: LinearStep, stream: BlockStream, record: StepRecord) -> None:
+        self.step, self.stream, self.record = step, stream, record
+        self.reference: dict[str, list[Tensor]] = {}
+        self.done: set[str] = set()
+        self._inputs: list[Tensor] = []
+        self._stats: InputStats | None = None
+
+    def visit(self, name: str, inputs: list[Tensor]) -> None:
+        from llmslim.calibration.statistics import InputStats
+
+        if self._stats is None or not _same_memory(inputs, self._inputs):
+            self._stats = None  # free the last one before the next is made
+            stats = InputStats(inputs[0].shape[-1], inputs[0].device)
+            for index, chunk in enumerate(inputs):
+                references = self.reference.get(name)
+                # experts may route a token elsewhere than the uncompressed model did: then rows do not pair
+                paired = references is not None and len(references) == len(inputs)
+                other = references[index] if paired and references[index].shape == chunk.shape else None
+                stats.add(chunk, other)
+            self._stats, self._inputs = stats.finish(), inputs
+        self.reference.pop(name, None)
+        self.decide(name, self._stats)
+
+    def decide(self, name: str, stats: InputStats | None) -> None:
+        model = self.stream.model
+        linear = model.get_submodule(name)
+        edit, module = self.step.compress_linear(name, dense_weight(linear), stats, self.record)
+        module.bias = linear.bias
+        replace_module(model, name, module)
+        self.record.edits.append(edit)
+        self.done.add(name)
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The weight of a Linear as [out, in]; transformers' Conv1D (GPT-2) keeps it the other way round."""
+    return linear.weight.T if type(linear).__name__ == "Conv1D" else linear.weight
+
+
+def block_of(stream: BlockStream, block: Block) -> Block:
+    """The block of another stream's model that stands at the same place."""
+    return next(other for other in stream.anatomy.blocks if other.name == block.name)
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*.{p}") for p in patterns)
+
+
+def _same_memory(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def step_class(kind: str) -> type[Step]:
+    """The step of that name, or a UserError that suggests the nearest."""
+    load_steps()
+    if kind not in STEPS:
+        raise UserError(f"Unknown step {kind!r}{nearest(kind, STEPS)}; there are {', '.join(sorted(STEPS))}.")
+    return STEPS[kind]
+
+
+def load_steps() -> None:
+    """Import every method room, whose steps and edits enter the registries by being defined."""
+    import importlib
+    import pkgutil
+
+    for room in ROOMS:
+        package = importlib.import_module(f"llmslim.{room}")
+        for module in pkgutil.iter_modules(package.__path__):
+            if not module.name.startswith("_"):
+                importlib.import_module(f"llmslim.{room}.{module.name}")
+
+
+ROOMS = ("quantization",)
+
+
+def build_step(kind: str, fields: dict[str, Any]) -> Step:
+    """A step from its recipe entry; unknown or impossible values are refused in one sentence."""
+    cls = step_class(kind)
+    try:
+        return cls(**fields)
+    except ValidationError as error:
+        raise UserError(explain(error, kind, cls)) from error
+
+
+def explain(error: ValidationError, what: str, cls: type[BaseModel]) -> str:
+    """The first problem of a pydantic error as one sentence for the person who typed the value."""
+    detail = error.errors()[0]
+    key = str(detail["loc"][0]) if detail["loc"] else ""
+    if detail["type"] == "extra_forbidden":
+        known = ", ".join(cls.model_fields)
+        return f"Unknown option {key!r} for {what}{nearest(key, cls.model_fields)}; it takes {known}."
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{what}: {key} = {detail['input']!r}: {message}." if key else f"{what}: {message}."
+
+
+def nearest(word: str, known: Any) -> str:
+    """', did you mean X?' when something known is close to the word."""
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f", did you mean {close[0]!r}?" if close else ""
