@@ -1,0 +1,1 @@
+"""Families whose parts have other than the usual names (`llmslim.anatomy.family`): one file of data each."""
