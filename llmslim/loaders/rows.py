@@ -167,4 +167,6 @@ def _choose(wanted: str, present: list[str], kind: str, spec: str) -> str:
     if not wanted and len(present) == 1:
         return present[0]
     problem = f"has no {kind} {wanted!r}" if wanted else f"leaves the {kind} open"
-    raise UserError(f"{spec!r} {problem}: write NAME:CONFIG:SPLIT with the {kind} one of {', '.join(present)}")
+    raise UserError(
+        f"{spec!r} {problem}: write NAME:CONFIG:SPLIT with the {kind} one of {', '.join(present)}"
+    )

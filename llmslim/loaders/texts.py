@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["TextSample", "expects_bos", "load_rows", "sample", "tokenize_rows", "window_edges", "windows"]
 
 MARGIN = 256  # tokens: how far before a cut in the text its tokens may still feel the cut (a word or two)
-POOL_TOKENS = 1_000_000  # a seeded choice is made among the windows of so many tokens; WikiText-2 test has 0.3 M
+POOL_TOKENS = (
+    1_000_000  # a seeded choice is made among the windows of so many tokens; WikiText-2 test has 0.3 M
+)
 
 
 @dataclass(frozen=True)
