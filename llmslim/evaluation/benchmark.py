@@ -1,0 +1,104 @@
+"""Speed, memory and size: what a smaller model is for, measured and not assumed."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmslim.errors import UserError
+from llmslim.loaders.texts import sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.inference_mode()
+def benchmark(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_len: int = 512,
+    new_tokens: int = 64,
+    repeats: int = 3,
+) -> dict[str, Any]:
+    """Tokens per second at batch 1: prefill of a real prompt, then greedy decoding, one token at a time.
+
+    Each is given as the median of `repeats` runs with the smallest and largest beside it, after one untimed
+    run. Decoding starts behind the prompt, with transformers' default cache. An encoder, which only reads,
+    has `decode` None; an encoder-decoder is refused.
+    """
+    if model.config.is_encoder_decoder:
+        raise UserError(f"{type(model).__name__} is an encoder-decoder: its speed is not measured yet")
+    prompt = sample("builtin:test", tokenizer, 1, prompt_len).tokens.to(model.device)
+    generates = model.can_generate()
+    run = (lambda n: _generate(model, prompt, n)) if generates else (lambda n: (_read(model, prompt), 0.0))
+    run(1)
+    seconds = [run(new_tokens) for _ in range(repeats)]
+    return {
+        "prefill": _rates(prompt_len, [prefill for prefill, _ in seconds]),
+        "decode": _rates(new_tokens, [decode for _, decode in seconds]) if generates else None,
+        "prompt_len": prompt_len,
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+        "threads": torch.get_num_threads(),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def _generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of the prefill and of `new_tokens` decoding steps after it."""
+
+    def prefill() -> Any:
+        return model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+
+    def decode() -> None:
+        out = first
+        for _ in range(new_tokens):
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+
+    prefill_seconds, first = _timed(model.device, prefill)
+    decode_seconds, _ = _timed(model.device, decode)
+    return prefill_seconds, decode_seconds
+
+
+def _read(model: PreTrainedModel, prompt: torch.Tensor) -> float:
+    """Seconds of one forward."""
+    return _timed(model.device, lambda: model(input_ids=prompt))[0]
+
+
+def _timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # kernels run behind Python's back
+    return time.perf_counter() - start, result
+
+
+def _rates(tokens: int, seconds: list[float]) -> dict[str, float]:
+    rates = [tokens / s for s in seconds]
+    return {"tokens_per_second": median(rates), "min": min(rates), "max": max(rates)}
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far, in MB (10^6 bytes).
+
+    With CUDA in use, the largest memory that torch held on the current device is added to it. It never goes
+    down: to measure one job, give it a process of its own.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    return (host + device) / 1e6
+
+
+def disk_bytes(folder: str | Path) -> int:
+    """Bytes of all files in the folder and below."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
