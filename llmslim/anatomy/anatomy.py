@@ -72,13 +72,11 @@ class Anatomy:
         """The anatomy of a model, or a UserError that lists what could not be matched."""
         anatomy = cls(model)
         if unmatched := anatomy.unmatched:
-            listed = "; ".join(unmatched[:8]) + (
-                f"; and {len(unmatched) - 8} more" if len(unmatched) > 8 else ""
-            )
+            rest = f"; and {len(unmatched) - 8} more" if len(unmatched) > 8 else ""
             raise UserError(
-                f"{type(model).__name__} ({anatomy.family!r}) has parts that llmslim cannot place: {listed}. "
-                f"Supported families: {', '.join(TESTED)}, and those that name their parts alike; another one "
-                f"needs a file of names, llmslim/anatomy/families/{anatomy.family}.py"
+                f"{type(model).__name__} ({anatomy.family}) has parts that llmslim cannot place: "
+                f"{'; '.join(unmatched[:8])}{rest}. Supported: {', '.join(TESTED)}, and families that name their "
+                f"parts alike; another needs a file of names, llmslim/anatomy/families/{anatomy.family}.py"
             )
         return anatomy
 
