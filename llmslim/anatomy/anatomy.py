@@ -75,8 +75,8 @@ class Anatomy:
             rest = f"; and {len(unmatched) - 8} more" if len(unmatched) > 8 else ""
             raise UserError(
                 f"{type(model).__name__} ({anatomy.family}) has parts that llmslim cannot place: "
-                f"{'; '.join(unmatched[:8])}{rest}. Supported: {', '.join(TESTED)}, and families that name their "
-                f"parts alike; another needs a file of names, llmslim/anatomy/families/{anatomy.family}.py"
+                f"{'; '.join(unmatched[:8])}{rest}. Supported: {', '.join(TESTED)}, and families that name "
+                f"their parts alike; another needs a file of names, llmslim/anatomy/families/{anatomy.family}.py"
             )
         return anatomy
 
