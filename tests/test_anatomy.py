@@ -281,13 +281,13 @@ def test_the_view_follows_the_model() -> None:
     assert (block.attention.num_heads, block.attention.num_kv_heads) == (2, 2)
     assert summary(model)["stacks"][0]["num_heads"] == [4, 2, 4]
 
-    factored = nn.Sequential(nn.Linear(64, 8, bias=False), nn.Linear(8, 128, bias=False))
+    factored = nn.Sequential()  # its factors have the names of other parts
+    factored.down_proj, factored.up_proj = nn.Linear(64, 8, bias=False), nn.Linear(8, 128, bias=False)
     factored.in_features, factored.out_features = 64, 128
     block.module.mlp.up_proj = factored
     assert block.mlp.up.module is factored and block.mlp.width == 128
-    assert [name for name in block.linears() if "up_proj" in name] == [
-        f"{block.name}.mlp.up_proj.{i}" for i in "01"
-    ]
+    factors = [name.removeprefix(f"{block.name}.mlp.") for name in block.linears() if "up_proj" in name]
+    assert factors == ["up_proj.down_proj", "up_proj.up_proj"]
 
     anatomy.blocks[2].module.mlp.down_proj = anatomy.blocks[0].module.mlp.down_proj  # shared, so counted once
     assert summary(model)["parameters"] == sum(parameter.numel() for parameter in model.parameters())

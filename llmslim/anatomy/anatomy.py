@@ -76,7 +76,7 @@ class Anatomy:
             raise UserError(
                 f"{type(model).__name__} ({anatomy.family}) has parts that llmslim cannot place: "
                 f"{'; '.join(unmatched[:8])}{rest}. Supported: {', '.join(TESTED)}, and families that name "
-                f"their parts alike; another needs a file of names, llmslim/anatomy/families/{anatomy.family}.py"
+                f"their parts alike; another needs its names in llmslim/anatomy/families/{anatomy.family}.py"
             )
         return anatomy
 
@@ -135,8 +135,9 @@ class Anatomy:
         if not self.stacks:
             return ["no nn.ModuleList of blocks"]
         problems = [problem for block in self.blocks for problem in block.problems()]
-        owners = dict.fromkeys(name.rpartition(".")[0] or name for name in self.parts()["unmatched"])
-        return problems + [f"{name} ({type(self.model.get_submodule(name)).__name__})" for name in owners]
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in self.parts()["unmatched"]):
+            problems.append(f"{owner or 'model'} ({type(self.model.get_submodule(owner)).__name__})")
+        return problems
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Every parameter and saved buffer of the model, once, by its part: part -> dotted name -> tensor."""
