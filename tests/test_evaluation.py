@@ -1,15 +1,12 @@
 """Perplexity, divergence and the benchmark, against independent references."""
 
-import importlib.util
 import json
 import math
-from pathlib import Path
+import time
 
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     LlamaConfig,
@@ -26,10 +23,9 @@ from llmslim.evaluation.benchmark import benchmark, disk_bytes, peak_memory_mb
 from llmslim.evaluation.divergence import compare, divergence
 from llmslim.evaluation.perplexity import perplexity
 from llmslim.evaluation.scores import Estimate, HeadLogits, TokenScores
-from llmslim.loaders.texts import TextSample, sample
+from llmslim.loaders.texts import TextSample
 
 VOCAB = 97
-WIKITEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "Salesforce" / "wikitext"
 
 
 def tiny_llama(seed: int, vocab: int = VOCAB) -> LlamaForCausalLM:
@@ -216,8 +212,6 @@ def test_benchmark_counts_its_steps(byte_tokenizer):
 
 def test_benchmark_tells_a_slower_model(byte_tokenizer):
     """A block that waits 50 ms shows as about 50 ms per decoded token, and once per prefill."""
-    import time
-
     model = tiny_llama(0, vocab=300)
     fast = benchmark(model, byte_tokenizer, prompt_len=32, new_tokens=8)
     model.model.layers[0].register_forward_hook(lambda *_: time.sleep(0.05))
