@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def benchmark(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
