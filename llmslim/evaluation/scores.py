@@ -113,8 +113,8 @@ class TokenScores:
                 sums[name] = sums.get(name, 0.0) + float(values.double().sum())
         if any(map(math.isnan, sums.values())):
             raise UserError(
-                "the model's logits hold NaN or infinity, so nothing can be measured: look for such values in "
-                "its weights, or load it with dtype float32 if it was made for a wider range"
+                "the model's logits hold NaN or infinity, so nothing can be measured: look for such values "
+                "in its weights, or load it with dtype float32 if it was made for a wider range"
             )
         for name, total in sums.items():
             self._windows.setdefault(name, []).append(total / predicted)
