@@ -21,7 +21,7 @@ from transformers import (
 
 from llmslim.errors import UserError
 from llmslim.evaluation import scores as scores_module
-from llmslim.evaluation.benchmark import benchmark, disk_bytes, peak_memory_mb
+from llmslim.evaluation.benchmark import benchmark, disk_bytes
 from llmslim.evaluation.divergence import compare, divergence
 from llmslim.evaluation.perplexity import perplexity
 from llmslim.evaluation.scores import Estimate, HeadLogits, TokenScores
