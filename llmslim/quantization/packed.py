@@ -44,6 +44,7 @@ class _Packed(nn.Module):
         zero_point = None if scheme.symmetric else _frozen(torch.empty(grid, dtype=torch.uint8, device=device))
         self.register_parameter("weight_zero_point", zero_point)
 
+    @torch.no_grad()
     def store(self, weight: QuantizedWeight) -> None:
         """Packs a weight of this layer's shape and scheme into the storage."""
         self.weight_packed.copy_(packing.pack(weight.codes, self.scheme.bits))
