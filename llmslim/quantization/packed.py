@@ -40,8 +40,12 @@ class _Packed(nn.Module):
         grid = scheme.scale_shape(rows, cols)
         width = packing.packed_width(cols, scheme.bits)
         self.weight_packed = _frozen(torch.empty(rows, width, dtype=torch.uint8, device=device))
-        self.weight_scale = _frozen(torch.empty(grid, dtype=getattr(torch, scheme.scale_dtype), device=device))
-        zero_point = None if scheme.symmetric else _frozen(torch.empty(grid, dtype=torch.uint8, device=device))
+        self.weight_scale = _frozen(
+            torch.empty(grid, dtype=getattr(torch, scheme.scale_dtype), device=device)
+        )
+        zero_point = (
+            None if scheme.symmetric else _frozen(torch.empty(grid, dtype=torch.uint8, device=device))
+        )
         self.register_parameter("weight_zero_point", zero_point)
 
     @torch.no_grad()
@@ -126,7 +130,9 @@ class PackedLinear(_Packed):
         return routes.linear(self, x)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {_describe(self.scheme)}"
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {_describe(self.scheme)}"
+        )
 
 
 class PackedEmbedding(_Packed):
@@ -136,9 +142,12 @@ class PackedEmbedding(_Packed):
     layer's Parameters (`tie_head`).
 
     Args:
+        dtype: of the output.
         padding_idx: kept for the code that reads it; it only ever mattered for gradients.
         embed_scale: the output is multiplied by it, rounded to `dtype` first, as Gemma's embeddings do.
     """
+
+    like: Tensor
 
     def __init__(
         self,
@@ -158,9 +167,14 @@ class PackedEmbedding(_Packed):
 
     @classmethod
     def from_quantized(
-        cls, weight: QuantizedWeight, dtype: torch.dtype, padding_idx: int | None = None, embed_scale: float = 1.0
+        cls,
+        weight: QuantizedWeight,
+        dtype: torch.dtype,
+        padding_idx: int | None = None,
+        embed_scale: float = 1.0,
     ) -> PackedEmbedding:
-        layer = cls(*weight.codes.shape, weight.scheme, dtype, padding_idx, embed_scale, weight.codes.device)
+        rows, cols = weight.codes.shape
+        layer = cls(rows, cols, weight.scheme, dtype, padding_idx, embed_scale, weight.codes.device)
         layer.store(weight)
         return layer
 
@@ -171,7 +185,7 @@ class PackedEmbedding(_Packed):
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = routes.dequantize_rows(self, ids.reshape(-1), self.dtype).view(*ids.shape, self.embedding_dim)
-        return rows if self.embed_scale == 1.0 else rows * torch.tensor(self.embed_scale, dtype=rows.dtype)
+        return rows if self.embed_scale == 1.0 else rows * rows.new_tensor(self.embed_scale)
 
     def tie_head(self, bias: Tensor | None = None) -> PackedLinear:
         """The output projection that shares this layer's Parameters."""
