@@ -24,7 +24,7 @@ WORTH_A_THREAD = 1 << 16
 
 
 class Layout(ctypes.Structure):
-    """Shape and grid of a packed weight, as `csrc/packed.c` has it. Holds no pointers, so it can be copied."""
+    """Shape and grid of a packed weight, as `csrc/packed.c` has it. No pointers, so it can be copied."""
 
     _fields_ = [
         ("rows", ctypes.c_int64),

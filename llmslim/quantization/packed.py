@@ -71,7 +71,7 @@ class _Packed(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The storage seen as int8 (a view). Some models (T5) look at `linear.weight.dtype` and cast their
-        activations to it, unless it is int8, their sign of a quantized layer. For the values: `dequantize`."""
+        activations to it, unless it is int8, their sign of a quantized layer. The values: `dequantize`."""
         return self.weight_packed.view(torch.int8)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:

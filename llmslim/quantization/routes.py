@@ -33,7 +33,7 @@ NATIVE_ROWS = 32
 """From here on expanding W once and multiplying in floating point wins (evals/linear_speed.py)."""
 
 BLOCK_BYTES = 1 << 23
-"""Rows of W are expanded in pieces of about this size: smaller ones slow the GEMM, larger ones take memory."""
+"""Rows of W are expanded in pieces of about this size: smaller ones slow the GEMM, larger ones take room."""
 
 INT4PACK_ROWS = 32
 """torch's own 4-bit operator slows down beyond."""
