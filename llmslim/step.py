@@ -67,6 +67,10 @@ class Step(BaseModel):
             UserError: with the value received, the reason, and what would work.
         """
 
+    def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
+        """The edits that the step will make, as far as they are known beforehand; for the plan and the format."""
+        return []
+
     def workspace_bytes(self, anatomy: Anatomy) -> int:
         """Memory the step needs at its peak beside a block's weights and the calibration states; for the plan."""
         return 0

@@ -1,8 +1,8 @@
 """Tiny random models of every supported family, a real small tokenizer, and inputs for them; no download.
 
 Three blocks, hidden 64, four heads of 16 (two KV heads where the family has them), MLP width 128, vocabulary
-512: every width is divisible by 32. Weights, biases and norms are all random, so nothing hides behind a zero or
-a one, and scaled so that logits have a spread of about one to two.
+512: every width is divisible by 32. Weights, biases and norms are all random, so nothing hides behind a zero
+or a one, and scaled so that logits have a standard deviation of about 1.5.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SPECIAL = {
 }
 PAD, BOS, EOS = 0, 1, 2
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
 
@@ -134,7 +134,7 @@ def tiny_model(family: str, seed: int = 0, **config_overrides: Any) -> PreTraine
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int) -> None:
-    """Matrices: normal with std 1.5 / sqrt(fan_in). Vectors (norms, biases): what they were, plus 0.1 of noise."""
+    """Matrices: normal with std 1.5 / sqrt(fan_in). Vectors (norms, biases): noise of std 0.1 is added."""
     generator = torch.Generator().manual_seed(seed)
     seen: set[nn.Parameter] = set()
     for module in model.modules():
@@ -151,9 +151,9 @@ def randomize(model: nn.Module, seed: int) -> None:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 512 tokens trained on Python's own documentation; ids 0 to 4 are pad, bos, eos, unk, mask.
+    """A byte-level BPE of 512 tokens, trained on Python's own documentation.
 
-    `tokenizer(text)` adds no special tokens. It has a chat template.
+    Ids 0 to 4 are pad, bos, eos, unk, mask. `tokenizer(text)` adds no special tokens. It has a chat template.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -171,7 +171,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny(family: str, folder: str | Path, seed: int = 0, **config_overrides: Any) -> Path:
-    """Write a tiny model as a Hugging Face folder: config, weights, tokenizer, generation config of a generator."""
+    """Write a tiny model as a Hugging Face folder: config, weights, tokenizer, generation config."""
     tiny_model(family, seed, **config_overrides).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return Path(folder)

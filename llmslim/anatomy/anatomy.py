@@ -72,13 +72,11 @@ class Anatomy:
         """The anatomy of a model, or a UserError that lists what could not be matched."""
         anatomy = cls(model)
         if unmatched := anatomy.unmatched:
-            listed = "; ".join(unmatched[:8]) + (
-                f"; and {len(unmatched) - 8} more" if len(unmatched) > 8 else ""
-            )
+            rest = f"; and {len(unmatched) - 8} more" if len(unmatched) > 8 else ""
             raise UserError(
-                f"{type(model).__name__} ({anatomy.family!r}) has parts that llmslim cannot place: {listed}. "
-                f"Supported families: {', '.join(TESTED)}, and those that name their parts alike; another one "
-                f"needs a file of names, llmslim/anatomy/families/{anatomy.family}.py"
+                f"{type(model).__name__} ({anatomy.family}) has parts that llmslim cannot place: "
+                f"{'; '.join(unmatched[:8])}{rest}. Supported: {', '.join(TESTED)}, and families that name "
+                f"their parts alike; another needs its names in llmslim/anatomy/families/{anatomy.family}.py"
             )
         return anatomy
 
@@ -137,8 +135,9 @@ class Anatomy:
         if not self.stacks:
             return ["no nn.ModuleList of blocks"]
         problems = [problem for block in self.blocks for problem in block.problems()]
-        owners = dict.fromkeys(name.rpartition(".")[0] or name for name in self.parts()["unmatched"])
-        return problems + [f"{name} ({type(self.model.get_submodule(name)).__name__})" for name in owners]
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in self.parts()["unmatched"]):
+            problems.append(f"{owner or 'model'} ({type(self.model.get_submodule(owner)).__name__})")
+        return problems
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Every parameter and saved buffer of the model, once, by its part: part -> dotted name -> tensor."""

@@ -16,7 +16,7 @@ from llmslim.anatomy.parts import Experts
 
 
 def summary(model: PreTrainedModel, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """The anatomy of a model as plain JSON; a model that is not wholly understood is described as far as it is.
+    """The anatomy of a model as plain JSON; of one that is not wholly understood, what is understood.
 
     Args:
         model: real, or on meta.

@@ -44,9 +44,11 @@ class Lane:
     finished: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of_tokens(cls, name: str, tokens: Tensor, is_encoder_decoder: bool = False) -> Lane:
+    def of_tokens(
+        cls, name: str, tokens: Tensor, is_encoder_decoder: bool = False, windows_per_chunk: int | None = None
+    ) -> Lane:
         """A lane for windows `tokens` [windows, seq]; an encoder-decoder reads the same text on both sides."""
-        per_chunk = max(1, CHUNK_TOKENS // tokens.shape[1])
+        per_chunk = windows_per_chunk or max(1, CHUNK_TOKENS // tokens.shape[1])
         chunks = [{"input_ids": chunk} for chunk in tokens.split(per_chunk)]
         if is_encoder_decoder:
             chunks = [{**chunk, "decoder_input_ids": chunk["input_ids"]} for chunk in chunks]

@@ -218,3 +218,10 @@ def release(model: nn.Module, prefix: str) -> None:
     for name, parameter in list(model.get_submodule(prefix).named_parameters(remove_duplicate=False)):
         full = f"{prefix}.{name}" if prefix else name
         place(model, full, torch.empty_like(parameter, device="meta"))
+
+
+def tie(model: nn.Module) -> None:
+    """Make tied parameters one again, by the map that transformers keeps on the model (target -> source)."""
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        parent, _, leaf = target.rpartition(".")
+        model.get_submodule(parent)._parameters[leaf] = model.get_parameter(source)

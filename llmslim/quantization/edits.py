@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from llmslim.anatomy.parts import features
 from llmslim.edit import Edit, replace_module
 from llmslim.quantization.grid import Scheme
 from llmslim.quantization.packed import PackedEmbedding, PackedLinear
@@ -22,7 +23,7 @@ class PackLinear(Edit):
         linear = model.get_submodule(self.module)
         if isinstance(linear, PackedLinear):
             raise ValueError(f"{self.module} is packed already")
-        out_features, in_features = linear_shape(linear)
+        out_features, in_features = features(linear)
         if in_features % self.scheme.group_width(in_features):
             raise ValueError(f"group size {self.scheme.group_size} does not divide {in_features}")
         weight = linear.weight
@@ -69,8 +70,3 @@ def retie(model: nn.Module, module: str, head: str) -> None:
         kept = {key: value for key, value in known.items() if key not in old}
         setattr(model, attribute, {**kept, **ties})
 
-
-def linear_shape(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) of a Linear or a Conv1D."""
-    rows, columns = linear.weight.shape
-    return (columns, rows) if type(linear).__name__ == "Conv1D" else (rows, columns)

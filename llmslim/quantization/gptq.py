@@ -146,6 +146,9 @@ class GPTQ(Quantizer):
             record.note(name, f"damping raised from {self.damp_percent:g} to {solved.damp_percent:g}")
         return gptq(weight, solved, scale, zero, scheme)
 
+    def _workspace(self, rows: int, width: int) -> int:
+        return super()._workspace(rows, width) + 6 * 4 * width * width
+
     def _factor(self, stats: InputStats) -> Factor:
         key = (self.damp_percent, self.act_order, self.asymmetric)
         if key not in stats.derived:

@@ -14,7 +14,8 @@ from llmslim.calibration.stream import BlockStream
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.experts import UnfuseExperts
-from llmslim.quantization.edits import PackEmbedding, PackLinear, linear_shape
+from llmslim.anatomy.parts import features
+from llmslim.quantization.edits import PackEmbedding, PackLinear, retie
 from llmslim.quantization.grid import GroupSize, QuantizedWeight, Scheme, round_to_grid, search_grid
 from llmslim.quantization.packed import PackedEmbedding, PackedLinear
 from llmslim.step import LinearStep, StepRecord, dense_weight, matches
@@ -76,13 +77,31 @@ class Quantizer(LinearStep):
                     chosen += 1
                     if isinstance(linear, PackedLinear):
                         raise UserError(f"{name} is quantized already; quantize the original model instead.")
-                    _check_group(name, linear_shape(linear)[1], self.scheme(name).group_size)
+                    _check_group(name, features(linear)[1], self.scheme(name).group_size)
             if isinstance(block.mlp, Experts) and self.selects(f"{block.mlp.name}.0.gate_up"):
                 chosen += 1
         for table in self._tables(anatomy):
             _check_group(table, anatomy.model.get_submodule(table).weight.shape[1], self.group_size)
         if not chosen:
             raise UserError(f"Nothing to quantize: include={list(self.include)} and exclude={list(self.exclude)} leave no Linear.")
+
+    def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
+        names = [name for block in anatomy.blocks for name in block.linears() if self.selects(name)]
+        edits: list[Edit] = [PackLinear(module=name, scheme=self.scheme(name)) for name in names]
+        for block in anatomy.blocks:
+            if isinstance(experts := block.mlp, Experts) and self.selects(f"{experts.name}.0.gate_up"):
+                edits.append(UnfuseExperts(module=experts.name))
+        for name in self._tables(anatomy):
+            edits.append(PackEmbedding(module=name, scheme=self.embedding_scheme()))
+        return edits
+
+    def workspace_bytes(self, anatomy: Anatomy) -> int:
+        shapes = [features(m) for block in anatomy.blocks for m in block.linears().values()]
+        return max((self._workspace(*shape) for shape in shapes), default=0)
+
+    def _workspace(self, rows: int, width: int) -> int:
+        """Bytes that deciding on one weight [rows, width] takes."""
+        return 4 * 4 * rows * width
 
     def _tables(self, anatomy: Anatomy) -> list[str]:
         """The big outer matrices that `embeddings_bits` asks for: the token embedding and the head."""
@@ -110,8 +129,6 @@ class Quantizer(LinearStep):
             edit.apply(model)
             fill_packed(model.get_submodule(name), quantized)
             if is_table and tied is not None:
-                from llmslim.quantization.edits import retie
-
                 retie(model, name, tied)
             record.edits.append(edit)
 

@@ -1,0 +1,66 @@
+"""Perplexity and divergence of models larger than memory: the same stream of blocks that calibration uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from llmslim.calibration.stream import BlockStream, Lane
+from llmslim.checkpoint.reader import CheckpointReader
+from llmslim.evaluation.scores import Scores, TokenScores
+from llmslim.loaders.models import ModelFiles, release
+
+
+def streamed_outputs(
+    files: ModelFiles,
+    tokens: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Tensor]:
+    """Run windows [windows, seq] through a model block by block; yields the logits [seq, vocab] of each window.
+
+    Memory holds one block, the hidden states of the windows, and at the end the head and one window's logits.
+    """
+    reader = CheckpointReader(files)
+    model = reader.model_skeleton()
+    stream = BlockStream(model, device, dtype)
+    lane = Lane.of_tokens("evaluation", tokens, bool(model.config.is_encoder_decoder), windows_per_chunk=1)
+    stream.add(lane)
+    total, done = len(stream.anatomy.blocks), 0
+    reader.fill([model], None, dtype)
+    for stack in stream.anatomy.stacks:
+        for block in stack.blocks:
+            reader.fill([model], block.name, dtype)
+            if block.index == 0:
+                stream.enter(stack)
+            stream.forward(block, lane)
+            release(model, block.name)
+            done += 1
+            progress(done, total)
+        stream.leave(stack)
+    for _, output in stream.outputs(lane):
+        yield output[0][0]
+
+
+def streamed_scores(
+    files: ModelFiles,
+    tokens: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    base: ModelFiles | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Scores:
+    """Negative log-likelihood of windows, and the divergence from a base, without holding either model."""
+    scores = TokenScores()
+    outputs = streamed_outputs(files, tokens, device, dtype, progress)
+    if base is None:
+        for window, logits in zip(tokens, outputs, strict=True):
+            scores.add(window, logits)
+    else:
+        others = streamed_outputs(base, tokens, device, dtype)
+        for window, base_logits, logits in zip(tokens, others, outputs, strict=True):
+            scores.add(window, logits, base_logits)
+    return scores.result()

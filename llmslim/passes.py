@@ -1,0 +1,249 @@
+"""One step's pass over a model: read a block, decide, write it, free it; resumable at every block."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmslim.calibration.stream import BlockStream, Lane
+from llmslim.checkpoint.formats import Format
+from llmslim.checkpoint.reader import CheckpointReader
+from llmslim.checkpoint.writer import CheckpointWriter
+from llmslim.edit import parse_edit
+from llmslim.anatomy import Block
+from llmslim.loaders.models import ModelFiles, place, release, tie
+from llmslim.step import BlockStep, StepRecord
+from llmslim.work import Progress, WorkFolder, load_tensors, save_tensors
+
+PROBE_TOKENS = 64  # length of the window that verification sends through the saved checkpoint
+
+
+@dataclass
+class PassOptions:
+    """What every pass of a run shares.
+
+    Attributes:
+        tokens: calibration windows [samples, seq], or None when no step of the run looks at a text.
+        dtype: what blocks are computed in; `stored` what dense tensors of the output are stored in.
+    """
+
+    tokens: Tensor | None
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+    stored: torch.dtype
+
+
+class BlockPass:
+    """Streams one model through one `BlockStep`, from `files` to `folder`.
+
+    Args:
+        base: the uncompressed model that the run started from, for steps that compare with it.
+        number: which pass of the run this is; names its state in the work folder.
+    """
+
+    def __init__(
+        self,
+        step: BlockStep,
+        files: ModelFiles,
+        base: ModelFiles,
+        folder: Path,
+        form: Format,
+        options: PassOptions,
+        work: WorkFolder,
+        number: int,
+    ) -> None:
+        self.step, self.options, self.work = step, options, work
+        self.reader = CheckpointReader(files)
+        self.model = self.reader.model_skeleton()
+        self.stream = BlockStream(self.model, options.device, options.dtype)
+        self.reference, self.reference_reader = None, self.reader
+        if step.needs_reference:
+            self.reference_reader = self.reader if base is files else CheckpointReader(base)
+            self.reference = BlockStream(
+                self.reference_reader.model_skeleton(), options.device, options.dtype
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        self.writer = CheckpointWriter(folder, form, options.stored)
+        self.scratch = work.scratch(f"pass-{number}")
+        self.state = work.state.setdefault("passes", {}).setdefault(
+            str(number),
+            {"blocks": 0, "outer": False, "finished": False, "seconds": 0.0, "edits": [], "linears": [], "notes": []},
+        )
+        self.record = StepRecord(
+            [parse_edit(edit) for edit in self.state["edits"]], self.state["linears"], self.state["notes"]
+        )
+        self._lanes_wait = "lanes" in self.state  # those of an earlier run, on disk
+        self._streams = [self.stream, *([self.reference] if self.reference else [])]
+
+    def run(self, progress: Progress) -> StepRecord:
+        """Do what is not done yet, and leave the parts of the checkpoint in the folder."""
+        if self.state["finished"]:
+            return self.record
+        self._add_lanes()
+        stacks = self.stream.anatomy.stacks
+        counts = [len(stack.blocks) for stack in stacks]
+        begun = self.state["blocks"]  # of an earlier run
+        inside = next((i for i in range(len(stacks)) if sum(counts[:i]) < begun < sum(counts[: i + 1])), None)
+        if inside is not None:
+            self._enter(inside, pristine=True)
+        for edit in self.record.edits:
+            edit.apply(self.model)
+        if not self.state["outer"]:
+            self._change_outer()
+        done = 0
+        for number, count in enumerate(counts):
+            if done + count > begun:
+                if number != inside:
+                    self._enter(number)
+                self._stack(number, done, begun, sum(counts), progress)
+            done += count
+        progress(self.step.kind, done, done)
+        self._probe_outputs()
+        self.state["finished"] = True
+        self.work.save()
+        return self.record
+
+    def _stack(self, number: int, done: int, begun: int, total: int, progress: Progress) -> None:
+        """Compress the blocks of a stack behind the first `begun` of the model."""
+        stack = self.stream.anatomy.stacks[number]
+        for block in stack.blocks:
+            done += 1
+            if done <= begun:
+                continue
+            progress(self.step.kind, done - 1, total)
+            started = time.process_time()
+            self._block(block)
+            if block.index == len(stack.blocks) - 1:
+                for stream in self._streams:
+                    stream.leave(stream.anatomy.stacks[number])
+            self.state["blocks"] = done
+            self._save(started)
+
+    def _block(self, block: Block) -> None:
+        if block.index > 0:  # the first one was filled to enter the stack
+            self._fill(block.name)
+        self.step.compress_block(block, self.stream, self.reference, self.record)
+        probe = self.stream.lanes["probe"]
+        self.stream.forward(block, probe)
+        hidden = torch.cat(probe.hidden).cpu()
+        save_tensors(self.scratch / f"block-{block.name}.safetensors", {"hidden": hidden})
+        self.writer.write_block(self.model, block.name)
+        for stream in self._streams:
+            release(stream.model, block.name)
+
+    def _fill(self, prefix: str) -> None:
+        options = self.options
+        self.reader.fill([self.model], prefix, options.dtype, round_to=options.stored)
+        if self.reference:
+            self.reference_reader.fill([self.reference.model], prefix, options.dtype)
+
+    def _change_outer(self) -> None:
+        """Let the step change what lies outside the blocks; keep the result for whenever it is needed."""
+        started = time.process_time()
+        self.reader.fill([self.model], None, self.options.dtype, round_to=self.options.stored)
+        self.step.compress_outer(self.stream, self.record)
+        self.writer.write_outer(self.model)
+        save_tensors(self.scratch / "outer.safetensors", self._outer_parameters())
+        self._release_outer()
+        self.state["outer"] = True
+        self._save(started)
+
+    def _outer_parameters(self) -> dict[str, Tensor]:
+        stacks = tuple(f"{stack.name}." for stack in self.stream.anatomy.stacks)
+        return {name: tensor.detach() for name, tensor in self.model.named_parameters() if not name.startswith(stacks)}
+
+    def _enter(self, number: int, pristine: bool = False) -> None:
+        """Bring the lanes in front of a stack; a resumed one is entered with the model as it was at first."""
+        if pristine or not (self.scratch / "outer.safetensors").exists():
+            self.reader.fill([self.model], None, self.options.dtype, round_to=self.options.stored)
+        else:
+            self._restore_outer()
+        if self.reference:
+            self.reference_reader.fill([self.reference.model], None, self.options.dtype)
+        self._fill(self.stream.anatomy.stacks[number].blocks[0].name)
+        self._load_lanes()
+        for stream in self._streams:
+            stream.enter(stream.anatomy.stacks[number])
+        self._release_outer()
+        if pristine:
+            release(self.model, self.stream.anatomy.stacks[number].blocks[0].name)
+
+    def _restore_outer(self) -> None:
+        for name, tensor in load_tensors(self.scratch / "outer.safetensors").items():
+            place(self.model, name, tensor.to(self.options.device))
+        tie(self.model)
+
+    def _release_outer(self) -> None:
+        for stream in self._streams:
+            for name, _ in stream.anatomy.embeddings:
+                release(stream.model, name)
+            if stream.anatomy.head is not None:
+                release(stream.model, stream.anatomy.head[0])
+
+    def _add_lanes(self) -> None:
+        two_sided = bool(self.model.config.is_encoder_decoder)
+        if self.step.needs_calibration:
+            assert self.options.tokens is not None
+            for stream in self._streams:
+                stream.add(Lane.of_tokens("calibration", self.options.tokens, two_sided))
+        probe = probe_tokens(self.model, self.options.seed)
+        self.stream.add(Lane.of_tokens("probe", probe, two_sided))
+        save_tensors(self.scratch / "tokens.safetensors", {"tokens": probe})
+        dtype = str(self.options.dtype).removeprefix("torch.")
+        (self.scratch / "probe.json").write_text(json.dumps({"dtype": dtype}))
+
+    def _probe_outputs(self) -> None:
+        """Note the model's final output for the probe, for verification."""
+        self._restore_outer()
+        _, output = next(self.stream.outputs(self.stream.lanes["probe"]))
+        save_tensors(self.scratch / "logits.safetensors", {"logits": output[0].cpu()})
+        self._release_outer()
+
+    def _save(self, started: float) -> None:
+        """Note what is finished: the lanes first, then the state that says so."""
+        state = self.state
+        state["edits"] = [edit.to_json() for edit in self.record.edits]
+        state["linears"], state["notes"] = self.record.linears, self.record.notes
+        state["seconds"] += time.process_time() - started
+        name = f"lanes-{state['blocks']}.safetensors"
+        save_tensors(self.scratch / name, self._lane_tensors())
+        previous, state["lanes"] = state.get("lanes"), name
+        self.work.save()
+        if previous and previous != name:
+            (self.scratch / previous).unlink(missing_ok=True)
+
+    def _lane_tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for which, stream in enumerate(self._streams):
+            for lane in stream.lanes.values():
+                for place_, chunks in {"": lane.hidden, **lane.finished}.items():
+                    for index, hidden in enumerate(chunks):
+                        tensors[f"{which}/{lane.name}/{place_}/{index}"] = hidden
+        return tensors
+
+    def _load_lanes(self) -> None:
+        """Put the lanes of an earlier run back to where they were."""
+        if not self._lanes_wait:
+            return
+        self._lanes_wait = False
+        tensors = load_tensors(self.scratch / self.state["lanes"])
+        for key in sorted(tensors, key=lambda key: int(key.rpartition("/")[2])):
+            which, name, place_, _ = key.split("/")
+            lane = self._streams[int(which)].lanes[name]
+            chunks = lane.finished.setdefault(place_, []) if place_ else lane.hidden
+            chunks.append(tensors[key].to(self.options.device))
+
+
+def probe_tokens(model: Any, seed: int) -> Tensor:
+    """One window of random tokens: any text will do to compare a model with itself."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROBE_TOKENS
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary, (1, min(PROBE_TOKENS, limit)), generator=generator)

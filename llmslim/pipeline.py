@@ -1,0 +1,250 @@
+"""compress(): the one road from a model to a checkpoint that loads, with a report of what it cost."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llmslim
+from llmslim.anatomy import Anatomy
+from llmslim.checkpoint.formats import Format, choose
+from llmslim.checkpoint.reader import CheckpointReader
+from llmslim.checkpoint.verify import verify_in_fresh_process
+from llmslim.checkpoint.writer import CheckpointWriter
+from llmslim.edit import Edit
+from llmslim.errors import UserError
+from llmslim.evaluation.benchmark import peak_memory_mb
+from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find, skeleton
+from llmslim.loaders.texts import TextSample, sample
+from llmslim.measure import measure
+from llmslim.passes import BlockPass, PassOptions
+from llmslim.plan import Plan, make_plan
+from llmslim.recipe import Recipe
+from llmslim.report import write_report
+from llmslim.step import BlockStep, Step, StepRecord
+from llmslim.work import Progress, WorkFolder
+
+
+@dataclass
+class Result:
+    """A finished run: the folder of the checkpoint, and its report (also in `report.json`)."""
+
+    folder: Path
+    report: dict[str, Any]
+
+
+def compress(
+    model: str,
+    steps: Sequence[Step] | Recipe,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    device: str | None = None,
+    progress: Progress = lambda what, done, total: None,
+    on_plan: Any = lambda plan: None,
+    **fields: Any,
+) -> Result:
+    """Run steps on a model and leave a verified, measured checkpoint in `output`.
+
+    Everything that can be refused is refused before a weight is read; output is made in `<output>.partial` and
+    renamed when whole; a killed run goes on where it was when called again with the same arguments.
+
+    Args:
+        model: a Hub id, a folder, a .gguf file, or "demo".
+        steps: steps in order, such as `[GPTQ(bits=4)]`, or a whole `Recipe`.
+        revision: of a Hub model.
+        overwrite: replace an existing output, and discard an unfinished run with other options.
+        device: "cpu", "cuda", ...; the GPU if there is one when None.
+        progress: called with (what, done, total).
+        on_plan: called with the `Plan` before weights are read.
+        fields: further fields of `Recipe`: calibration, evaluation, format, dtype, seed.
+
+    Raises:
+        UserError: in one sentence, for anything that the caller can mend.
+    """
+    recipe = steps if isinstance(steps, Recipe) else Recipe(steps=tuple(steps), **fields)
+    started = time.time()
+    prepared = prepare(model, recipe, revision=revision, device=device)
+    files, recipe, options = prepared.files, prepared.recipe, prepared.options
+    fingerprint = _fingerprint(files, recipe, options)
+    work = WorkFolder(Path(output), fingerprint, overwrite)
+    on_plan(prepared.plan)
+    prepared.plan.require_disk(Path(output))
+    work.save()
+
+    record, source = StepRecord(), files
+    for number, step in enumerate(recipe.steps):
+        last = number == len(recipe.steps) - 1
+        folder = work.path if last else work.scratch(f"step-{number}")
+        form = prepared.format if last else choose("llmslim", [], None)
+        done = run_step(step, source, files, folder, form, options, work, number, progress)
+        record.edits += done.edits
+        record.linears += done.linears
+        record.notes += done.notes
+        if not work.state.get(f"saved-{number}"):
+            CheckpointWriter(folder, form, options.stored).finish(source, done.edits)
+            work.state[f"saved-{number}"] = True
+            work.save()
+        source = find(str(folder))
+    work.state.setdefault("peak_memory_mb", peak_memory_mb())
+    work.save()
+
+    progress("verify", 0, 1)
+    verification = verify_in_fresh_process(work.path, work.scratch(f"pass-{len(recipe.steps) - 1}"))
+    progress("verify", 1, 1)
+    if not verification["ok"]:
+        failed = next(check for check in verification["checks"] if not check["ok"])
+        raise RuntimeError(f"The saved checkpoint in {work.path} is not what was made: {failed['detail']}")
+    result = ModelFiles(str(work.path), work.path, source.config, files.base)
+    measured = measure(files, result, recipe.evaluation, options.device, options.dtype, progress, work)
+    report = {
+        "schema_version": 1,
+        "llmslim": llmslim.__version__,
+        "base": {"model": files.base, "spec": files.spec, "revision": files.revision},
+        "recipe": recipe.to_json(),
+        "format": prepared.format.name,
+        "calibration": _text_record(prepared.text),
+        "plan": prepared.plan.to_json(),
+        "run": {
+            "cpu_seconds": {k: p["seconds"] for k, p in work.state["passes"].items()},
+            "wall_seconds": time.time() - started,
+            "peak_memory_mb": work.state["peak_memory_mb"],
+            "resumed": work.resumed,
+        },
+        "linears": record.linears,
+        "notes": record.notes,
+        "verification": verification,
+        **measured,
+        "environment": environment(options),
+    }
+    write_report(work.path, report, files)
+    return Result(work.publish(), report)
+
+
+@dataclass
+class Prepared:
+    """A run that has passed every check, before a weight is read."""
+
+    files: ModelFiles
+    recipe: Recipe
+    options: PassOptions
+    format: Format
+    text: TextSample | None
+    plan: Plan
+
+
+def prepare(
+    model: str, recipe: Recipe, *, revision: str | None = None, device: str | None = None, plan_only: bool = False
+) -> Prepared:
+    """Check a run and plan it; reads configuration, tokenizer, texts and file headers, but no weights.
+
+    Raises:
+        UserError: for a model, text, option or format that cannot work.
+    """
+    files = find(model, revision, metadata_only=plan_only)
+    place = torch.device(device) if device else default_device()
+    stored = files.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    recipe = recipe.model_copy(update={"steps": tuple(_settled(step, stored, recipe) for step in recipe.steps)})
+    reader = None if plan_only else CheckpointReader(files)
+    reader_model = reader.model_skeleton() if reader else skeleton(files.config)
+    anatomy = Anatomy.of(reader_model)
+    for step in recipe.steps:
+        step.check(anatomy)
+    edits = [edit for step in recipe.steps for edit in step.planned_edits(anatomy)]
+    form = choose(recipe.format, edits, reader_model)
+    text = None
+    if any(step.needs_calibration for step in recipe.steps):
+        choice = recipe.calibration
+        _check_length(choice.seq_len, files)
+        text = sample(choice.text, files.tokenizer(), choice.num_samples, choice.seq_len, recipe.seed)
+    options = PassOptions(
+        text.tokens if text else None, recipe.seed, place, compute_dtype(place, stored=files.dtype), stored
+    )
+    if recipe.evaluation is not None:
+        _check_length(recipe.evaluation.seq_len, files)
+    plan = make_plan(files, reader_model, recipe, options, form, edits, reader.streams if reader else True)
+    return Prepared(files, recipe, options, form, text, plan)
+
+
+def run_step(
+    step: Step,
+    source: ModelFiles,
+    base: ModelFiles,
+    folder: Path,
+    form: Format,
+    options: PassOptions,
+    work: WorkFolder,
+    number: int,
+    progress: Progress,
+) -> StepRecord:
+    """Run one step from a checkpoint to the parts of the next one."""
+    if isinstance(step, BlockStep):
+        return BlockPass(step, source, base, folder, form, options, work, number).run(progress)
+    raise UserError(f"The step {step.kind!r} does not work on blocks, and nothing else can run it yet.")
+
+
+def _settled(step: Step, stored: torch.dtype, recipe: Recipe) -> Step:
+    """The step with its "auto" choices made; scales take a 16-bit type that the format can hold."""
+    if getattr(step, "scale_dtype", None) != "auto":
+        return step
+    half = recipe.format == "gptq" or stored == torch.float16
+    return step.model_copy(update={"scale_dtype": "float16" if half else "bfloat16"})
+
+
+def _check_length(seq_len: int, files: ModelFiles) -> None:
+    limit = getattr(files.config.get_text_config(), "max_position_embeddings", None)
+    if limit and seq_len > limit:
+        raise UserError(f"seq_len {seq_len} is more than the {limit} positions of {files.spec}; use at most {limit}.")
+
+
+def _fingerprint(files: ModelFiles, recipe: Recipe, options: PassOptions) -> dict[str, Any]:
+    """What must be the same for a resumed run to give the same bytes."""
+    weights = sorted({entry["file"] for entry in files.weights.entries.values()})
+    stats = [(files.folder / name).stat() for name in weights]
+    return json.loads(
+        json.dumps(
+            {
+                "model": [str(files.folder), [[s.st_size, s.st_mtime_ns] for s in stats]],
+                **recipe.to_json(),
+                "versions": [llmslim.__version__, torch.__version__],
+                "device": str(options.device),
+                "threads": torch.get_num_threads(),
+            }
+        )
+    )
+
+
+def _text_record(text: TextSample | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    return {"protocol": text.protocol, "data_hash": text.data_hash, "samples": len(text.tokens)}
+
+
+def environment(options: PassOptions) -> dict[str, Any]:
+    """Machine and versions, so that a figure can be placed."""
+    import importlib.metadata
+    import platform
+
+    names = ("torch", "transformers", "accelerate", "safetensors", "compressed-tensors", "datasets")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": str(options.device),
+        "compute_dtype": str(options.dtype).removeprefix("torch."),
+        "versions": versions,
+    }

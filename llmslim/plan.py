@@ -1,0 +1,196 @@
+"""The plan of a run: memory, time, disk and format, told before a weight is read."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmslim.anatomy import Anatomy
+from llmslim.anatomy.parts import features, is_matrix
+from llmslim.checkpoint.formats import Format
+from llmslim.edit import Edit
+from llmslim.errors import UserError
+from llmslim.loaders.models import ModelFiles, available_memory
+from llmslim.passes import PassOptions
+from llmslim.recipe import Recipe
+from llmslim.step import BlockStep
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need and yield.
+
+    Attributes:
+        peak_memory: of this process, in bytes.
+        seconds: of computing on this machine, for all steps and the evaluation; a rough figure.
+        output_bytes: of the weights in the output.
+        disk_bytes: the most that output and work folder take while running.
+        streams: whether blocks are read one at a time; False for families whose files need conversion.
+    """
+
+    peak_memory: int
+    available_memory: int
+    seconds: float
+    input_bytes: int
+    output_bytes: int
+    disk_bytes: int
+    format: str
+    streams: bool
+    compute_dtype: str
+    blocks: int
+    linears: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def require_disk(self, output: Path) -> None:
+        """Refuse a run that the disk cannot hold.
+
+        Raises:
+            UserError: with what is needed and what is free.
+        """
+        place = output.absolute().parent
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        if free < self.disk_bytes:
+            raise UserError(
+                f"{place} has {free / 1e9:.2f} GB free and the run needs {self.disk_bytes / 1e9:.2f} GB: "
+                "free some space or give --output on another disk."
+            )
+
+
+def make_plan(
+    files: ModelFiles,
+    model: torch.nn.Module,
+    recipe: Recipe,
+    options: PassOptions,
+    form: Format,
+    edits: list[Edit],
+    streams: bool,
+) -> Plan:
+    """Work out the plan from a skeleton on meta."""
+    anatomy = Anatomy.of(model)
+    shape = _Shape(anatomy, options, files.dtype)
+    output = _output_bytes(anatomy, edits, options.stored)
+    lanes = 2 * shape.lane_bytes + sum(1 for _ in anatomy.blocks) * 64 * shape.hidden * 4
+    return Plan(
+        peak_memory=_peak_memory(shape, recipe, anatomy, streams),
+        available_memory=available_memory(),
+        seconds=_seconds(shape, recipe, anatomy, options.device, options.dtype),
+        input_bytes=shape.total * options.stored.itemsize,
+        output_bytes=output,
+        disk_bytes=2 * output + lanes + shape.outer * 4 + 20 * 2**20,
+        format=form.name,
+        streams=streams,
+        compute_dtype=str(options.dtype).removeprefix("torch."),
+        blocks=len(anatomy.blocks),
+        linears=len(edits),
+    )
+
+
+class _Shape:
+    """Sizes that the estimates are made of, in parameters and bytes."""
+
+    def __init__(self, anatomy: Anatomy, options: PassOptions, stored: torch.dtype) -> None:
+        model = anatomy.model
+        self.compute, self.stored = options.dtype.itemsize, stored.itemsize
+        stacks = tuple(f"{stack.name}." for stack in anatomy.stacks)
+        self.total = sum(p.numel() for p in model.parameters())
+        self.outer = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(stacks))
+        self.block = max(sum(p.numel() for p in block.module.parameters()) for block in anatomy.blocks)
+        self.hidden = model.config.get_text_config().hidden_size
+        self.vocabulary = model.get_input_embeddings().num_embeddings
+        self.matrices = [features(m) for b in anatomy.blocks for m in b.module.modules() if is_matrix(m)]
+        self.widest = max((width for _, width in self.matrices), default=self.hidden)
+        self.largest = max((rows * width for rows, width in self.matrices), default=0)
+        self.tokens = 0 if options.tokens is None else options.tokens.numel()
+        self.lane_bytes = self.tokens * self.hidden * self.compute
+
+
+def _peak_memory(shape: _Shape, recipe: Recipe, anatomy: Anatomy, streams: bool) -> int:
+    """The process as it is now, plus the larger of: entering the blocks, working on one, evaluating."""
+    weights = shape.block * (shape.compute + shape.stored) if streams else shape.total * shape.compute
+    sides = 1 + max((step.needs_reference for step in recipe.steps if isinstance(step, BlockStep)), default=0)
+    chunk = 2048 * (3 * shape.widest + 4 * shape.hidden) * shape.compute if shape.tokens else 0
+    paused = shape.tokens * (shape.widest + 2 * shape.hidden) * shape.compute
+    step = max((step.workspace_bytes(anatomy) for step in recipe.steps), default=0)
+    working = sides * weights + sides * shape.lane_bytes + paused + max(chunk, step)
+    entering = weights + shape.outer * 2 * shape.stored + shape.lane_bytes * 2
+    evaluating = 0
+    if recipe.evaluation is not None and anatomy.head is not None:
+        windows = recipe.evaluation.windows * recipe.evaluation.seq_len * shape.hidden * shape.compute
+        logits = recipe.evaluation.seq_len * shape.vocabulary * shape.compute
+        evaluating = 2 * windows + 4 * logits + weights + 2 * shape.outer * shape.compute
+    return resident_bytes() + max(working, entering, evaluating)
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * 4096
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _seconds(
+    shape: _Shape, recipe: Recipe, anatomy: Anatomy, device: torch.device, dtype: torch.dtype
+) -> float:
+    """Matrix products at the speed measured here for a moment, plus the search of scales per weight."""
+    weights = sum(rows * width for rows, width in shape.matrices)
+    flops = 0.0
+    for step in recipe.steps:
+        if step.needs_calibration:
+            flops += 2.0 * shape.tokens * weights
+            flops += 1.25 * shape.tokens * sum(width * width for _, width in shape.matrices) / 2
+        flops += 2.0 * sum(rows * width * width for rows, width in shape.matrices) * 2
+    if recipe.evaluation is not None and anatomy.head is not None:
+        tokens = recipe.evaluation.windows * recipe.evaluation.seq_len
+        flops += 2 * 2.0 * tokens * (weights + shape.hidden * shape.vocabulary)
+    return flops / _flops_per_second(device, dtype) + len(recipe.steps) * weights * 1e-7
+
+
+def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    a = torch.randn(512, 512, device=device, dtype=dtype)
+    a @ a
+    started, rounds = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.05:
+        (a @ a).sum().item()
+        rounds += 1
+    return 2 * 512**3 * rounds / (time.perf_counter() - started)
+
+
+def _output_bytes(anatomy: Anatomy, edits: list[Edit], stored: torch.dtype) -> int:
+    """Bytes of the weights after the edits: packed codes, scales and zero points, and what stays dense."""
+    model = anatomy.model
+    packed, covered = 0.0, set()
+    for edit in edits:
+        scheme = getattr(edit, "scheme", None)
+        if scheme is None:
+            continue
+        weight = getattr(model.get_submodule(edit.module), "weight", None) if _has(model, edit.module) else None
+        if weight is None:
+            continue
+        covered.add(id(weight))
+        rows, groups = scheme.scale_shape(weight.shape[0], weight.numel() // weight.shape[0])
+        per_scale = getattr(torch, scheme.scale_dtype).itemsize + (0 if scheme.symmetric else 1)
+        packed += math.ceil(weight.numel() * scheme.bits / 8) + rows * groups * per_scale
+    dense = sum(p.numel() for p in model.parameters() if id(p) not in covered)
+    return int(packed) + dense * stored.itemsize
+
+
+def _has(model: torch.nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True

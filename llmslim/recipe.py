@@ -1,0 +1,132 @@
+"""Recipes: what a run does, as YAML, as CLI flags, or in Python; always the same typed record.
+
+    steps:
+      - gptq: {bits: 4, group_size: 64}
+    calibration: {text: builtin, num_samples: 32, seq_len: 512}
+    evaluation: {text: "builtin:test", windows: 16}
+    format: auto
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+
+from llmslim.errors import UserError
+from llmslim.step import Step, build_step, explain
+
+
+class Calibration(BaseModel):
+    """The text that steps look at."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    text: str = Field("builtin", description="NAME[:CONFIG[:SPLIT]], a .txt/.jsonl/.parquet file, or builtin")
+    num_samples: int = Field(32, ge=1, description="windows of the text")
+    seq_len: int = Field(512, ge=2, description="tokens per window")
+
+
+class Evaluation(BaseModel):
+    """What base and result are measured on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    text: str = Field("builtin:test", description="text for perplexity and divergence")
+    windows: int = Field(16, ge=1, description="non-overlapping windows from its start")
+    seq_len: int = Field(512, ge=2, description="tokens per window")
+    join: str = Field("", description="what stands between the rows of the text")
+    speed: bool = Field(True, description="measure decode and prefill speed and memory of base and result")
+
+
+class Recipe(BaseModel):
+    """A run: steps in order, the texts, and how the result is stored.
+
+    Attributes:
+        dtype: type of what stays dense in the output; auto keeps the model's own.
+        evaluation: None skips the measurements (never the verification).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    steps: tuple[SerializeAsAny[Step], ...]
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation | None = Evaluation()
+    format: Literal["auto", "llmslim", "compressed-tensors", "gptq"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: int = Field(0, ge=0, description="chooses the calibration windows")
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as plain JSON that `Recipe.parse` reads back."""
+        record = self.model_dump(mode="json", exclude={"steps"})
+        steps = [{step.kind: step.model_dump(mode="json", exclude_unset=False)} for step in self.steps]
+        return {"steps": steps, **record}
+
+    @classmethod
+    def parse(cls, record: Any) -> Recipe:
+        """A recipe from YAML or JSON data; anything unknown is refused with the nearest known name.
+
+        Raises:
+            UserError: in one sentence.
+        """
+        if not isinstance(record, dict) or not record.get("steps"):
+            raise UserError("A recipe is a mapping with a list of steps, such as `steps: [{gptq: {bits: 4}}]`.")
+        steps = []
+        for entry in record["steps"]:
+            if isinstance(entry, str):
+                entry = {entry: {}}
+            if not isinstance(entry, dict) or len(entry) != 1:
+                raise UserError(f"A step of a recipe is one name with its options, such as `gptq: {{bits: 4}}`, not {entry!r}.")
+            kind, fields = next(iter(entry.items()))
+            steps.append(build_step(kind, fields or {}))
+        try:
+            return cls(**{**record, "steps": tuple(steps)})
+        except ValidationError as error:
+            raise UserError(_explain_nested(error)) from error
+
+    @classmethod
+    def read(cls, path: Path, overrides: list[str] = []) -> Recipe:  # noqa: B006 - never changed
+        """A recipe file, with `key=value` overrides such as `gptq.bits=3` or `calibration.num_samples=8`."""
+        import yaml
+
+        if not path.is_file():
+            raise UserError(f"No recipe at {path}.")
+        try:
+            record = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from error
+        for override in overrides:
+            _override(record, override)
+        return cls.parse(record)
+
+
+def _override(record: Any, override: str) -> None:
+    """Set a dotted key of a recipe; a first part that names a step reaches into the steps of that name."""
+    import yaml
+
+    key, equals, value = override.partition("=")
+    path = key.split(".")
+    if not equals or not all(path):
+        raise UserError(f"{override!r} is not an override: write key=value, such as gptq.bits=3.")
+    named = [e for e in record.get("steps", []) if isinstance(e, dict) and path[0] in e]
+    targets = [entry for entry in named] if named else [record]
+    for target in targets:
+        for part in path[:-1]:
+            if target.get(part) is None:
+                target[part] = {}
+            target = target[part]
+            if not isinstance(target, dict):
+                raise UserError(f"{override!r}: {part!r} has no keys below it.")
+        target[path[-1]] = yaml.safe_load(value)
+
+
+def _explain_nested(error: ValidationError) -> str:
+    """The first problem, told for the innermost section that it lies in."""
+    location = error.errors()[0]["loc"]
+    sections: dict[str, type[BaseModel]] = {"calibration": Calibration, "evaluation": Evaluation}
+    section = sections.get(str(location[0]))
+    if section is None or len(location) < 2:
+        return explain(error, "the recipe", Recipe)
+    try:
+        section(**{str(location[-1]): error.errors()[0]["input"]})
+    except ValidationError as inner:
+        return explain(inner, str(location[0]), section)
+    return explain(error, "the recipe", Recipe)

@@ -1,0 +1,116 @@
+"""The work folder of a run: output is made beside its final place, and a killed run finds its way back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llmslim.errors import UserError
+
+Progress = Callable[[str, int, int], None]
+"""progress(what is being done, steps done, steps in all)"""
+
+
+class WorkFolder:
+    """`<output>.partial`: becomes `<output>` when whole.
+
+    Attributes:
+        path: where the files of the output are written.
+        state: what is finished so far; `save()` writes it.
+        resumed: whether an earlier run with the same fingerprint was found.
+    """
+
+    def __init__(self, output: Path, fingerprint: dict[str, Any], overwrite: bool = False) -> None:
+        self.output = output
+        self.path = output.with_name(output.name + ".partial")
+        self.state: dict[str, Any] = {"fingerprint": fingerprint}
+        self.resumed = False
+        check_output(output, overwrite)
+        self._overwrite = overwrite
+        saved = _read(self.path / "progress.json")
+        if saved is not None and saved.get("fingerprint") == fingerprint:
+            self.state, self.resumed = saved, True
+        elif self.path.exists() and not overwrite and saved is not None:
+            changed = [key for key in fingerprint if saved.get("fingerprint", {}).get(key) != fingerprint[key]]
+            raise UserError(
+                f"{self.path} holds an unfinished run with another {' and '.join(changed)}: "
+                "give the same options to finish it, --overwrite to discard it, or another --output."
+            )
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def save(self) -> None:
+        """Write the state so that it is either the old or the new one, whenever the machine stops."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "progress.json", json.dumps(self.state))
+
+    def scratch(self, name: str) -> Path:
+        """A folder for files that are not part of the output."""
+        folder = self.path / f".{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def publish(self) -> Path:
+        """Move the finished output to its place, in the stead of an older one if so asked."""
+        for leftover in [*self.path.glob(".*"), self.path / "progress.json"]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        if self.output.exists():
+            check_output(self.output, self._overwrite)
+            old = self.output.with_name(self.output.name + f".old-{os.getpid()}")
+            os.replace(self.output, old)
+            os.replace(self.path, self.output)
+            shutil.rmtree(old)
+        else:
+            os.replace(self.path, self.output)
+        return self.output
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output that exists, or that would replace something that is no model.
+
+    Raises:
+        UserError: see above.
+    """
+    if not output.exists():
+        return
+    if not overwrite:
+        raise UserError(f"The output {output} exists: name another folder, or give --overwrite to replace it.")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").exists()):
+        raise UserError(f"The output {output} is not a model folder, so it is not overwritten; name another one.")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors to a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    temporary = path.with_suffix(".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    os.replace(temporary, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
