@@ -37,6 +37,7 @@ def step_parser(prog: str, verb: str) -> Parser:
     methods = methods_of(verb)
     notes = [f"  {kind:<8} {_first_sentence(cls)}" for kind, cls in methods.items()]
     made = Parser(prog, _room_text(methods, verb), _examples(prog, verb, methods))
+    made.set_defaults(verb=verb)
     add_model(made)
     made.add_argument("--method", metavar="|".join(methods), help="the method; each is described below")
     for kinds, names in _by_methods(methods).items():
@@ -107,7 +108,7 @@ def run_step(options: dict[str, Any]) -> None:
     fields = _below(options, STEP)
     _refuse_foreign(fields, kind, methods_of(verb))
     record: dict[str, Any] = {"steps": [{kind: fields}]}
-    for path, value in _below(options, RECIPE).items():
+    for path, value in _recipe_fields(options).items():
         section, _, name = path.rpartition(".")
         (record.setdefault(section, {}) if section else record)[name] = value
     _compress(Recipe.parse(record), options)
@@ -117,12 +118,22 @@ def run_recipe(options: dict[str, Any]) -> None:
     """Run `compress`."""
     from llmslim.recipe import Recipe
 
-    flags = [f"{path}={json.dumps(value)}" for path, value in _below(options, RECIPE).items()]
+    flags = [f"{path}={json.dumps(value)}" for path, value in _recipe_fields(options).items()]
     _compress(Recipe.read(Path(options["recipe"]), [*options["overrides"], *flags]), options)
 
 
 def _below(options: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in options.items() if key.startswith(prefix)}
+
+
+def _recipe_fields(options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the recipe that were typed, by their path."""
+    fields = _below(options, RECIPE)
+    about = [path for path in fields if path.startswith("evaluation.")]
+    if "evaluation" in fields and about:
+        flag = SECTIONS.get(about[0], "--no-speed")
+        raise UserError(f"{flag} and --no-evaluate exclude each other: leave one out.")
+    return fields
 
 
 def _compress(recipe: Recipe, options: dict[str, Any]) -> None:
