@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: for an unknown option, with the nearest known one.
         """
-        parsed, unknown = self.parse_known_args(argv)
+        parsed, unknown = self.parse_known_intermixed_args(argv)
         for word in unknown:
             option = word.split("=")[0]
             if option.startswith("-"):
@@ -53,9 +53,16 @@ class Parser(argparse.ArgumentParser):
     def options(self) -> list[str]:
         return [option for action in self._actions for option in action.option_strings if option[:2] == "--"]
 
+    def format_usage(self) -> str:
+        return f"usage: {self.usage_line()}\n"
+
+    def format_help(self) -> str:
+        self.usage = self.usage_line()
+        return super().format_help()
+
     def usage_line(self) -> str:
         """The verb and its positional arguments."""
-        words = [str(a.metavar) for a in self._actions if not a.option_strings]
+        words = [f"[{a.metavar} ...]" if a.nargs == "*" else str(a.metavar) for a in self._actions if not a.option_strings]
         return " ".join([self.prog, *words, "[options]"])
 
 

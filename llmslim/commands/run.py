@@ -35,11 +35,12 @@ SECTIONS = {  # flags of the recipe's fields, by where the value goes
 def step_parser(prog: str, verb: str) -> Parser:
     """The parser of a verb that runs one step."""
     methods = methods_of(verb)
-    notes = [f"  {kind:<8} {_first_sentence(cls)}" for kind, cls in methods.items()]
+    lines = "\n".join(f"{kind:<8} {_first_sentence(cls)}" for kind, cls in methods.items())
     made = Parser(prog, _room_text(methods, verb), _examples(prog, verb, methods))
     made.set_defaults(verb=verb)
     add_model(made)
-    made.add_argument("--method", metavar="|".join(methods), help="the method; each is described below")
+    chosen = made.add_argument_group("methods", lines)
+    chosen.add_argument("--method", metavar="|".join(methods), help="which one")
     for kinds, names in _by_methods(methods).items():
         everyone = len(kinds) == len(methods)
         title = "options of every method" if everyone else f"options of {' and '.join(kinds)} alone"
@@ -47,7 +48,6 @@ def step_parser(prog: str, verb: str) -> Parser:
         for name in names:
             field = methods[kinds[0]].model_fields[name]
             add_field(group, STEP + name, field, default=_default(methods, kinds, name))
-    made.add_argument_group("methods", "\n".join(notes))
     _add_run_flags(made)
     return made
 
@@ -244,8 +244,9 @@ def _examples(prog: str, verb: str, methods: dict[str, type[Step]]) -> str:
     first = next(iter(methods))
     return "\n".join(
         [
-            f"MODEL is {MODEL}. A text is NAME[:CONFIG[:SPLIT]] (a Hub data set or a local folder in its layout),",
-            "a .txt, .jsonl or .parquet file, or builtin. A killed run goes on when the same command is given again.",
+            f"MODEL is {MODEL}. A text is NAME[:CONFIG[:SPLIT]] (a data set of the",
+            "Hub or a local folder in its layout), a .txt, .jsonl or .parquet file, or builtin. A killed run goes",
+            "on when the same command is given again.",
             "",
             "examples:",
             *lines,

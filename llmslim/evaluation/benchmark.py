@@ -128,7 +128,4 @@ def benchmark_folder(folder: str) -> dict[str, Any]:
 if __name__ == "__main__":
     import json
 
-    from llmslim.cli import quiet
-
-    quiet(verbose=False)
     print(json.dumps(benchmark_folder(sys.argv[1])))
