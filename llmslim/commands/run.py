@@ -189,9 +189,8 @@ def _method(typed: str | None, methods: dict[str, type[Step]]) -> str:
         return typed
     if typed is None and len(methods) == 1:
         return next(iter(methods))
-    known = "; ".join(f"{kind}: {_first_sentence(cls)}" for kind, cls in methods.items())
     if typed is None:
-        raise UserError(f"Which method? Give --method with one of: {known}")
+        raise UserError(f"Which method? Give --method {' or '.join(methods)}; --help says what each does.")
     raise UserError(f"Unknown method {typed!r}{did_you_mean(typed, methods)}; there are {', '.join(methods)}.")
 
 
