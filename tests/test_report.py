@@ -129,7 +129,7 @@ def test_rows_compare_base_and_result() -> None:
     assert found["top-1 agreement"][1] == "81.0 ± 1.0 %"
     assert found["decode, tokens/s"] == ("20.0", "50.0", "2.50x the base's")
     assert found["memory when run"] == ("900 MB", "450 MB", "0.50x")
-    assert found["in the blocks"][:2] == ("16.00", "4.25")
+    assert found["bits per weight, blocks"][:2] == ("16.00", "4.25")
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def _sizes(size: dict[str, Any]) -> list[Row]:
     base, result = size["base"], size["result"]
     smaller = base["bytes_on_disk"] / max(1, result["bytes_on_disk"])
     made = [Row("size on disk", *_megabytes(base, result, "bytes_on_disk"), f"{smaller:.2f}x smaller")]
-    for label, name in (("bits per weight, all", "bits_per_weight"), ("in the blocks", "bits_per_block_weight")):
+    for label, name in (("bits per weight, all", "bits_per_weight"), ("bits per weight, blocks", "bits_per_block_weight")):
         made.append(Row(label, f"{base[name]:.2f}", f"{result[name]:.2f}"))
     return made
 
