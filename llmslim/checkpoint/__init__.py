@@ -1,0 +1,1 @@
+"""What a run leaves: read, write, load and verify checkpoints; one file per format."""

@@ -1,0 +1,182 @@
+"""compressed-tensors, "pack-quantized": what plain transformers (with the compressed-tensors package) and vLLM load.
+
+Per Linear `name` with weight [out, in]:
+
+    name.weight_packed  int32 [out, ceil(in * bits / 32)], one little-endian bit stream per row (our own packing)
+    name.weight_scale   [out, groups], [out, 1] or [1]
+    name.weight_shape   int64 [2] = (out, in)
+    name.weight_zero_point  int32 [ceil(out * bits / 32), groups], packed along out; only when asymmetric
+
+Codes are stored unsigned, shifted by 2**(bits-1), as ours. Written: symmetric 3, 4 and 8 bits on nn.Linear, since
+transformers loads no asymmetric one (compressed-tensors 0.20). Read: asymmetric too. Not read: quantized
+activations or KV cache, float types, transforms, the removed activation ordering with a g_idx.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmslim.checkpoint.formats import Format, Get, Packed, as_bytes, as_words, exact_scale, expect, pack_linears
+from llmslim.edit import Edit
+from llmslim.errors import UserError
+from llmslim.quantization import packing
+from llmslim.quantization.edits import PackLinear
+from llmslim.quantization.grid import QuantizedWeight, Scheme
+
+LAYOUT = "pack-quantized"
+BITS = (3, 4, 8)
+
+
+class CompressedTensors(Format):
+    name = "compressed-tensors"
+
+    def refusal(self, edits: Sequence[Edit], model: PreTrainedModel, dtype: torch.dtype) -> str | None:
+        schemes = pack_linears(edits)
+        if schemes is None:
+            other = next(edit for edit in edits if not isinstance(edit, PackLinear))
+            return f"it holds packed Linears only, and the result has the edit {other.kind!r}"
+        for name, scheme in schemes.items():
+            if not scheme.symmetric:
+                return "asymmetric weights in it do not load in transformers"
+            if scheme.bits not in BITS:
+                return f"{scheme.bits}-bit weights in it are not loaded everywhere ({', '.join(map(str, BITS))} are)"
+            if not isinstance(model.get_submodule(name), nn.Linear):
+                return f"{name} is a {type(model.get_submodule(name)).__name__}, and it knows nn.Linear only"
+            if dtype not in (torch.float32, getattr(torch, scheme.scale_dtype)):
+                return f"it loads scales in the checkpoint's {dtype}, which cannot hold {scheme.scale_dtype} ones"
+        return None
+
+    def stored(self, name: str, module: Packed) -> dict[str, Tensor]:
+        scheme, (rows, columns) = module.scheme, module.shape
+        scale = module.weight_scale.detach()
+        tensors = {
+            "weight_packed": as_words(module.weight_packed.detach()),
+            "weight_scale": scale.reshape(1) if scheme.group_size == "tensor" else scale,
+            "weight_shape": torch.tensor([rows, columns], device=scale.device),
+        }
+        if module.weight_zero_point is not None:
+            packed = packing.pack(module.weight_zero_point.detach().T.contiguous(), scheme.bits)
+            tensors["weight_zero_point"] = as_words(packed).T.contiguous()
+        return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+
+    def read(self, name: str, module: Packed, get: Get) -> QuantizedWeight:
+        tensors = {full: expect(full, get(full), like) for full, like in self.stored(name, module).items()}
+        scheme, (rows, columns) = module.scheme, module.shape
+        if tensors[f"{name}.weight_shape"].tolist() != [rows, columns]:
+            raise UserError(f"The checkpoint's {name} is not of the shape {[rows, columns]} that the model has.")
+        width = packing.packed_width(columns, scheme.bits)
+        codes = packing.unpack(as_bytes(tensors[f"{name}.weight_packed"], width), scheme.bits, columns)
+        scale = exact_scale(name, tensors[f"{name}.weight_scale"], scheme).reshape(module.weight_scale.shape)
+        zero = tensors.get(f"{name}.weight_zero_point")
+        if zero is not None:
+            bytes_ = as_bytes(zero.T, packing.packed_width(rows, scheme.bits))
+            zero = packing.unpack(bytes_, scheme.bits, rows).T.contiguous()
+        return QuantizedWeight(scheme, codes, scale, zero)
+
+    def config(self, edits: Sequence[Edit], model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
+        """The commonest scheme takes all Linears; other schemes name theirs; Linears left dense are ignored."""
+        schemes = pack_linears(edits)
+        assert schemes is not None
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        ranked = [scheme for scheme, _ in Counter(schemes.values()).most_common()]
+        groups = {}
+        for number, scheme in enumerate(ranked):
+            named = [name for name, other in schemes.items() if other == scheme]
+            groups[f"group_{number}"] = {
+                "targets": named if number else ["Linear"],
+                "weights": _weight_arguments(scheme, dtype),
+                "input_activations": None,
+                "output_activations": None,
+                "format": LAYOUT,
+            }
+        return {
+            "quant_method": self.name,
+            "format": LAYOUT,
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "kv_cache_scheme": None,
+            "ignore": [name for name in linears if name not in schemes],
+            "config_groups": groups,
+        }
+
+    def edits(self, config: dict[str, Any], model: PreTrainedModel) -> list[Edit]:
+        groups = config.get("config_groups")
+        if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+            raise UserError("The checkpoint's compressed-tensors config has no readable config_groups.")
+        for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
+            if config.get(key):
+                raise UserError(f"The checkpoint uses compressed-tensors' {key}, which llmslim does not read.")
+        if config.get("quantization_status", "compressed") != "compressed":
+            raise UserError(f"The checkpoint's weights have the status {config['quantization_status']!r}, not 'compressed'.")
+        dtype = model.config.dtype or torch.float32
+        targets: dict[str, Scheme] = {}
+        for group in groups.values():
+            scheme = _scheme(group, config.get("format"), dtype)
+            targets.update(dict.fromkeys(_strings(group.get("targets")), scheme))
+        ignore = _strings(config.get("ignore") or [])
+        edits: list[Edit] = []
+        for name, module in model.named_modules():
+            matched = _matches(name, module, targets) if isinstance(module, nn.Linear) else []
+            if matched and not _matches(name, module, ignore):
+                edits.append(PackLinear(module=name, scheme=targets[matched[0]]))
+        return edits
+
+
+def _weight_arguments(scheme: Scheme, dtype: torch.dtype) -> dict[str, Any]:
+    strategy = scheme.group_size if isinstance(scheme.group_size, str) else "group"
+    arguments = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": strategy,
+        "group_size": scheme.group_size if strategy == "group" else None,
+        "dynamic": False,
+    }
+    if getattr(torch, scheme.scale_dtype) != dtype:
+        arguments["scale_dtype"] = f"torch.{scheme.scale_dtype}"  # else the checkpoint's type is meant
+    return arguments
+
+
+def _scheme(group: dict[str, Any], layout: Any, dtype: torch.dtype) -> Scheme:
+    """The scheme of one config group, or a UserError that names what we cannot read."""
+    weights = group.get("weights")
+    layout = group.get("format") or layout
+    activations = group.get("input_activations") or group.get("output_activations")
+    if layout != LAYOUT or activations or not isinstance(weights, dict):
+        what = "quantized activations" if activations else f"the layout {layout!r}"
+        raise UserError(f"The checkpoint is compressed-tensors with {what}; llmslim reads weight-only {LAYOUT!r}.")
+    if weights.get("type", "int") != "int" or weights.get("dynamic") or weights.get("actorder") in ("group", "dynamic"):
+        raise UserError(f"The checkpoint's weights {weights} are of a kind of compressed-tensors that llmslim does not read.")
+    size = weights.get("group_size")
+    strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
+    scale = str(weights.get("scale_dtype") or dtype).removeprefix("torch.")
+    try:
+        return Scheme(
+            bits=weights.get("num_bits", 8),
+            group_size=size if strategy == "group" else strategy,
+            symmetric=weights.get("symmetric", True),
+            scale_dtype=scale,  # type: ignore[arg-type]
+        )
+    except ValueError as error:
+        raise UserError(f"The checkpoint's weights {weights} are of a kind of compressed-tensors that llmslim does not read.") from error
+
+
+def _strings(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise UserError("The checkpoint's compressed-tensors config has targets or ignore that are no lists of names.")
+    return value
+
+
+def _matches(name: str, module: nn.Module, targets: Sequence[str] | dict[str, Scheme]) -> list[str]:
+    """The targets that fit a module, best first: its name, a regular expression ("re:..."), its class."""
+    exact = [target for target in targets if target == name]
+    patterns = sorted(t for t in targets if t.startswith("re:") and re.match(t[3:], name))
+    classes = {cls.__name__ for cls in type(module).__mro__}
+    return [*exact, *patterns, *[target for target in targets if target in classes]]

@@ -1,0 +1,153 @@
+"""A format: how packed weights and the edits that made them lie in a folder.
+
+Formats differ in the names, packing and types of a packed weight's tensors and in what config.json says of them.
+Everything else (dense tensors, shards, tokenizer) is the same in all. A new one is a subclass in a file of this
+room that is listed in `_known`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmslim.edit import Edit
+from llmslim.errors import UserError
+from llmslim.quantization.edits import PackLinear
+from llmslim.quantization.grid import QuantizedWeight, Scheme
+from llmslim.quantization.packed import PackedEmbedding, PackedLinear
+from llmslim.step import nearest
+
+Packed = PackedLinear | PackedEmbedding
+Get = Callable[[str], Tensor]
+
+
+class Format(ABC):
+    """One way to store packed weights. Formats have no state."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def refusal(self, edits: Sequence[Edit], model: PreTrainedModel, dtype: torch.dtype) -> str | None:
+        """Why a model with these edits cannot be stored so, as a clause for a UserError; None when it can.
+
+        Args:
+            model: a skeleton in front of the edits.
+            dtype: what dense tensors are stored in, and plain transformers loads the model in.
+        """
+
+    @abstractmethod
+    def stored(self, name: str, module: Packed) -> dict[str, Tensor]:
+        """The tensors on disk, by full name, of the packed weight of the module called `name`; bias not included.
+
+        Works on meta as well, for names, shapes and types.
+        """
+
+    @abstractmethod
+    def read(self, name: str, module: Packed, get: Get) -> QuantizedWeight:
+        """The inverse of `stored`.
+
+        Args:
+            module: a skeleton, for shape and scheme; not changed.
+            get: the tensor of a full name.
+
+        Raises:
+            UserError: the tensors hold something that the config did not announce.
+        """
+
+    @abstractmethod
+    def config(self, edits: Sequence[Edit], model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
+        """`quantization_config` for config.json, plain JSON; `model` before or after the edits."""
+
+    @abstractmethod
+    def edits(self, config: dict[str, Any], model: PreTrainedModel) -> list[Edit]:
+        """The edits back from a `quantization_config`, which is untrusted; `model` before the edits.
+
+        Raises:
+            UserError: it is damaged, or announces what llmslim cannot read.
+        """
+
+
+def formats() -> dict[str, Format]:
+    """Every format by its name, which is also the `quant_method` in config.json."""
+    from llmslim.checkpoint.compressed_tensors import CompressedTensors
+    from llmslim.checkpoint.gptq import GPTQLayout
+    from llmslim.checkpoint.own import Own
+
+    return {form.name: form for form in (Own(), CompressedTensors(), GPTQLayout())}
+
+
+def choose(
+    name: str, edits: Sequence[Edit], model: PreTrainedModel | None, dtype: torch.dtype | None = None
+) -> Format:
+    """The format of that name, or for "auto" compressed-tensors where it can hold the result, else llmslim.
+
+    Args:
+        model: a skeleton in front of the edits; None when there are no edits.
+        dtype: what dense tensors will be stored in; the config's when None.
+
+    Raises:
+        UserError: there is no such format, or it cannot hold the result.
+    """
+    known = formats()
+    if name != "auto" and name not in known:
+        raise UserError(f"Unknown format {name!r}{nearest(name, known)}; there are auto, {', '.join(known)}.")
+    if model is None or not edits:
+        return known["llmslim" if name == "auto" else name]
+    dtype = dtype or model.config.dtype or torch.float32
+    reasons = {form: known[form].refusal(edits, model, dtype) for form in known}
+    if name == "auto":
+        return known["llmslim" if reasons["compressed-tensors"] else "compressed-tensors"]
+    if reasons[name]:
+        able = [form for form, reason in reasons.items() if not reason]
+        raise UserError(f"Format {name!r} cannot hold this result: {reasons[name]}; {' or '.join(able)} can.")
+    return known[name]
+
+
+def packed_modules(model: nn.Module) -> dict[str, Packed]:
+    """The packed modules by their full name, a tied one under each of its names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
+
+
+def pack_linears(edits: Sequence[Edit]) -> dict[str, Scheme] | None:
+    """name -> scheme, if packing Linears is all that the edits do; else None."""
+    schemes = {edit.module: edit.scheme for edit in edits if isinstance(edit, PackLinear)}
+    return schemes if len(schemes) == len(edits) else None
+
+
+def as_words(packed: Tensor) -> Tensor:
+    """uint8 [rows, bytes] -> int32 [rows, ceil(bytes / 4)], little end first, padded with zeros."""
+    missing = -packed.shape[1] % 4
+    if missing:
+        packed = torch.cat([packed, packed.new_zeros(packed.shape[0], missing)], dim=1)
+    return packed.contiguous().view(torch.int32)
+
+
+def as_bytes(words: Tensor, width: int) -> Tensor:
+    """The inverse of `as_words`: the first `width` bytes of each row."""
+    return words.contiguous().view(torch.uint8)[:, :width]
+
+
+def expect(name: str, tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor, or a UserError when its shape or kind of type is not that of `like`."""
+    floats = tensor.is_floating_point() and like.is_floating_point()
+    if tensor.shape != like.shape or not (floats or tensor.dtype == like.dtype):
+        raise UserError(
+            f"The checkpoint's tensor {name} is {tensor.dtype} {list(tensor.shape)}, and its config announces "
+            f"{like.dtype} {list(like.shape)}; it is damaged, or of a layout that llmslim cannot read."
+        )
+    return tensor
+
+
+def exact_scale(name: str, scale: Tensor, scheme: Scheme) -> Tensor:
+    """Scales as float32, or a UserError when the scheme's type cannot hold them."""
+    values = scale.float()
+    if scale.dtype != getattr(torch, scheme.scale_dtype):
+        rounded = values.to(getattr(torch, scheme.scale_dtype)).float()
+        if not torch.equal(rounded, values):
+            raise UserError(f"The scales {name} are {scale.dtype}, and {scheme.scale_dtype} cannot hold them exactly.")
+    return values

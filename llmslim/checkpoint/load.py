@@ -1,0 +1,77 @@
+"""Load any model, dense or compressed, into memory: packed weights stay packed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from llmslim.checkpoint.names import relative
+from llmslim.checkpoint.reader import plain_config, read_edits
+from llmslim.errors import UserError
+from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find, model_class, skeleton
+
+
+def load(
+    spec: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[PreTrainedModel, Any]:
+    """A model in eval mode and its tokenizer.
+
+    Args:
+        spec: a Hub id, a folder, a .gguf file, or "demo". Checkpoints of llmslim, compressed-tensors
+            (pack-quantized) and GPTQ come with fast packed Linears.
+        revision: of a Hub model.
+        dtype: to compute in; by default bfloat16 where the machine is fast at it, else float32. "auto": as stored.
+        device: the GPU if there is one when None.
+
+    Raises:
+        UserError: there is no such model, or it is quantized in a way that llmslim does not read.
+    """
+    files = find(spec, revision)
+    where = torch.device(device) if device is not None else default_device()
+    return load_model(files, dtype, where), files.tokenizer()
+
+
+def load_model(files: ModelFiles, dtype: torch.dtype | str | None, device: torch.device) -> PreTrainedModel:
+    """The model of files at hand, on `device`."""
+    from llmslim.checkpoint import plugin  # noqa: F401  registers with transformers
+
+    if dtype == "auto":
+        dtype = files.dtype
+    elif isinstance(dtype, str):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise UserError(f"Unknown dtype {dtype!r}; use float32, bfloat16, float16 or auto.")
+        dtype = getattr(torch, dtype)
+    dtype = dtype or compute_dtype(device, files.dtype)
+    method = _method(files)
+    config = copy.deepcopy(files.config)
+    if method in ("llmslim", "compressed-tensors", "gptq"):
+        config.quantization_config = _ours(files, dtype)
+    files.weights  # noqa: B018  refuses folders without safetensors
+    model = model_class(config).from_pretrained(files.folder, config=config, dtype=dtype, device_map={"": device})
+    return model.eval()
+
+
+def _method(files: ModelFiles) -> str | None:
+    stored = getattr(files.config, "quantization_config", None)
+    if stored is None:
+        return None
+    return stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+
+
+def _ours(files: ModelFiles, dtype: torch.dtype) -> dict[str, Any]:
+    """The quantization_config with which our quantizer reads the files, whatever their format."""
+    form, edits = read_edits(files)
+    assert form is not None
+    model = skeleton(plain_config(files))
+    records = [edit.to_json() for edit in relative(edits, model)]
+    ours: dict[str, Any] = {"quant_method": "llmslim", "format_version": 1, "edits": records}
+    if form.name != "llmslim":
+        ours |= {"storage": form.name, "stored_config": form.config(edits, model, dtype)}
+    return ours

@@ -1,0 +1,46 @@
+"""Names of modules in stored edits: relative to the base model, so that a model loads with or without its head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmslim.edit import Edit
+
+MODULE_FIELDS = ("module", "tied_head")
+"""Fields of edits that hold the name of a module."""
+
+
+def relative(edits: Sequence[Edit], model: PreTrainedModel) -> list[Edit]:
+    """The edits with the base model's prefix taken off their names ("model.layers.0" -> "layers.0")."""
+    prefix = f"{_prefix(model)}."
+    return [_renamed(edit, lambda name: name.removeprefix(prefix)) for edit in edits]
+
+
+def absolute(edits: Sequence[Edit], model: PreTrainedModel) -> list[Edit]:
+    """The inverse, for `model`, which may be the base model alone: edits of a head that it lacks are left out."""
+    prefix = _prefix(model)
+    base = getattr(model, prefix) if prefix else model
+    partial = type(model).__name__ not in (model.config.architectures or [])
+
+    def full(name: str) -> str | None:
+        first = name.partition(".")[0]
+        if hasattr(base, first):
+            return f"{prefix}.{name}" if prefix else name
+        return None if partial and not hasattr(model, first) else name
+
+    renamed = [_renamed(edit, full) for edit in edits]
+    return [edit for edit in renamed if getattr(edit, "module", "") is not None]
+
+
+def _prefix(model: PreTrainedModel) -> str:
+    """Where the base model hangs in `model`; "" when it is the base model itself (or T5, which has none)."""
+    prefix = model.base_model_prefix
+    return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def _renamed(edit: Edit, rename: Callable[[str], str | None]) -> Edit:
+    names = {field: getattr(edit, field, None) for field in MODULE_FIELDS}
+    return edit.model_copy(update={field: rename(name) for field, name in names.items() if name is not None})

@@ -1,0 +1,66 @@
+"""llmslim's own format: the packed modules' own parameters, and every edit in config.json. It holds anything.
+
+    "quantization_config": {"quant_method": "llmslim", "format_version": 1, "edits": [{"edit": ..., ...}, ...]}
+
+Names of modules in the edits are relative to the base model. A tied head and embedding are stored once, under
+the embedding's name. `llmslim.plugin` teaches transformers to load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmslim.checkpoint.formats import Format, Get, Packed, exact_scale, expect
+from llmslim.checkpoint.names import absolute, relative
+from llmslim.edit import Edit, parse_edit
+from llmslim.errors import UserError
+from llmslim.quantization import packing
+from llmslim.quantization.grid import QuantizedWeight
+
+FORMAT_VERSION = 1
+
+
+class Own(Format):
+    name = "llmslim"
+
+    def refusal(self, edits: Sequence[Edit], model: PreTrainedModel, dtype: torch.dtype) -> str | None:
+        return None
+
+    def stored(self, name: str, module: Packed) -> dict[str, Tensor]:
+        parts = {part: getattr(module, part) for part in ("weight_packed", "weight_scale", "weight_zero_point")}
+        return {f"{name}.{part}": tensor.detach() for part, tensor in parts.items() if tensor is not None}
+
+    def read(self, name: str, module: Packed, get: Get) -> QuantizedWeight:
+        like = self.stored(name, module)
+        tensors = {full: expect(full, get(full), tensor) for full, tensor in like.items()}
+        scheme = module.scheme
+        codes = packing.unpack(tensors[f"{name}.weight_packed"], scheme.bits, module.shape[1])
+        scale = exact_scale(name, tensors[f"{name}.weight_scale"], scheme)
+        return QuantizedWeight(scheme, codes, scale, tensors.get(f"{name}.weight_zero_point"))
+
+    def config(self, edits: Sequence[Edit], model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
+        records = [edit.to_json() for edit in relative(edits, model)]
+        return {"quant_method": self.name, "format_version": FORMAT_VERSION, "edits": records}
+
+    def edits(self, config: dict[str, Any], model: PreTrainedModel) -> list[Edit]:
+        return absolute(parse_edits(config), model)
+
+
+def parse_edits(config: dict[str, Any]) -> list[Edit]:
+    """The edits of our `quantization_config`, names relative to the base model; untrusted input."""
+    from llmslim.step import load_steps
+
+    load_steps()  # the rooms' edits enter the registry
+    version, records = config.get("format_version"), config.get("edits")
+    unknown = set(config) - {"quant_method", "format_version", "edits"}
+    if version != FORMAT_VERSION:
+        raise UserError(f"The checkpoint has format_version {version!r}; this llmslim reads {FORMAT_VERSION}: update it.")
+    if unknown or not isinstance(records, list):
+        what = f"an unknown field {min(map(str, unknown))!r}" if unknown else "no list of edits"
+        raise UserError(f"The checkpoint's quantization_config has {what}; it takes format_version and edits.")
+    return [parse_edit(record) for record in records]

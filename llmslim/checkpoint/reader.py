@@ -1,0 +1,198 @@
+"""Read a checkpoint part by part: whatever its format, blocks come out ready to compute with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmslim.checkpoint.formats import Format, Packed, expect, formats
+from llmslim.checkpoint.inventory import dense_tensors, part_of, stored_tensors
+from llmslim.edit import Edit, replay
+from llmslim.errors import UserError
+from llmslim.loaders.models import ModelFiles, place, skeleton, tie
+from llmslim.loaders.safetensors_io import DTYPE_BYTES
+from llmslim.quantization.packed import PackedLinear
+
+
+class CheckpointReader:
+    """The weights of a model folder, dense or compressed, for skeletons that are filled a part at a time.
+
+    Attributes:
+        edits: what the checkpoint's structure differs from its config by.
+        form: the format of its packed weights; None when it has none.
+        streams: whether parts are read from the files when asked for. False when the files need transformers' own
+            conversion (experts stored one by one): then the first `fill` loads the whole model.
+        stored_bytes: of all tensors in the files.
+    """
+
+    def __init__(self, files: ModelFiles) -> None:
+        self.files = files
+        self.form, self.edits = read_edits(files)
+        self.weights = files.weights
+        self._binding = self._bind()
+        self.streams = self._binding is not None
+        self._whole: dict[str, Tensor] | None = None
+
+    @property
+    def stored_bytes(self) -> int:
+        entries = self.weights.entries.values()
+        return sum(DTYPE_BYTES.get(e["dtype"], 1) * torch.Size(e["shape"]).numel() for e in entries)
+
+    def model_skeleton(self) -> PreTrainedModel:
+        """The model on meta, edits replayed, without a KV cache."""
+        config = plain_config(self.files)
+        config.get_text_config(decoder=True).use_cache = False
+        config.use_cache = False
+        model = skeleton(config)
+        replay(model, self.edits)
+        return model
+
+    def names_of(self, prefix: str | None) -> list[str]:
+        """The names in the files of the tensors below `prefix`; None: of those outside the blocks."""
+        names = stored_tensors(self._reference, self._storage, prefix)
+        return [self._binding[name] for name in names] if self._binding is not None else list(names)
+
+    def fill(
+        self,
+        models: Sequence[nn.Module],
+        prefix: str | None,
+        dtype: torch.dtype,
+        round_to: torch.dtype | None = None,
+        forget: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        """Put the tensors below `prefix` (None: those outside the blocks) into skeletons of this checkpoint.
+
+        Args:
+            models: each gets parameters of its own on the same memory.
+            dtype: what dense floats are cast to, but for tables of embeddings that are not tied to a head, which
+                keep the type they are stored in. Packed weights are never cast.
+            round_to: what dense floats are rounded to first.
+            forget: when the model had to be loaded whole, drop what has been placed.
+        """
+        device = device or torch.device("cpu")
+        with self._open() as get:
+            for name, module in part_of(models[0], prefix):
+                for full, tensor in self._dense(name, module, models[0], get, dtype, round_to).items():
+                    for model in models:
+                        place(model, full, tensor.to(device))
+                if isinstance(module, Packed) and not self._is_tied(models[0], f"{name}.weight_packed"):
+                    for full, tensor in self._packed(name, module, get).items():
+                        for model in models:
+                            place(model, full, tensor.to(device))
+                    for model in models:
+                        model.get_submodule(name).int4pack = None
+        if prefix is None:
+            for model in models:
+                tie(model)
+        if forget and self._whole is not None:
+            for full in stored_tensors(self._reference, self._storage, prefix):
+                self._whole.pop(full, None)
+
+    def _dense(
+        self,
+        name: str,
+        module: nn.Module,
+        model: nn.Module,
+        get: Callable[[str], Tensor],
+        dtype: torch.dtype,
+        round_to: torch.dtype | None,
+    ) -> dict[str, Tensor]:
+        ties = getattr(model, "all_tied_weights_keys", None) or {}
+        placed = {}
+        for full in dense_tensors(name, module):
+            if full in ties:
+                continue
+            tensor = get(full)
+            shape = model.get_parameter_or_buffer(full).shape
+            if tensor.shape != shape:
+                raise UserError(
+                    f"{self.files.folder}: the tensor {full} is {list(tensor.shape)}, and the config makes it "
+                    f"{list(shape)}; the folder is damaged."
+                )
+            if tensor.is_floating_point():
+                tensor = tensor.to(round_to or tensor.dtype)
+                if not isinstance(module, nn.Embedding) or full in ties.values():
+                    tensor = tensor.to(dtype)
+            placed[full] = tensor.clone()  # the file's map is closed after
+        return placed
+
+    def _packed(self, name: str, module: Packed, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """A packed module's own parameters, by full name."""
+        if self._storage.name == "llmslim":  # they are what is stored
+            like = self._storage.stored(name, module)
+            return {full: expect(full, get(full), tensor).to(tensor.dtype).clone() for full, tensor in like.items()}
+        filled = PackedLinear.from_quantized(self._storage.read(name, module, get))
+        return {f"{name}.{leaf}": tensor.detach() for leaf, tensor in filled.named_parameters()}
+
+    @property
+    def _storage(self) -> Format:
+        """How packed weights lie where tensors come from: in the files, or in a model loaded whole."""
+        return self.form if self.form is not None and self.streams else formats()["llmslim"]
+
+    def _bind(self) -> dict[str, str] | None:
+        """Expected name -> name in the files, which may have or lack the base model's prefix; None: no match."""
+        self._reference = self.model_skeleton()
+        form = self.form or formats()["llmslim"]
+        prefix, names = f"{self._reference.base_model_prefix}.", self.weights.entries
+        binding = {}
+        for name in stored_tensors(self._reference, form):
+            options = (name, prefix + name, name.removeprefix(prefix))
+            match = next((option for option in options if option in names), None)
+            if match is None:
+                return None
+            binding[name] = match
+        return binding
+
+    @contextmanager
+    def _open(self) -> Iterator[Callable[[str], Tensor]]:
+        if self._binding is not None:
+            with self.weights.open() as get:
+                yield lambda name: get(self._binding[name])  # type: ignore[index]
+            return
+        if self._whole is None:
+            from llmslim.checkpoint.load import load_model
+
+            loaded = load_model(self.files, dtype="auto", device=torch.device("cpu"))
+            own = formats()["llmslim"]
+            self._whole = {name: tensor for name, (tensor, _) in stored_tensors(loaded, own).items()}
+        yield self._whole.__getitem__
+
+    @staticmethod
+    def _is_tied(model: nn.Module, name: str) -> bool:
+        return name in (getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def plain_config(files: ModelFiles) -> Any:
+    """A copy of the config as if nothing were quantized."""
+    config = copy.deepcopy(files.config)
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            delattr(part, "quantization_config")
+    return config
+
+
+def read_edits(files: ModelFiles) -> tuple[Format | None, list[Edit]]:
+    """The format and the edits of a folder, from its config.json alone.
+
+    Raises:
+        UserError: it is quantized in a way that llmslim does not read.
+    """
+    stored = getattr(files.config, "quantization_config", None)
+    if stored is None:
+        return None, []
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method, known = stored.get("quant_method"), formats()
+    if method not in known:
+        raise UserError(
+            f"{files.spec} is quantized with {method!r}; llmslim reads {', '.join(known)} and models that are not "
+            "quantized."
+        )
+    model = skeleton(plain_config(files))
+    return known[method], known[method].edits(stored, model)
