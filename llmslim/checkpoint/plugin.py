@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -64,6 +65,13 @@ class StoredWeight(nn.Module):
         for full, tensor in form.stored(name, packed).items():
             self.register_parameter(full.removeprefix(f"{name}."), nn.Parameter(tensor.to("meta"), requires_grad=False))
         self.register_parameter("bias", getattr(packed, "bias", None))
+
+    @property
+    def weight(self) -> Tensor:
+        """For the `_init_weights` of models that reach for a child's weight: says that it needs none."""
+        weight = torch.empty(0, device="meta")
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        return weight
 
     def decode(self, name: str, form: Format) -> Packed:
         """The packed module with the weight that was read; frees what was read."""
