@@ -47,47 +47,59 @@ AVX2 INLINE float add_lanes(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
-/* read_grid for one bfloat16 scale per block, reading (and ignoring) up to 7 values past the row's. */
-AVX2 INLINE void read_grid_wide(const Layout *l, const Blocks *b, Weight w, int64_t row, const Scratch *s) {
-    const uint16_t *scale = (const uint16_t *)w.scale + row * l->scale_stride;
-    for (int64_t i = 0; i < b->padded; i += 8) {
-        __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(scale + i)));
-        _mm256_storeu_ps(s->scale + i, _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
-        if (w.zero) {
-            __m128i zero = _mm_loadl_epi64((const __m128i *)(w.zero + row * l->scale_stride + i));
-            _mm256_storeu_ps(s->zero + i, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(zero)));
-        }
-    }
+/* Fills 8 of a row of factor and takes from a product's 8 partial sums what the zero points of 8 blocks do.
+ * Beyond the last block all x_ are 0. */
+AVX2 INLINE __m256 take_off(__m256 total, __m256 scale, __m256 zero, const float *x_scale, const float *x_sum,
+                            float *factor) {
+    __m256 f = _mm256_mul_ps(scale, _mm256_loadu_ps(x_scale));
+    _mm256_storeu_ps(factor, f);
+    return _mm256_fnmadd_ps(f, _mm256_mul_ps(zero, _mm256_loadu_ps(x_sum)), total);
 }
 
-/* Fills a row of factor; returns what the zero points take off the product. Beyond `count` all x_ are 0. */
-AVX2 INLINE float make_factor(const Product *p, int64_t m, const Scratch *s, float *factor) {
-    const float *x_scale = p->x.scale + m * p->blocks->padded, *x_sum = p->x.sum + m * p->blocks->padded;
+/* A row of factor, and the partial sums to start from, for row m of the activations; the grid is in `s`. */
+AVX2 INLINE __m256 make_factor(const Product *p, int64_t m, const Scratch *s, float *factor) {
+    const int64_t padded = p->blocks->padded;
     __m256 total = _mm256_setzero_ps();
-    for (int64_t i = 0; i < p->blocks->padded; i += 8) {
-        __m256 f = _mm256_mul_ps(_mm256_loadu_ps(s->scale + i), _mm256_loadu_ps(x_scale + i));
-        __m256 share = _mm256_mul_ps(_mm256_loadu_ps(s->zero + i), _mm256_loadu_ps(x_sum + i));
-        _mm256_storeu_ps(factor + i, f);
-        total = _mm256_fmadd_ps(f, share, total);
-    }
-    return add_lanes(total);
+    for (int64_t i = 0; i < padded; i += 8)
+        total = take_off(total, _mm256_loadu_ps(s->scale + i), _mm256_loadu_ps(s->zero + i),
+                         p->x.scale + m * padded + i, p->x.sum + m * padded + i, factor + i);
+    return total;
 }
 
-/* TILE products, without zero points: of TILE output rows (wide) with one row of activations, or of one output
+/* The same for m = 0, one bfloat16 scale per block, and a grid read in place: up to 7 values past the row's. */
+AVX2 INLINE __m256 make_factor_wide(const Product *p, int64_t row, float *factor) {
+    const uint16_t *scale = (const uint16_t *)p->weight.scale + row * p->layout->scale_stride;
+    const uint8_t *zeros = p->weight.zero ? p->weight.zero + row * p->layout->scale_stride : NULL;
+    const int64_t padded = p->blocks->padded;
+    __m256 total = _mm256_setzero_ps(), zero = _mm256_set1_ps((float)p->layout->midpoint);
+    for (int64_t i = 0; i < padded; i += 8) {
+        __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(scale + i)));
+        if (zeros)
+            zero = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(zeros + i))));
+        total = take_off(total, _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)), zero, p->x.scale + i,
+                         p->x.sum + i, factor + i);
+    }
+    return total;
+}
+
+/* TILE products: of TILE output rows (wide) with one row of activations, or of one output
  * row with TILE rows of activations. `chunks`, per block, is known when compiled, as are `bits` and `wide`. */
 AVX2 INLINE void tile(const int bits, const int wide, const int chunks, const Layout *l, const Blocks *b,
-                      const uint8_t *data, const int16_t *x, const float *factor, float *out) {
+                      const uint8_t *data, const int16_t *x, const float *factor, const __m256 *start, float *out) {
     const int64_t step = b->count * b->span, group_bytes = l->width * bits / 8;
     const Pattern pattern = make_pattern(bits);
     __m256 total[TILE];
-    for (int t = 0; t < TILE; t++) total[t] = _mm256_setzero_ps();
+#pragma GCC unroll 4
+    for (int t = 0; t < TILE; t++) total[t] = start[t];
     for (int64_t i = 0, in_group = 0; i < b->count; i++, factor++) {
         const uint8_t *at = data + in_group * (BLOCK / 8 * bits);
         __m256i sum[TILE];
+#pragma GCC unroll 4
         for (int t = 0; t < TILE; t++) sum[t] = _mm256_setzero_si256();
 #pragma GCC unroll 4
         for (int c = 0; c < chunks; c++, at += CHUNK / 8 * bits, x += CHUNK) {
             __m256i low = _mm256_setzero_si256(), high = low;
+#pragma GCC unroll 4
             for (int t = 0; t < TILE; t++) {
                 if (wide || t == 0) codes32(bits, at + t * l->row_bytes, pattern, &low, &high);
                 const __m256i *xs = (const __m256i *)(x + (wide ? 0 : t * step));
@@ -96,20 +108,24 @@ AVX2 INLINE void tile(const int bits, const int wide, const int chunks, const La
                 sum[t] = _mm256_add_epi32(sum[t], both);
             }
         }
+#pragma GCC unroll 4
         for (int t = 0; t < TILE; t++)
             total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[t]), _mm256_broadcast_ss(factor + t * b->padded),
                                        total[t]);
         if (++in_group == b->per_group) in_group = 0, data += group_bytes;
     }
+#pragma GCC unroll 4
     for (int t = 0; t < TILE; t++) out[t] = add_lanes(total[t]);
 }
 
-typedef void (*Kernel)(const Layout *, const Blocks *, const uint8_t *, const int16_t *, const float *, float *);
+typedef void (*Kernel)(const Layout *, const Blocks *, const uint8_t *, const int16_t *, const float *, const __m256 *,
+                       float *);
 
 #define KERNEL(bits, wide, chunks) \
     AVX2 static void kernel_##bits##_##wide##_##chunks(const Layout *l, const Blocks *b, const uint8_t *data, \
-                                                       const int16_t *x, const float *factor, float *out) { \
-        tile(bits, wide, chunks, l, b, data, x, factor, out); \
+                                                       const int16_t *x, const float *factor, \
+                                                       const __m256 *start, float *out) { \
+        tile(bits, wide, chunks, l, b, data, x, factor, start, out); \
     }
 #define KERNELS(bits) \
     KERNEL(bits, 0, 1) KERNEL(bits, 0, 2) KERNEL(bits, 0, 4) KERNEL(bits, 1, 1) KERNEL(bits, 1, 2) KERNEL(bits, 1, 4)
@@ -122,26 +138,29 @@ static const Kernel kernels[7][2][3] = {NAMES(2), NAMES(3), NAMES(4), NAMES(5), 
 
 /* TILE output rows from `row` on, for the only row of activations. */
 AVX2 static void rows_avx2(const Product *p, Kernel kernel, int64_t row, int plain, const Scratch *s) {
-    float out[TILE], less[TILE];
+    float out[TILE];
+    __m256 start[TILE];
     for (int t = 0; t < TILE; t++) {
-        if (plain) read_grid_wide(p->layout, p->blocks, p->weight, row + t, s);
-        else read_grid(p->layout, p->blocks, p->weight, row + t, s);
-        less[t] = make_factor(p, 0, s, s->factor + t * p->blocks->padded);
+        float *factor = s->factor + t * p->blocks->padded;
+        if (plain) { start[t] = make_factor_wide(p, row + t, factor); continue; }
+        read_grid(p->layout, p->blocks, p->weight, row + t, s);
+        start[t] = make_factor(p, 0, s, factor);
     }
-    kernel(p->layout, p->blocks, p->weight.packed + row * p->layout->row_bytes, p->x.codes, s->factor, out);
-    for (int t = 0; t < TILE; t++) finish(p, 0, row + t, out[t] - less[t]);
+    kernel(p->layout, p->blocks, p->weight.packed + row * p->layout->row_bytes, p->x.codes, s->factor, start, out);
+    for (int t = 0; t < TILE; t++) finish(p, 0, row + t, out[t]);
 }
 
 /* One output row, for all rows of activations. */
 AVX2 static void row_avx2(const Product *p, Kernel kernel, int64_t row, const Scratch *s) {
     const Blocks *b = p->blocks;
     const uint8_t *data = readable(p->layout, p->weight, row, s->row);
-    float out[TILE], less[TILE];
+    float out[TILE];
+    __m256 start[TILE];
     read_grid(p->layout, b, p->weight, row, s);
     for (int64_t m = 0; m < p->m; m += TILE) {
-        for (int t = 0; t < TILE; t++) less[t] = make_factor(p, m + t, s, s->factor + t * b->padded);
-        kernel(p->layout, b, data, p->x.codes + m * b->count * b->span, s->factor, out);
-        for (int t = 0; t < TILE && m + t < p->m; t++) finish(p, m + t, row, out[t] - less[t]);
+        for (int t = 0; t < TILE; t++) start[t] = make_factor(p, m + t, s, s->factor + t * b->padded);
+        kernel(p->layout, b, data, p->x.codes + m * b->count * b->span, s->factor, start, out);
+        for (int t = 0; t < TILE && m + t < p->m; t++) finish(p, m + t, row, out[t]);
     }
 }
 

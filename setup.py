@@ -1,0 +1,21 @@
+"""Builds the packed runtime's C library; all else is in pyproject.toml.
+
+Optional: without a compiler the package installs and uses torch's operators. Compiled with -fopenmp but not
+linked with it, so that the library shares torch's OpenMP runtime (see llmslim/quantization/native.py).
+"""
+
+import sys
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "llmslim.quantization._packed",
+            sources=["llmslim/quantization/csrc/packed.c"],
+            depends=["llmslim/quantization/csrc/packed_avx2.h"],
+            extra_compile_args=["-O3"] + (["-fopenmp"] if sys.platform == "linux" else []),
+            optional=True,
+        )
+    ]
+)
