@@ -166,7 +166,9 @@ def test_rows_are_joined_as_asked(tokenizer):
 
 
 @pytest.mark.parametrize("join", ["", "\n\n"])
-@pytest.mark.parametrize("make", [bpe, lambda: bpe(split=False), wordpiece], ids=["bpe", "unsplit", "wordpiece"])
+@pytest.mark.parametrize(
+    "make", [bpe, lambda: bpe(split=False), wordpiece], ids=["bpe", "unsplit", "wordpiece"]
+)
 def test_prefix_equals_prefix_of_the_whole(make, join):
     tokenizer, rows = make(), CORPUS[:12]
     whole = tokenize_rows(rows, tokenizer, join)
@@ -183,6 +185,18 @@ def test_prefix_where_one_token_holds_many_characters():
     whole = tokenize_rows(spaces, tokenizer)
     assert torch.equal(tokenize_rows(spaces, tokenizer, max_tokens=3000), whole[:3000])
     assert len(whole) > 3000
+
+
+def test_prefix_does_not_feel_the_cut():
+    """The text read for n tokens may end within a word; that word must not be among the n."""
+    vocab = {"[UNK]": 0, "abcdefgh": 1, "abcde": 2}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    text = "abcdefgh " + "abcde " * 4000  # six characters a token but the first: 6 n of them end in word n
+    expected = torch.tensor([1] + [2] * 4000)
+    for wanted in range(2, 1500, 10):
+        assert torch.equal(tokenize_rows([text], tokenizer, max_tokens=wanted), expected[:wanted])
 
 
 def test_prefix_reads_no_more_than_it_needs(tokenizer):

@@ -58,10 +58,11 @@ class Block:
     def linears(self) -> dict[str, nn.Module]:
         """Every dense matrix by its dotted name, in the order of the module tree; never a router.
 
-        Experts are 3-D parameters, not modules: see `Experts`. Of a factored matrix, both factors are listed.
+        Fused experts are 3-D parameters, not modules: see `Experts`; unfused ones are listed in order. Of a
+        factored matrix, both factors are listed.
         """
         roles = self.roles
-        matrices = (*ATTENTION_ROLES, *MLP_ROLES)
+        matrices = (*ATTENTION_ROLES, *MLP_ROLES, "experts")
         owners = {name for names in roles.values() for role, name in names.items() if role in matrices}
         return {
             name: module
@@ -74,10 +75,7 @@ class Block:
         parts = {name: "norms" for name, _ in self.norms}
         for site, names in self.roles.items():
             for role, name in names.items():
-                if role == "experts":
-                    parts |= {f"{name}.gate_up_proj": "experts", f"{name}.down_proj": "experts"}
-                else:
-                    parts[name] = {"cross_attention": "attention", "shared_mlp": "experts"}.get(site, site)
+                parts[name] = {"cross_attention": "attention", "shared_mlp": "experts"}.get(site, site)
         return parts
 
     def problems(self) -> list[str]:

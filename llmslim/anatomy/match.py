@@ -87,6 +87,12 @@ def read_experts(model: PreTrainedModel, names: dict[str, str], shared: MLP | No
     _need(names, ("experts", "router"), f"{where} (experts)")
     name = names["experts"]
     module = model.get_submodule(name)
+    if isinstance(module, nn.ModuleList):  # unfused (llmslim.experts): one gate_up and one down per expert
+        if not all(is_matrix(expert.gate_up) and is_matrix(expert.down) for expert in module):
+            raise UserError(f"{name}: its experts have no gate_up and down")
+        width = features(module[0].down)[1]
+        top_k = model.config.num_experts_per_tok
+        return Experts(name, module, None, None, len(module), top_k, width, names["router"], shared)
     gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
     if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor):
         raise UserError(f"{name}: no 3-D parameters gate_up_proj and down_proj")

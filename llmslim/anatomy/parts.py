@@ -126,8 +126,9 @@ class Experts:
 
     Attributes:
         name, module: the module that holds all experts.
-        gate_up: name of its parameter [num_experts, 2 * width, hidden]: gate rows, then up rows.
-        down: name of its parameter [num_experts, hidden, width].
+        gate_up: name of its parameter [num_experts, 2 * width, hidden]: gate rows, then up rows; None when
+            the experts are unfused, each an `llmslim.experts.Expert` with Linears gate_up and down.
+        down: name of its parameter [num_experts, hidden, width], or None.
         width: channels of one expert.
         router: name of the module that chooses; never compressed.
         shared: the expert that every token passes, if the family has one.
@@ -135,8 +136,8 @@ class Experts:
 
     name: str
     module: nn.Module
-    gate_up: str
-    down: str
+    gate_up: str | None
+    down: str | None
     num_experts: int
     top_k: int
     width: int

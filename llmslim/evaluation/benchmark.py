@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def benchmark(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -93,8 +92,11 @@ def peak_memory_mb() -> float:
     With CUDA in use, the largest memory that torch held on the current device is added to it. It never goes
     down: to measure one job, give it a process of its own.
     """
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would begin with the peak of the process that started this one
+        host = int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    else:
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
     return (host + device) / 1e6
 

@@ -87,7 +87,7 @@ def perplexity(
     return PerplexityResult.of(scores.result().nll, text)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def window_logits(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
     """Logits [seq_len, vocab] of one window of tokens [seq_len], in the model's dtype, without a cache.
 

@@ -56,7 +56,7 @@ class Estimate:
 
     def exp(self) -> Estimate:
         """exp of the mean; its standard error by the delta method, exp(mean) * stderr."""
-        value = math.exp(self.value)
+        value = float(torch.tensor(self.value, dtype=torch.float64).exp())  # inf where math.exp raises
         return Estimate(value, None if self.stderr is None else value * self.stderr)
 
 
@@ -100,6 +100,7 @@ class TokenScores:
 
         Position i predicts token i + 1, so a window has seq_len - 1 predicted tokens. Logits are asked for
         and turned to fp32 a slice at a time. All windows must have one length, and all a base or none.
+        `UserError` for logits that are not finite and for a base with another vocabulary.
         """
         predicted = len(tokens) - 1
         step = max(1, CHUNK_ELEMENTS // logits[:1].shape[-1])
@@ -110,6 +111,11 @@ class TokenScores:
             base = None if base_logits is None else base_logits[rows]
             for name, values in _score(targets, logits[rows], base).items():
                 sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+        if any(map(math.isnan, sums.values())):
+            raise UserError(
+                "the model's logits hold NaN or infinity, so nothing can be measured: look for such values "
+                "in its weights, or load it with dtype float32 if it was made for a wider range"
+            )
         for name, total in sums.items():
             self._windows.setdefault(name, []).append(total / predicted)
 
@@ -127,8 +133,8 @@ def _score(
         return {"nll": nll}
     if base_logits.shape[-1] != logits.shape[-1]:
         raise UserError(
-            f"the base has a vocabulary of {base_logits.shape[-1]} tokens and the model of {logits.shape[-1]}: "
-            "a divergence takes two models with the same tokenizer"
+            f"the base has a vocabulary of {base_logits.shape[-1]} tokens and the model of "
+            f"{logits.shape[-1]}: a divergence takes two models with the same tokenizer"
         )
     base_logits = base_logits.to(logits.device)
     kl, same = divergence(base_logits, logits)

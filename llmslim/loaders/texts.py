@@ -58,7 +58,8 @@ class TextSample:
         edges = f"{'no BOS' if self.bos is None else f'each starts with token {self.bos}'}" + (
             "" if self.eos is None else f" and ends with token {self.eos}"
         )
-        return f"{self.spec}: {num} windows of {seq_len} tokens, stride {seq_len}, {choice}; rows {rows}; {edges}"
+        cut = f"{num} windows of {seq_len} tokens, stride {seq_len}, {choice}"
+        return f"{self.spec}: {cut}; rows {rows}; {edges}"
 
 
 def sample(
@@ -172,8 +173,8 @@ def _too_short(spec: str, length: int, count: int, num: int, seq_len: int, edges
     if length // num >= 1 and length // num + edges >= 2:
         ways.append(f"windows of at most {length // num + edges} tokens")
     return (
-        f"{spec!r} has {length} tokens, so {count} full windows of {seq_len} tokens, and {num} were asked for: "
-        f"ask for {' or '.join([*ways, 'a longer text'])}"
+        f"{spec!r} has {length} tokens, so {count} full windows of {seq_len} tokens, and {num} were asked "
+        f"for: ask for {' or '.join([*ways, 'a longer text'])}"
     )
 
 
