@@ -149,6 +149,7 @@ def skeleton(config: transformers.PreTrainedConfig) -> transformers.PreTrainedMo
 
     with init_empty_weights(include_buffers=False):
         model = model_class(config)._from_config(config, dtype=torch.float32)
+    tie(model)  # making parameters empty took them apart
     return model.eval()
 
 
