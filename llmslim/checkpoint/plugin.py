@@ -44,7 +44,9 @@ class LlmslimConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = quant_method
         if storage not in formats():
-            raise UserError(f"The checkpoint has the unknown storage {storage!r}; there are {', '.join(formats())}.")
+            raise UserError(
+                f"The checkpoint has the unknown storage {storage!r}; there are {', '.join(formats())}."
+            )
         self.storage, self.stored_config = storage, stored_config
         fields = {"format_version": format_version, "edits": edits, **unknown}
         self.edits = parse_edits(fields)  # relative to the base model
@@ -63,7 +65,9 @@ class StoredWeight(nn.Module):
         super().__init__()
         self.__dict__["packed"] = packed  # not a child: its parameters are not in the files
         for full, tensor in form.stored(name, packed).items():
-            self.register_parameter(full.removeprefix(f"{name}."), nn.Parameter(tensor.to("meta"), requires_grad=False))
+            self.register_parameter(
+                full.removeprefix(f"{name}."), nn.Parameter(tensor.to("meta"), requires_grad=False)
+            )
         self.register_parameter("bias", getattr(packed, "bias", None))
 
     @property
@@ -79,7 +83,9 @@ class StoredWeight(nn.Module):
         first = next(iter(self._parameters.values()))
         assert first is not None
         if first.is_meta:
-            raise UserError(f"{name} was offloaded to disk, which works for llmslim's own format only: convert it first.")
+            raise UserError(
+                f"{name} was offloaded to disk, which works for llmslim's own format only: convert it first."
+            )
 
         def get(full: str) -> Tensor:
             return self._parameters[full.removeprefix(f"{name}.")].detach()  # type: ignore[union-attr]
@@ -108,7 +114,9 @@ class LlmslimQuantizer(HfQuantizer):
                 replace_module(model, name, StoredWeight(name, packed, self._foreign))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        waiting = [(name, module) for name, module in model.named_modules() if isinstance(module, StoredWeight)]
+        waiting = [
+            (name, module) for name, module in model.named_modules() if isinstance(module, StoredWeight)
+        ]
         for name, stored in waiting:
             assert self._foreign is not None
             packed = stored.decode(name, self._foreign)

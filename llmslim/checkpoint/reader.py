@@ -130,7 +130,10 @@ class CheckpointReader:
         """A packed module's own parameters, by full name."""
         if self._storage.name == "llmslim":  # they are what is stored
             like = self._storage.stored(name, module)
-            return {full: expect(full, get(full), tensor).to(tensor.dtype).clone() for full, tensor in like.items()}
+            return {
+                full: expect(full, get(full), tensor).to(tensor.dtype).clone()
+                for full, tensor in like.items()
+            }
         filled = PackedLinear.from_quantized(self._storage.read(name, module, get))
         return {f"{name}.{leaf}": tensor.detach() for leaf, tensor in filled.named_parameters()}
 

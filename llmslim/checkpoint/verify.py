@@ -1,0 +1,216 @@
+"""Does a saved checkpoint give what was made? Checked in a fresh process, block by block, within a block's memory.
+
+    python -m llmslim.checkpoint.verify FOLDER PROBE_FOLDER      prints one line of JSON
+
+PROBE_FOLDER is what the run kept: tokens.safetensors {"tokens"}, block-<name>.safetensors {"hidden"} behind each
+block, logits.safetensors {"logits"}, and probe.json {"dtype": what was computed in, "source": the folder of the
+base model (optional)}.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import llmslim
+from llmslim.calibration.stream import BlockStream, Lane
+from llmslim.checkpoint.formats import formats
+from llmslim.checkpoint.inventory import stored_tensors
+from llmslim.checkpoint.reader import CheckpointReader
+from llmslim.errors import UserError
+from llmslim.loaders.models import ModelFiles, available_memory, find, release
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Largest difference allowed, in units of the root mean square of what is compared. The code is the same on both
+sides, so 0 is expected; a few roundings are forgiven, since another process may place its memory otherwise."""
+WHOLE_SLACK = 10
+"""Loaded whole, the model takes transformers' own way (masks, dtype of the embedding): so many times more."""
+MEMORY_SHARE = 0.4
+
+Check = dict[str, Any]
+
+
+def verify_in_fresh_process(
+    folder: Path | str, probe_folder: Path | str, threads: int | None = None
+) -> dict[str, Any]:
+    """`verify` in a process of its own, with the same number of threads as here."""
+    root = str(Path(llmslim.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    count = str(threads or torch.get_num_threads())
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+    command = [sys.executable, "-m", "llmslim.checkpoint.verify", str(folder), str(probe_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode != 0:
+        lines = (done.stderr.strip() or f"it ended with code {done.returncode}").splitlines()
+        failed = {"check": "process", "ok": False, "detail": f"verification died: {lines[-1]}"}
+        return {"ok": False, "checks": [failed], "max_error": None}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def verify(folder: Path | str, probe_folder: Path | str) -> dict[str, Any]:
+    """Check a saved checkpoint against what its run kept.
+
+    Returns:
+        {"ok", "checks": [{"check", "ok", "detail"}, ...], "max_error": of the streamed probe, or None}.
+    """
+    probe = Path(probe_folder)
+    settings = json.loads((probe / "probe.json").read_text())
+    files = find(str(folder))
+    dtype = getattr(torch, settings["dtype"])
+    checks = [_guarded("tensors", lambda: _tensors(files))]
+    max_error = None
+    if checks[0]["ok"]:
+        streamed = _guarded("streamed", lambda: _streamed(files, probe, dtype))
+        max_error = streamed.pop("max_error", None)
+        checks += [streamed, _guarded("whole", lambda: _whole(files, probe, dtype))]
+    checks.append(_guarded("tokenizer", lambda: _companions(files, settings.get("source"))))
+    return {"ok": all(check["ok"] for check in checks), "checks": checks, "max_error": max_error}
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    """A check that raises has failed, with the exception as its detail."""
+    try:
+        return {"check": name, **check()}
+    except Exception as error:
+        return {"check": name, "ok": False, "detail": f"{type(error).__name__}: {error}"}
+
+
+def _tensors(files: ModelFiles) -> Check:
+    """The files hold exactly the tensors, shapes and types that config and edits announce; ties are stored once."""
+    reader = CheckpointReader(files)
+    model = reader.model_skeleton()
+    found = {name: (entry["dtype"], list(entry["shape"])) for name, entry in reader.weights.entries.items()}
+    expected = {
+        name: (
+            _code(files.dtype if dense and tensor.is_floating_point() else tensor.dtype),
+            list(tensor.shape),
+        )
+        for name, (tensor, dense) in stored_tensors(model, reader.form or formats()["llmslim"]).items()
+    }
+    for what, names in (
+        ("lacks", expected.keys() - found.keys()),
+        ("has unannounced", found.keys() - expected.keys()),
+    ):
+        if names:
+            return {
+                "ok": False,
+                "detail": f"the checkpoint {what} {len(names)} tensors, such as {min(names)}",
+            }
+    for name, (dtype, shape) in expected.items():
+        if found[name] != (dtype, shape):
+            return {
+                "ok": False,
+                "detail": f"{name} is {found[name]}, and config and edits make it {(dtype, shape)}",
+            }
+    ties = len(getattr(model, "all_tied_weights_keys", None) or {})
+    return {"ok": True, "detail": f"{len(found)} tensors as announced, {ties} tied to others and stored once"}
+
+
+def _code(dtype: torch.dtype) -> str:
+    from llmslim.loaders.safetensors_io import _DTYPE_NAMES
+
+    return _DTYPE_NAMES[str(dtype)]
+
+
+@torch.no_grad()
+def _streamed(files: ModelFiles, probe: Path, dtype: torch.dtype) -> Check:
+    """Pass the probe through the saved blocks, one in memory at a time."""
+    reader = CheckpointReader(files)
+    model = reader.model_skeleton()
+    stream = BlockStream(model, torch.device("cpu"), dtype)
+    lane = Lane.of_tokens("probe", _kept(probe, "tokens"), bool(model.config.is_encoder_decoder))
+    stream.add(lane)
+    errors: dict[str, float] = {}
+    reader.fill([model], None, dtype)
+    for stack in stream.anatomy.stacks:
+        for block in stack.blocks:
+            reader.fill([model], block.name, dtype)
+            if block.index == 0:
+                stream.enter(stack)
+            stream.forward(block, lane)
+            release(model, block.name)
+            errors[block.name] = _error(torch.cat(lane.hidden), _kept(probe, f"block-{block.name}", "hidden"))
+        stream.leave(stack)
+    _, output = next(stream.outputs(lane))
+    errors["logits"] = _error(output[0], _kept(probe, "logits"))
+    worst, tolerance = max(errors.values()), TOLERANCE[dtype]
+    begins = next((name for name, error in errors.items() if not error <= tolerance), None)
+    where = f", beginning at {begins}" if begins else ""
+    detail = f"largest difference {worst:.2g} over {len(errors) - 1} blocks and the logits (allowed {tolerance:g}){where}"
+    return {"ok": begins is None, "detail": detail, "max_error": worst}
+
+
+@torch.no_grad()
+def _whole(files: ModelFiles, probe: Path, dtype: torch.dtype) -> Check:
+    """Load the folder as a user does, where memory allows, and compare the logits."""
+    need = 2 * CheckpointReader(files).stored_bytes * (2 if files.dtype != dtype else 1)
+    if need > MEMORY_SHARE * available_memory():
+        return {
+            "ok": True,
+            "detail": f"not loaded whole: that takes about {need / 1e9:.1f} GB of memory; streamed instead",
+        }
+    from llmslim.checkpoint.load import load_model
+
+    gc.collect()
+    model = load_model(files, dtype, torch.device("cpu"))
+    inputs = Lane.of_tokens("probe", _kept(probe, "tokens"), bool(model.config.is_encoder_decoder)).inputs[0]
+    error = _error(model(**inputs)[0], _kept(probe, "logits"))
+    tolerance = WHOLE_SLACK * TOLERANCE[dtype]
+    detail = f"loaded whole, the logits differ by {error:.2g} (allowed {tolerance:g})"
+    return {"ok": error <= tolerance, "detail": detail}
+
+
+def _companions(files: ModelFiles, source: str | None) -> Check:
+    """Tokenizer, chat template and generation config are there where the source had them."""
+    origin = Path(source) if source else None
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        if origin and (origin / name).exists() and not (files.folder / name).exists():
+            return {"ok": False, "detail": f"the source has {name}, and the checkpoint does not"}
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
+    if not any((files.folder / name).exists() for name in names):
+        return {"ok": True, "detail": "the model has no tokenizer"}
+    tokenizer = files.tokenizer()
+    text = "A checkpoint that loads."
+    ids = tokenizer(text)["input_ids"]
+    back = tokenizer.decode(ids, skip_special_tokens=True)
+    if not ids or not back.strip():
+        raise UserError(f"the tokenizer turns {text!r} into {ids} and {back!r}")
+    if origin and (origin / "tokenizer_config.json").exists():
+        from transformers import AutoTokenizer
+
+        other = AutoTokenizer.from_pretrained(origin)
+        if other(text)["input_ids"] != ids or other.chat_template != tokenizer.chat_template:
+            return {"ok": False, "detail": "the tokenizer or its chat template differs from the source's"}
+    with_template = "with" if tokenizer.chat_template else "without"
+    return {"ok": True, "detail": f"the tokenizer encodes and decodes; {with_template} chat template"}
+
+
+def _kept(probe: Path, name: str, key: str | None = None) -> Tensor:
+    return load_file(probe / f"{name}.safetensors")[key or name]
+
+
+def _error(now: Tensor, kept: Tensor) -> float:
+    """Largest difference in units of the root mean square of what was kept; infinite for NaN or other shapes."""
+    now, kept = now.float().cpu(), kept.float()
+    if now.shape != kept.shape:
+        return float("inf")
+    error = float((now - kept).abs().max() / kept.square().mean().sqrt().clamp_min(1e-30))
+    return error if error == error else float("inf")
+
+
+if __name__ == "__main__":
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    print(json.dumps(verify(sys.argv[1], sys.argv[2])))
