@@ -60,7 +60,9 @@ def measure(out_features: int, in_features: int, rows: int, scheme: Scheme) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
@@ -79,7 +81,16 @@ def main() -> None:
                     line = "  ".join(f"{name} {value:.3f}" for name, value in times.items())
                     print(f"{out_features:6}x{in_features:<5} {rows:4} rows   {line}", flush=True)
     if options.json:
-        print(json.dumps({"torch": torch.__version__, "threads": options.threads, **scheme.model_dump(), "table": table}))
+        print(
+            json.dumps(
+                {
+                    "torch": torch.__version__,
+                    "threads": options.threads,
+                    **scheme.model_dump(),
+                    "table": table,
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmslim.anatomy import Block
 from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.checkpoint.formats import Format
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import parse_edit
-from llmslim.anatomy import Block
 from llmslim.loaders.models import ModelFiles, place, release, tie
 from llmslim.step import BlockStep, StepRecord
 from llmslim.work import Progress, WorkFolder, load_tensors, save_tensors
@@ -138,16 +138,20 @@ class BlockPass:
         for stream in self._streams:
             release(stream.model, block.name)
 
-    def _fill(self, prefix: str) -> None:
+    def _fill(self, prefix: str | None) -> None:
         options = self.options
-        self.reader.fill([self.model], prefix, options.dtype, round_to=options.stored)
+        self.reader.fill([self.model], prefix, options.dtype, round_to=options.stored, device=options.device)
+        self._fill_reference(prefix)
+
+    def _fill_reference(self, prefix: str | None) -> None:
         if self.reference:
-            self.reference_reader.fill([self.reference.model], prefix, options.dtype)
+            options = self.options
+            self.reference_reader.fill([self.reference.model], prefix, options.dtype, device=options.device)
 
     def _change_outer(self) -> None:
         """Let the step change what lies outside the blocks; keep the result for whenever it is needed."""
         started = time.process_time()
-        self.reader.fill([self.model], None, self.options.dtype, round_to=self.options.stored)
+        self._fill(None)
         self.step.compress_outer(self.stream, self.record)
         self.writer.write_outer(self.model)
         save_tensors(self.scratch / "outer.safetensors", self._outer_parameters())
@@ -162,11 +166,10 @@ class BlockPass:
     def _enter(self, number: int, pristine: bool = False) -> None:
         """Bring the lanes in front of a stack; a resumed one is entered with the model as it was at first."""
         if pristine or not (self.scratch / "outer.safetensors").exists():
-            self.reader.fill([self.model], None, self.options.dtype, round_to=self.options.stored)
+            self._fill(None)
         else:
             self._restore_outer()
-        if self.reference:
-            self.reference_reader.fill([self.reference.model], None, self.options.dtype)
+            self._fill_reference(None)
         self._fill(self.stream.anatomy.stacks[number].blocks[0].name)
         self._load_lanes()
         for stream in self._streams:

@@ -158,7 +158,7 @@ def prepare(
     for step in recipe.steps:
         step.check(anatomy)
     edits = [edit for step in recipe.steps for edit in step.planned_edits(anatomy)]
-    form = choose(recipe.format, edits, reader_model)
+    form = choose(recipe.format, edits, reader_model, stored)
     text = None
     if any(step.needs_calibration for step in recipe.steps):
         choice = recipe.calibration

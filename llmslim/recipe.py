@@ -50,8 +50,12 @@ class Recipe(BaseModel):
     steps: tuple[SerializeAsAny[Step], ...]
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = Evaluation()
-    format: Literal["auto", "llmslim", "compressed-tensors", "gptq"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    format: Literal["auto", "llmslim", "compressed-tensors", "gptq"] = Field(
+        "auto", description="of the output; auto: compressed-tensors where it can hold the result, else llmslim"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of what stays dense in the output; auto: the model's own"
+    )
     seed: int = Field(0, ge=0, description="chooses the calibration windows")
 
     def to_json(self) -> dict[str, Any]:

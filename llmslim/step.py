@@ -11,7 +11,7 @@ import fnmatch
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block
@@ -107,8 +107,8 @@ class LinearStep(BlockStep):
         exclude: patterns of module names to leave alone.
     """
 
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = Field((), description="modules to compress, by name: '*.mlp.*'; all when not given")
+    exclude: tuple[str, ...] = Field((), description="modules to leave alone, by name: 'down_proj'")
 
     def selects(self, name: str) -> bool:
         """Whether a Linear of that dotted name is compressed; a pattern may match any tail of the name."""

@@ -104,3 +104,30 @@ def peak_memory_mb() -> float:
 def disk_bytes(folder: str | Path) -> int:
     """Bytes of all files in the folder and below."""
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def benchmark_folder(folder: str) -> dict[str, Any]:
+    """Load a checkpoint and measure it, for a process that does nothing else: its peak memory is the model's.
+
+    Returns:
+        `benchmark`'s record with `load_seconds` and `peak_memory_mb`, or {"skipped": reason}.
+    """
+    from llmslim.checkpoint.load import load
+
+    start = time.perf_counter()
+    model, tokenizer = load(folder)
+    load_seconds = time.perf_counter() - start
+    new_tokens = 48
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
+    prompt_len = min(512, limit - new_tokens if model.can_generate() else limit - 2)  # RoBERTa starts at 2
+    try:
+        figures = benchmark(model, tokenizer, prompt_len, new_tokens, repeats=3)
+    except UserError as error:
+        return {"skipped": str(error)}
+    return {**figures, "load_seconds": load_seconds, "peak_memory_mb": peak_memory_mb()}
+
+
+if __name__ == "__main__":
+    import json
+
+    print(json.dumps(benchmark_folder(sys.argv[1])))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmslim.calibration.statistics import InputStats
 from llmslim.edit import Edit
-from llmslim.quantization.grid import QuantizedWeight, Scheme, assemble, round_to_grid, search_grid
+from llmslim.quantization.grid import QuantizedWeight, Scheme, assemble, round_scale, round_to_grid, search_grid
 from llmslim.quantization.quantizer import Quantizer
 from llmslim.step import StepRecord
 
@@ -26,13 +26,26 @@ class Factor:
         order: column order, most excited first when `act_order`.
         inverse: upper Cholesky factor of the damped inverse Hessian in that order, [in, in].
         damp_percent: the damping that it took, as a share of the mean diagonal; None when none sufficed.
-        correction: the GPTAQ matrix P [in, in], or None.
+        shift: D^T H^-1 [in, in] for D = X^T (X_ref - X), or None: W + W shift is what comes closest to the
+            uncompressed model's outputs W X_ref from the inputs X as they are.
     """
 
     order: Tensor
     inverse: Tensor | None
     damp_percent: float | None
-    correction: Tensor | None = None
+    shift: Tensor | None = None
+
+    @property
+    def importance(self) -> Tensor:
+        """What a unit of squared rounding error costs in each column [in], later columns making good what they can.
+
+        GPTQ's loss is sum_j (w_j - q_j)^2 / U[j, j]^2: the right weights for choosing scales beforehand.
+        """
+        assert self.inverse is not None
+        cost = torch.empty_like(self.inverse.diagonal())
+        cost[self.order] = self.inverse.diagonal().square().reciprocal()
+        return cost
+
 
 
 def factor(hessian: Tensor, damp_percent: float, act_order: bool, cross: Tensor | None = None) -> Factor:
@@ -40,7 +53,7 @@ def factor(hessian: Tensor, damp_percent: float, act_order: bool, cross: Tensor 
 
     Args:
         hessian: X^T X, float32 [in, in].
-        cross: X^T (X_ref - X) times its weight, for the asymmetric calibration of GPTAQ.
+        cross: X^T (X_ref - X), when calibration is asymmetric.
     """
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
@@ -56,11 +69,12 @@ def factor(hessian: Tensor, damp_percent: float, act_order: bool, cross: Tensor 
             torch.cholesky_inverse(lower, out=damped)
             upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
             if not failed and bool(upper.diagonal().isfinite().all()):
-                correction = None
+                shift = None
                 if cross is not None:
-                    moved = cross[order][:, order].T  # (X_ref - X)^T X, as GPTAQ writes it
-                    correction = (moved @ upper.T).triu_(1) @ upper
-                return Factor(order, upper, damp, correction)
+                    shift = torch.empty_like(hessian)
+                    shift[order] = torch.cholesky_solve(cross[order], lower)
+                    shift = shift.T
+                return Factor(order, upper, damp, shift)
         damp = damp * 10 if damp * 10 <= 1.0 else None
     return Factor(order, None, None)
 
@@ -71,8 +85,7 @@ def gptq(weight: Tensor, factor: Factor, scale: Tensor, zero: Tensor, scheme: Sc
     In the order of `factor`, column j is rounded to its grid, and its error e = (w - q) / U[j, j] is spread over
     the columns still open: W[:, k] -= e U[j, k]. U is the upper Cholesky factor of the inverse Hessian. Each
     column keeps the scale of its group as it stands in memory ("static groups"), so any order costs nothing at
-    run time. With `factor.correction` P, column j also adds w P[j, k]: the deviation of the inputs themselves
-    from the uncompressed model's is made good (GPTAQ, Li et al. 2025, arXiv:2504.02692).
+    run time.
 
     Args:
         weight: float32 [out, in].
@@ -80,7 +93,7 @@ def gptq(weight: Tensor, factor: Factor, scale: Tensor, zero: Tensor, scheme: Sc
     """
     assert factor.inverse is not None
     out_features, in_features = weight.shape
-    order, upper, correction = factor.order, factor.inverse, factor.correction
+    order, upper = factor.order, factor.inverse
     work = weight.T[order].contiguous()  # one row per column of the weight: contiguous updates
     groups = order // scheme.group_width(in_features)
     scales = scale.expand(out_features, -1).T.contiguous()[groups]
@@ -97,15 +110,84 @@ def gptq(weight: Tensor, factor: Factor, scale: Tensor, zero: Tensor, scheme: Sc
             torch.sub(code, zeros[j], out=error).mul_(scales[j]).sub_(column).div_(-upper[j, j])
             if j + 1 < stop:
                 work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
-                if correction is not None:
-                    work[j + 1 : stop].addr_(correction[j, j + 1 : stop], column)
         if stop < in_features:
             work[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
-            if correction is not None:
-                work[stop:].addmm_(correction[start:stop, stop:].T, work[start:stop])
     original = torch.empty_like(codes)
     original[order] = codes
     return assemble(original.T.contiguous(), scale, zero, scheme)
+
+
+def descend(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
+    """One sweep of coordinate descent on the codes: each goes to the level that is best given all others.
+
+    GPTQ decides each column once, knowing nothing of the roundings to come. With E = W_q - W and G = E H, the
+    best value of column j, all else fixed, is w_q - G_j / H_jj: it is rounded to its grid, and G follows. The
+    output error ||E X||^2 never rises (cf. QuantEase, Behdin et al. 2023, arXiv:2309.01885).
+
+    Args:
+        weight: float32 [out, in].
+        hessian: float32 [in, in].
+    """
+    scheme, in_features = quantized.scheme, weight.shape[1]
+    grid = _Grid(quantized, weight.shape)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    power = hessian.diagonal().clamp_min(1e-30)
+    codes = quantized.codes.T.float()  # one row per column of the weight, as in `gptq`
+    gradient = hessian @ (quantized.dequantize() - weight).T
+    for start in range(0, in_features, _COLUMNS):
+        columns = order[start : start + _COLUMNS]
+        local, inside = gradient[columns], hessian[columns][:, columns]
+        moves = torch.zeros_like(local)
+        steps = grid.scales[grid.groups[columns]]
+        targets = local.mul(-1 / power[columns, None])
+        highest = (scheme.max_code - codes[columns]).contiguous()
+        lowest = (-codes[columns]).contiguous()
+        for k in range(len(columns)):
+            move = torch.div(targets[k], steps[k], out=moves[k]).round_()
+            move.clamp_(lowest[k], highest[k])
+            codes[columns[k]] += move
+            move.mul_(steps[k])
+            if k + 1 < len(columns):
+                targets[k + 1 :].addr_(inside[k, k + 1 :] / power[columns[k + 1 :]], move, alpha=-1)
+        gradient.addmm_(hessian[:, columns], moves)
+    return QuantizedWeight(scheme, codes.T.to(torch.uint8).contiguous(), quantized.scale, quantized.zero_point)
+
+
+def refit_scales(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
+    """The scales of least output error for given codes, in closed form per output row.
+
+    A row is sum_g s_g c_g with c_g its centred codes in group g; ||(w - sum_g s_g c_g) X||^2 is least where
+    A s = b with A_gh = c_g^T H_gh c_h and b_g = c_g^T (H w)_g. Rows whose system is singular keep their scales.
+    """
+    scheme = quantized.scheme
+    rows, groups = quantized.scale.shape
+    out_features, in_features = weight.shape
+    if rows != out_features:
+        return quantized  # one scale per tensor
+    width = in_features // groups
+    zero = float(scheme.midpoint) if quantized.zero_point is None else quantized.zero_point.float().unsqueeze(-1)
+    centred = quantized.codes.float().reshape(rows, groups, width) - zero
+    right = ((weight @ hessian).reshape(rows, groups, width) * centred).sum(-1)
+    system = torch.empty(rows, groups, groups, device=weight.device)
+    for group in range(groups):
+        reach = (centred[:, group] @ hessian[group * width : (group + 1) * width]).reshape(rows, groups, width)
+        system[:, group] = reach.mul_(centred).sum(-1)
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + 1e-30
+    fitted, failed = torch.linalg.solve_ex(system, right)
+    usable = fitted.isfinite().all(-1, keepdim=True) & (failed == 0).unsqueeze(-1)
+    scale = torch.where(usable, fitted, quantized.scale)
+    return QuantizedWeight(scheme, quantized.codes, round_scale(scale, scheme), quantized.zero_point)
+
+
+class _Grid:
+    """Scales per group with one row per group, and each column's group: what column loops look up."""
+
+    def __init__(self, quantized: QuantizedWeight, shape: torch.Size) -> None:
+        out_features, in_features = shape
+        width = quantized.scheme.group_width(in_features)
+        self.scales = quantized.scale.expand(out_features, -1).T.contiguous()
+        self.groups = torch.arange(in_features, device=quantized.scale.device) // width
 
 
 class GPTQ(Quantizer):
@@ -113,13 +195,19 @@ class GPTQ(Quantizer):
 
     min ||(W - W_q) X||^2 per Linear, X the calibration inputs as they arrive through the already quantized part
     of the model, each Linear decided before the next one of the block is reached. Scales are searched for the
-    least error weighted by the inputs' power and stay in place for any column order (static groups).
+    least error at the cost GPTQ's own loss gives each column, and stay in place for any column order (static
+    groups). `refine` sweeps of coordinate descent and a closed-form fit of the scales follow.
+
+    With `asymmetric` = a > 0 the target is W + a W (X_ref - X) X^T H^-1: at a = 1 the weight whose outputs on the
+    inputs as they are come closest to the uncompressed model's. That is the objective of GPTAQ (Li et al. 2025,
+    arXiv:2504.02692), met by moving the target in closed form instead of inside the column loop.
     """
 
     kind: ClassVar[str] = "gptq"
 
     damp_percent: float = Field(0.01, gt=0, le=1, description="damping as a share of the Hessian's mean diagonal")
     act_order: bool = Field(True, description="quantize the most excited columns first; free at run time")
+    refine: int = Field(1, ge=0, le=8, description="rounds of coordinate descent and refitted scales after GPTQ")
     asymmetric: float = Field(
         0.0, ge=0, le=1, description="weight of the GPTAQ correction towards the uncompressed inputs; costs a forward"
     )
@@ -135,23 +223,26 @@ class GPTQ(Quantizer):
     def quantize(
         self, name: str, weight: Tensor, scheme: Scheme, stats: InputStats | None, record: StepRecord
     ) -> QuantizedWeight:
-        importance = stats.hessian.diagonal() if stats is not None else None
-        scale, zero = search_grid(weight, scheme, importance)
         solved = self._factor(stats) if stats is not None else None
-        if solved is None or solved.inverse is None:
+        if stats is None or solved is None or solved.inverse is None:
             if solved is not None:
                 record.note(name, "the Hessian cannot be factorized with any damping: rounded to nearest")
-            return round_to_grid(weight, scale, zero, scheme)
+            return round_to_grid(weight, *search_grid(weight, scheme), scheme)
         if solved.damp_percent != self.damp_percent:
             record.note(name, f"damping raised from {self.damp_percent:g} to {solved.damp_percent:g}")
-        return gptq(weight, solved, scale, zero, scheme)
+        target = weight if solved.shift is None else weight.addmm(weight, solved.shift, alpha=self.asymmetric)
+        scale, zero = search_grid(target, scheme, solved.importance)
+        quantized = gptq(target, solved, scale, zero, scheme)
+        for _ in range(self.refine):
+            quantized = descend(target, quantized, stats.hessian)
+            quantized = refit_scales(target, quantized, stats.hessian)
+        return quantized
 
     def _workspace(self, rows: int, width: int) -> int:
         return super()._workspace(rows, width) + 6 * 4 * width * width
 
     def _factor(self, stats: InputStats) -> Factor:
-        key = (self.damp_percent, self.act_order, self.asymmetric)
+        key = (self.damp_percent, self.act_order)
         if key not in stats.derived:
-            cross = stats.cross * self.asymmetric if stats.cross is not None else None
-            stats.derived[key] = factor(stats.hessian, self.damp_percent, self.act_order, cross)
+            stats.derived[key] = factor(stats.hessian, self.damp_percent, self.act_order, stats.cross)
         return stats.derived[key]

@@ -20,15 +20,22 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The C code's number for a dtype; activations and outputs are only of the first two."""
 
 WORTH_A_THREAD = 1 << 16
-"""Multiply-adds below which a second thread costs more than it saves (measured: 5 us to wake one)."""
+"""Multiply-adds below which one thread does it all: they take it about as long as waking a second one."""
 
 
 class Layout(ctypes.Structure):
-    """Shape and grid of a packed weight, as `csrc/packed.c` has it. Holds no pointers, so it can be copied."""
+    """Shape and grid of a packed weight, as `csrc/packed.c` has it. No pointers, so it can be copied."""
 
     _fields_ = [
-        (name, ctypes.c_int64)
-        for name in "rows cols row_bytes groups width scale_stride bits midpoint scale_kind".split()
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("scale_stride", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
+        ("midpoint", ctypes.c_int64),
+        ("scale_kind", ctypes.c_int64),
     ]
 
 
@@ -56,9 +63,9 @@ def library() -> ctypes.CDLL | None:
         except OSError:
             continue
         pointer, integer, index = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        weight = [ctypes.POINTER(Layout), pointer, pointer, pointer]
-        lib.llmslim_linear.argtypes = [*weight, pointer, pointer, pointer, index, index, integer]
-        lib.llmslim_dequantize.argtypes = [*weight, pointer, index, index, pointer, index, integer]
+        shape = ctypes.POINTER(Layout)
+        lib.llmslim_linear.argtypes = [shape, *[pointer] * 6, index, index, integer]
+        lib.llmslim_dequantize.argtypes = [shape, *[pointer] * 4, index, index, pointer, index, integer]
         return lib
     return None
 
@@ -94,7 +101,8 @@ def linear(
 def dequantize(
     shape: Layout, packed: Tensor, scale: Tensor, zero_point: Tensor | None, rows: range | Tensor, out: Tensor
 ) -> None:
-    """Writes rows of W (a range, or an int64 tensor [count] of row numbers) to out [count, in], float32 or bfloat16."""
+    """Writes rows of W (a range, or an int64 tensor [count] of their numbers) to out [count, in], which is
+    float32 or bfloat16."""
     lib = library()
     assert lib is not None
     listed = isinstance(rows, Tensor)

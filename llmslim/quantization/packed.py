@@ -40,8 +40,12 @@ class _Packed(nn.Module):
         grid = scheme.scale_shape(rows, cols)
         width = packing.packed_width(cols, scheme.bits)
         self.weight_packed = _frozen(torch.empty(rows, width, dtype=torch.uint8, device=device))
-        self.weight_scale = _frozen(torch.empty(grid, dtype=getattr(torch, scheme.scale_dtype), device=device))
-        zero_point = None if scheme.symmetric else _frozen(torch.empty(grid, dtype=torch.uint8, device=device))
+        self.weight_scale = _frozen(
+            torch.empty(grid, dtype=getattr(torch, scheme.scale_dtype), device=device)
+        )
+        zero_point = (
+            None if scheme.symmetric else _frozen(torch.empty(grid, dtype=torch.uint8, device=device))
+        )
         self.register_parameter("weight_zero_point", zero_point)
 
     @torch.no_grad()
@@ -67,9 +71,9 @@ class _Packed(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The storage seen as int8 (a view). Some models (T5) look at `linear.weight.dtype` and cast their
-        activations to it, unless it is int8, their sign of a quantized layer. For the values: `dequantize`."""
+        activations to it, unless it is int8, their sign of a quantized layer. The values: `dequantize`."""
         weight = self.weight_packed.view(torch.int8)
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # the `_init_weights` of models leaves it alone
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps models' _init_weights off it
         return weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
@@ -128,7 +132,9 @@ class PackedLinear(_Packed):
         return routes.linear(self, x)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {_describe(self.scheme)}"
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {_describe(self.scheme)}"
+        )
 
 
 class PackedEmbedding(_Packed):
@@ -138,9 +144,12 @@ class PackedEmbedding(_Packed):
     layer's Parameters (`tie_head`).
 
     Args:
+        dtype: of the output.
         padding_idx: kept for the code that reads it; it only ever mattered for gradients.
         embed_scale: the output is multiplied by it, rounded to `dtype` first, as Gemma's embeddings do.
     """
+
+    like: Tensor
 
     def __init__(
         self,
@@ -160,9 +169,14 @@ class PackedEmbedding(_Packed):
 
     @classmethod
     def from_quantized(
-        cls, weight: QuantizedWeight, dtype: torch.dtype, padding_idx: int | None = None, embed_scale: float = 1.0
+        cls,
+        weight: QuantizedWeight,
+        dtype: torch.dtype,
+        padding_idx: int | None = None,
+        embed_scale: float = 1.0,
     ) -> PackedEmbedding:
-        layer = cls(*weight.codes.shape, weight.scheme, dtype, padding_idx, embed_scale, weight.codes.device)
+        rows, cols = weight.codes.shape
+        layer = cls(rows, cols, weight.scheme, dtype, padding_idx, embed_scale, weight.codes.device)
         layer.store(weight)
         return layer
 
@@ -173,7 +187,7 @@ class PackedEmbedding(_Packed):
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = routes.dequantize_rows(self, ids.reshape(-1), self.dtype).view(*ids.shape, self.embedding_dim)
-        return rows if self.embed_scale == 1.0 else rows * torch.tensor(self.embed_scale, dtype=rows.dtype)
+        return rows if self.embed_scale == 1.0 else rows * rows.new_tensor(self.embed_scale)
 
     def tie_head(self, bias: Tensor | None = None) -> PackedLinear:
         """The output projection that shares this layer's Parameters."""

@@ -36,7 +36,9 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         return packed.clone()
     codes = torch.empty(rows, n, dtype=torch.uint8, device=packed.device)
     for part in _slices(rows, n):
-        codes[part] = _unpack_bytes(packed[part], bits, n) if 8 % bits == 0 else _unpack_words(packed[part], bits, n)
+        codes[part] = (
+            _unpack_bytes(packed[part], bits, n) if 8 % bits == 0 else _unpack_words(packed[part], bits, n)
+        )
     return codes
 
 

@@ -34,7 +34,7 @@ class Quantizer(LinearStep):
         None, ge=2, le=8, description="also quantize embeddings and head to so many bits (rounded to nearest)"
     )
     overrides: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description='other bits, group_size or symmetric for modules: {"*.down_proj": {bits: 8}}'
+        default_factory=dict, description="other bits, group_size or symmetric for modules that match a pattern"
     )
     scale_dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto", description="type of the scales; auto: the checkpoint's 16-bit type"

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 Route = Callable[["PackedLinear", Tensor], Tensor]
 
-NATIVE_ROWS = 16
+NATIVE_ROWS = 32
 """From here on expanding W once and multiplying in floating point wins (evals/linear_speed.py)."""
 
-BLOCK_BYTES = 1 << 20
-"""Rows of W are expanded in pieces of about this size, which stay in the cache until they are multiplied."""
+BLOCK_BYTES = 1 << 23
+"""Rows of W are expanded in pieces of about this size: smaller ones slow the GEMM, larger ones take room."""
 
 INT4PACK_ROWS = 32
 """torch's own 4-bit operator slows down beyond."""
@@ -78,7 +78,7 @@ def native_linear(layer: PackedLinear, x: Tensor) -> Tensor:
     if x.dtype not in (torch.float32, torch.bfloat16):
         return native_linear(layer, x.float()).to(x.dtype)
     parameters = layer._parameters  # the attributes cost a microsecond each
-    bias = parameters["bias"]
+    bias: Tensor | None = parameters["bias"]
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     return native.linear(
@@ -122,7 +122,11 @@ def int4pack_takes(layer: PackedLinear, x: Tensor) -> bool:
     if layer.scheme.group_size not in (32, 64, 128) or in_features % width:
         return False
     if x.is_cuda:
-        return in_features % 128 == 0 and out_features % 8 == 0 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        return (
+            in_features % 128 == 0
+            and out_features % 8 == 0
+            and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        )
     return out_features % 16 == 0
 
 
@@ -138,7 +142,7 @@ def int4pack_linear(layer: PackedLinear, x: Tensor) -> Tensor:
 
 
 def _convert_int4pack(weight: QuantizedWeight, cuda: bool) -> tuple[Tensor, Tensor]:
-    """The operator's W is (code - 8) * scale + shift; returns its codes and (scale, shift) [groups, out, 2]."""
+    """The operator's W is (code - 8) * scale + shift; gives its codes and its grid [groups, out, 2]."""
     zero: Tensor | int = weight.scheme.midpoint if weight.zero_point is None else weight.zero_point.float()
     shift = (8 - zero) * weight.scale
     grid = torch.stack([weight.scale, shift], dim=-1).transpose(0, 1).contiguous().bfloat16()
@@ -155,14 +159,18 @@ def dequantize_rows(layer: _Packed, rows: range | Tensor, dtype: torch.dtype) ->
     """Rows of W (a range or int64 [n] of row numbers) -> [n, in] of `dtype`."""
     storage = layer.weight_packed
     if storage.is_cpu and native.library() is not None and not torch.compiler.is_compiling():
-        out = torch.empty(len(rows), layer.shape[1], dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+        out = torch.empty(
+            len(rows), layer.shape[1], dtype=dtype if dtype == torch.bfloat16 else torch.float32
+        )
         _expand(layer, rows.long().contiguous() if isinstance(rows, Tensor) else rows, out)
         return out.to(dtype)
     return _dequantize_rows_torch(layer, rows, dtype)
 
 
 def _expand(layer: _Packed, rows: range | Tensor, out: Tensor) -> None:
-    native.dequantize(layer.layout, layer.weight_packed, layer.weight_scale, layer.weight_zero_point, rows, out)
+    native.dequantize(
+        layer.layout, layer.weight_packed, layer.weight_scale, layer.weight_zero_point, rows, out
+    )
 
 
 def _dequantize_rows_torch(layer: _Packed, rows: range | Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(PORTABLE)   /* -DPORTABLE: to test the other loops */
 #define HAVE_AVX2 1
 #include <immintrin.h>
 #define AVX2 __attribute__((target("avx2,fma")))

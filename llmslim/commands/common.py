@@ -1,0 +1,59 @@
+"""Flags and choices that several verbs share."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from llmslim.errors import UserError
+from llmslim.flags import Parser
+
+if TYPE_CHECKING:
+    import torch
+
+MODEL = "a Hub id, a folder, a .gguf file, or demo"
+
+
+def add_model(parser: Parser) -> None:
+    """MODEL and what finds it."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub model")
+
+
+def add_device(parser: Any) -> None:
+    parser.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one, else the CPU)"
+    )
+
+
+def device_of(options: dict[str, Any]) -> torch.device:
+    """The device that was asked for, if it is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    import torch
+
+    from llmslim.loaders.models import default_device
+
+    name = options.get("device")
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"The device {name!r} cannot be used here; leave out --device or give cpu.") from error
+    if device.type == "meta":
+        raise UserError("The device 'meta' holds no values; leave out --device or give cpu.")
+    return device
+
+
+def show(renderable: Any, *, to_stderr: bool = False) -> None:
+    """Print a rich table or text; 100 columns where there is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=to_stderr)
+    if not console.is_terminal:
+        console = Console(file=sys.stderr if to_stderr else sys.stdout, width=100)
+    console.print(renderable)

@@ -1,0 +1,118 @@
+"""evaluate(): perplexity of a model on a text, and its divergence from a base, as one flat record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llmslim.checkpoint.load import load_model
+from llmslim.checkpoint.reader import CheckpointReader
+from llmslim.errors import UserError
+from llmslim.evaluation.divergence import Comparison, compare
+from llmslim.evaluation.perplexity import PerplexityResult, perplexity, require_causal
+from llmslim.evaluation.stream import streamed_scores
+from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find
+from llmslim.loaders.texts import TextSample, sample
+
+Progress = Callable[[int, int], None]
+
+
+def evaluate(
+    model: str,
+    text: str,
+    *,
+    base: str | None = None,
+    seq_len: int = 512,
+    windows: int = 16,
+    join: str = "",
+    streamed: bool = False,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: torch.device | None = None,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Measure a causal language model.
+
+    Args:
+        model: a Hub id, a folder, a .gguf file, or "demo".
+        base: compare with this one, token by token.
+        join: what stands between the rows of the text.
+        streamed: hold one block of a model at a time.
+        dtype: to compute in; what is fast on the device when None, "auto" as stored.
+
+    Returns:
+        perplexity, nll and their `_stderr`, the protocol (windows, seq_len, bos, join, data_hash, ...), and with a
+        base its perplexity, nll_increase, kl and top1_agreement, each with `_stderr`.
+
+    Raises:
+        UserError: for what cannot be evaluated.
+    """
+    device = device or default_device()
+    files, other = find(model, revision), find(base) if base is not None else None
+    require_causal(CheckpointReader(files).model_skeleton())
+    chosen = _dtype(dtype, files, device)
+    _check_length(files, seq_len)
+    tokens = sample(text, files.tokenizer(), windows, seq_len, join=join, builtin_part="test")
+    figures: dict[str, Any] = {"model": model, "base": base, "streamed": streamed}
+    figures |= {"dtype": str(chosen).removeprefix("torch."), "device": str(device)}
+    measured = (_streamed if streamed else _whole)(files, other, tokens, chosen, device, progress)
+    return {**figures, **_flat(measured)}
+
+
+def _whole(
+    files: ModelFiles,
+    base: ModelFiles | None,
+    text: TextSample,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+) -> PerplexityResult | Comparison:
+    model = load_model(files, dtype, device)
+    if base is None:
+        return perplexity(model, text, progress)
+    return compare(model, load_model(base, dtype, device), text, progress)
+
+
+def _streamed(
+    files: ModelFiles,
+    base: ModelFiles | None,
+    text: TextSample,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+) -> PerplexityResult | Comparison:
+    scores = streamed_scores(files, text.tokens, device, dtype, base, progress)
+    return PerplexityResult.of(scores.nll, text) if base is None else Comparison.of(scores, text)
+
+
+def _flat(measured: PerplexityResult | Comparison) -> dict[str, Any]:
+    """One level, each figure beside its standard error."""
+    result = measured.perplexity if isinstance(measured, Comparison) else measured
+    record = result.to_dict()
+    flat = {"perplexity": record.pop("value"), "perplexity_stderr": record.pop("stderr"), **record}
+    if isinstance(measured, Comparison):
+        flat |= {
+            "base_perplexity": measured.base_perplexity.value,
+            "base_perplexity_stderr": measured.base_perplexity.stderr,
+        }
+        for name in ("nll_increase", "kl", "top1_agreement"):
+            estimate = getattr(measured, name)
+            flat |= {name: estimate.value, f"{name}_stderr": estimate.stderr}
+    return flat
+
+
+def _dtype(name: str | None, files: ModelFiles, device: torch.device) -> torch.dtype:
+    if name is None:
+        return compute_dtype(device, files.dtype)
+    known = {"auto": files.dtype, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise UserError(f"Unknown dtype {name!r}; there are {', '.join(known)}.")
+    return known[name]
+
+
+def _check_length(files: ModelFiles, seq_len: int) -> None:
+    limit = getattr(files.config.get_text_config(), "max_position_embeddings", None)
+    if limit and seq_len > limit:
+        raise UserError(f"seq_len {seq_len} is more than the {limit} positions of {files.spec}: give at most {limit}.")

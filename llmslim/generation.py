@@ -1,0 +1,95 @@
+"""Text from a model, handed out piece by piece as it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from llmslim.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: str,
+    write: Callable[[str], object] = lambda piece: None,
+    *,
+    max_new_tokens: int = 40,
+    chat: bool = False,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """The continuation of a prompt.
+
+    Args:
+        write: called with each piece of it as soon as it is a whole word.
+        chat: the prompt is a message of the user, put into the tokenizer's chat template.
+        temperature: 0 is greedy.
+        seed: of the sampling.
+
+    Raises:
+        UserError: the model does not generate, has no chat template, or the prompt is too long for it.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    tokens = prompt_tokens(model, tokenizer, prompt, chat).to(model.device)
+    check(model, tokens.shape[1], max_new_tokens, temperature)
+    pieces: list[str] = []
+
+    class Pieces(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            pieces.append(text)
+            write(text)
+
+    # a checkpoint's own sampling settings, left in place, draw a warning when decoding is greedy
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else greedy
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    torch.manual_seed(seed)
+    model.generate(  # type: ignore[operator]
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=max_new_tokens,
+        streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        pad_token_id=pad,
+        **sampling,
+    )
+    return "".join(pieces)
+
+
+def check(model: PreTrainedModel, prompt_len: int, max_new_tokens: int, temperature: float) -> None:
+    """Refuse what cannot be generated.
+
+    Raises:
+        UserError: too many tokens, or too few, or a negative temperature.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens = {max_new_tokens} is too few: it takes at least 1.")
+    if temperature < 0:
+        raise UserError(f"temperature = {temperature:g} is below 0: 0 is greedy, 0.7 is usual.")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and prompt_len + max_new_tokens > limit:
+        raise UserError(
+            f"The prompt's {prompt_len} tokens and {max_new_tokens} new ones are more than the "
+            f"{limit} positions that the model has: shorten one of them."
+        )
+
+
+def prompt_tokens(model: PreTrainedModel, tokenizer: Any, prompt: str, chat: bool) -> Any:
+    """The prompt's tokens [1, n], with the special tokens that the model expects."""
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise UserError(f"{type(model).__name__} does not continue texts: generate takes a causal language model.")
+    if not prompt:
+        raise UserError("The prompt is empty: give some words to continue.")
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if not tokenizer.chat_template:
+        raise UserError("The model has no chat template: leave out --chat, or use a chat or instruct model.")
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(
+        message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]

@@ -1,0 +1,91 @@
+"""Progress of long work on stderr: bars with the time left on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+EVERY = 10.0  # seconds between two lines where there is no terminal
+
+
+class Bars:
+    """One bar per kind of work, drawn by rich; use as a context manager and call as `Progress`."""
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        self._bars = progress.Progress(
+            progress.TextColumn("{task.description:>10}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+            console=Console(file=file or sys.stderr),
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total)
+        self._bars.update(self._tasks[what], completed=done, total=total)
+
+
+class Lines:
+    """At most one line per `EVERY` seconds: what, how far, and the time left at the pace so far."""
+
+    def __init__(self, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._file, self._clock = file or sys.stderr, clock
+        self._last = clock()
+        self._begun: dict[str, tuple[float, int]] = {}  # when a kind of work was first heard of, and how far then
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = self._clock()
+        start, first = self._begun.setdefault(what, (now, done))
+        if now - self._last < EVERY:
+            return
+        self._last = now
+        left = ""
+        if first < done < total:
+            left = f", {duration((now - start) / (done - first) * (total - done))} left"
+        print(f"{what}: {done}/{total}{left}", file=self._file, flush=True)
+
+
+def progress_for(file: TextIO | None = None) -> Bars | Lines:
+    """Bars for a terminal, lines for a log."""
+    file = file or sys.stderr
+    return Bars(file) if file.isatty() else Lines(file)
+
+
+def duration(seconds: float) -> str:
+    """3 s, 2 min 5 s, 1 h 12 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        minutes, rest = divmod(whole, 60)
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, rest = divmod(whole, 3600)
+    return f"{hours} h {rest // 60} min"

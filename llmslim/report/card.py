@@ -1,0 +1,177 @@
+"""report.json and README.md, the model card, of a finished checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from llmslim.report import figures
+
+if TYPE_CHECKING:
+    from llmslim.loaders.models import ModelFiles
+
+
+def write_report(folder: Path, report: dict[str, Any], base_files: ModelFiles) -> None:
+    """Write `report.json` and `README.md` into the folder of a checkpoint.
+
+    Args:
+        folder: holds the checkpoint's config.json already.
+        report: as `pipeline.compress` makes it.
+        base_files: of the model it was made from; its card tells the license.
+    """
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "README.md").write_text(model_card(report, config, _license(base_files.folder)), "utf-8")
+
+
+def model_card(report: dict[str, Any], config: dict[str, Any], license_name: str | None) -> str:
+    """The model card: YAML for the Hub, then what was done, what it cost, and how to load and repeat it."""
+    base = report["base"]["model"]
+    sections = [
+        f"---\n{yaml.safe_dump(_front_matter(report, config, license_name), sort_keys=False)}---",
+        f"# {Path(base).name}, {_what(report)}",
+        f"Made from [`{base}`](https://huggingface.co/{base})" if is_hub_id(base) else f"Made from `{base}`",
+    ]
+    sections[-1] += f" by llmslim {report['llmslim']}, stored in the {report['format']} format."
+    return "\n\n".join(
+        [
+            *sections,
+            _loading(report["format"], config),
+            _measurements(report),
+            _fallbacks(report),
+            _repeat(report),
+            _environment(report),
+        ]
+    ).rstrip() + "\n"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be a Hub id (owner/name) and is no folder here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".") and not Path(name).exists()
+
+
+def _front_matter(report: dict[str, Any], config: dict[str, Any], license_name: str | None) -> dict[str, Any]:
+    kinds = [next(iter(step)) for step in report["recipe"]["steps"]]
+    matter: dict[str, Any] = {"library_name": "transformers"}
+    if is_hub_id(report["base"]["model"]):
+        matter |= {"base_model": report["base"]["model"], "base_model_relation": "quantized"}
+    if license_name:
+        matter["license"] = license_name
+    if _auto_class(config) == "AutoModelForCausalLM":
+        matter["pipeline_tag"] = "text-generation"
+    widths = sorted({f"{row['bits']}-bit" for row in report["linears"] if "bits" in row})
+    matter["tags"] = list(dict.fromkeys(["llmslim", *kinds, *widths, report["format"]]))
+    return matter
+
+
+def _what(report: dict[str, Any]) -> str:
+    """The steps in words: 'gptq with 4 bits'."""
+    said = []
+    for step in report["recipe"]["steps"]:
+        kind, fields = next(iter(step.items()))
+        scheme = [f"{fields['bits']} bits"] if "bits" in fields else []
+        if "group_size" in fields:
+            size = fields["group_size"]
+            scheme.append(f"groups of {size}" if isinstance(size, int) else f"one scale per {size}")
+        if "symmetric" in fields:
+            scheme.append("symmetric" if fields["symmetric"] else "asymmetric")
+        said.append(f"{kind} ({', '.join(scheme)})" if scheme else kind)
+    return ", then ".join(said)
+
+
+def _auto_class(config: dict[str, Any]) -> str:
+    name = (config.get("architectures") or [""])[0]
+    for ending, auto in (
+        ("ForCausalLM", "AutoModelForCausalLM"),
+        ("LMHeadModel", "AutoModelForCausalLM"),
+        ("ForMaskedLM", "AutoModelForMaskedLM"),
+        ("ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+        ("ForSequenceClassification", "AutoModelForSequenceClassification"),
+    ):
+        if name.endswith(ending):
+            return auto
+    return "AutoModel"
+
+
+def _loading(format_name: str, config: dict[str, Any]) -> str:
+    auto = _auto_class(config)
+    plugin = "import llmslim.plugin  # teaches transformers the format\n" if format_name == "llmslim" else ""
+    needs = {
+        "llmslim": "With transformers, after `pip install llmslim`:",
+        "compressed-tensors": "With plain transformers (`pip install compressed-tensors`), and with vLLM:",
+        "gptq": "With plain transformers (`pip install optimum gptqmodel`):",
+    }
+    return (
+        "## Load it\n\nWith llmslim, which keeps the weights packed in memory and computes with them so:\n\n"
+        "```python\nimport llmslim\n\nmodel, tokenizer = llmslim.load(\"FOLDER\")\n```\n\n"
+        f"{needs[format_name]}\n\n"
+        f"```python\n{plugin}from transformers import {auto}, AutoTokenizer\n\n"
+        f'model = {auto}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
+    )
+
+
+def _measurements(report: dict[str, Any]) -> str:
+    lines = ["## What it cost", "", "| | base | result | change |", "|---|---:|---:|---:|"]
+    lines += [f"| {row.label} | {row.base} | {row.result} | {row.change} |" for row in figures.rows(report)]
+    lines += ["", figures.run_line(report), figures.verdict(report)]
+    quality = report["quality"]
+    if quality and "perplexity" in quality:
+        lines.append(f"Perplexity: {quality['perplexity']['protocol']}; ± is the standard error over windows.")
+    lines += [f"{reason[0].upper()}{reason[1:]}." for reason in figures.skipped(report)]
+    if worst := figures.worst_linears(report):
+        lines += ["", "Largest relative output errors on the calibration text:", ""]
+        lines += [f"- `{name}`: {error:.3g}" for name, error in worst]
+    return "\n".join(lines)
+
+
+def _fallbacks(report: dict[str, Any]) -> str:
+    if not report["notes"]:
+        return "## Fallbacks\n\nNone."
+    listed = "\n".join(f"- {note}" for note in figures.notes(report, count=20))
+    return f"## Fallbacks\n\n{len(report['notes'])} notes:\n\n{listed}"
+
+
+def _repeat(report: dict[str, Any]) -> str:
+    recipe = yaml.safe_dump(report["recipe"], sort_keys=False)
+    base, revision = report["base"], report["base"].get("revision")
+    spec = base["spec"] if base["spec"] == "demo" or is_hub_id(base["spec"]) else "MODEL"
+    at = f" --revision {revision}" if revision else ""
+    text = ""
+    if report["calibration"]:
+        text = (
+            f"\n\nCalibration: {report['calibration']['protocol']}. SHA-256 of its tokens: "
+            f"`{report['calibration']['data_hash']}`."
+        )
+    return (
+        f"## Repeat it\n\nSave as `recipe.yaml`:\n\n```yaml\n{recipe}```\n\n"
+        f"```\nllmslim compress {spec} recipe.yaml{at} --output FOLDER\n```{text}"
+    )
+
+
+def _environment(report: dict[str, Any]) -> str:
+    machine = report["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"## Made on\n\n{machine['platform']}, {machine['device']} ({machine['cpu']}), {machine['threads']} threads, "
+        f"computing in {machine['compute_dtype']}; Python {machine['python']}, {versions}. All figures, with the "
+        "error of every Linear, are in `report.json`."
+    )
+
+
+def _license(folder: Path) -> str | None:
+    """The license that the base's own card or configuration names."""
+    card = folder / "README.md"
+    if card.is_file():
+        front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", errors="replace"), re.DOTALL)
+        try:
+            named = yaml.safe_load(front[1]).get("license") if front else None
+        except (yaml.YAMLError, AttributeError):
+            named = None
+        if isinstance(named, str):
+            return named
+    named = json.loads((folder / "config.json").read_text("utf-8")).get("license")
+    return named if isinstance(named, str) else None

@@ -1,0 +1,151 @@
+"""The figures of a report, base against result, in the words that the table and the model card share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+SAME = 0.05  # a speed within 5% of the base's is called no faster
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: of the base, of the result, and what the two come to ("" where there is nothing to say)."""
+
+    label: str
+    base: str
+    result: str
+    change: str = ""
+
+
+def rows(report: dict[str, Any]) -> list[Row]:
+    """The measured figures that the report has; what was skipped is in `skipped`."""
+    return [*_sizes(report["size"]), *_quality(_measured(report["quality"])), *_speeds(report["speed"])]
+
+
+def skipped(report: dict[str, Any]) -> list[str]:
+    """What was not measured, and why."""
+    reasons = []
+    for name, title in (("quality", "quality"), ("speed", "speed")):
+        record = report[name]
+        if record is None:
+            reasons.append(f"{title} was not measured: it was switched off")
+        elif "skipped" in record:
+            reasons.append(f"{title} was not measured: {record['skipped']}")
+    for side in ("base", "result"):
+        record = (report["speed"] or {}).get(side, {})
+        if "skipped" in record:
+            reasons.append(f"speed of the {side} was not measured: {record['skipped']}")
+    return reasons
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """In one sentence, whether the result is faster; empty when that was not measured."""
+    said = []
+    for kind in ("decode", "prefill"):
+        base, result = (_rate(report["speed"], side, kind) for side in ("base", "result"))
+        if base and result:
+            said.append(f"{kind} is {_speed_word(result / base)}")
+    return f"On this machine {' and '.join(said)}." if said else ""
+
+
+def worst_linears(report: dict[str, Any], count: int = 3) -> list[tuple[str, float]]:
+    """The weights whose outputs moved most: (name, ||(W - W_q) X||^2 / ||W X||^2)."""
+    known = [(row["name"], row["output_error"]) for row in report["linears"] if row.get("output_error") is not None]
+    return sorted(known, key=lambda entry: -entry[1])[:count]
+
+
+def notes(report: dict[str, Any], count: int = 3) -> list[str]:
+    """The first few notes, and how many there are in all."""
+    listed = [f"{note['where']}: {note['what']}" for note in report["notes"][:count]]
+    more = len(report["notes"]) - len(listed)
+    return [*listed, f"... and {more} more in report.json"] if more > 0 else listed
+
+
+def run_line(report: dict[str, Any]) -> str:
+    """Memory and time of the run."""
+    from llmslim.progress import duration
+
+    run = report["run"]
+    cpu = sum(run["cpu_seconds"].values()) if isinstance(run["cpu_seconds"], dict) else run["cpu_seconds"]
+    planned = report["plan"].get("peak_memory") if report.get("plan") else None
+    plan = f" (planned {planned / 1e6:,.0f} MB)" if planned else ""
+    resumed = "; resumed after an interruption" if run["resumed"] else ""
+    return (
+        f"The run held at most {run['peak_memory_mb']:,.0f} MB{plan} and took {duration(run['wall_seconds'])}, "
+        f"{duration(cpu)} of CPU for the steps{resumed}."
+    )
+
+
+def _sizes(size: dict[str, Any]) -> list[Row]:
+    base, result = size["base"], size["result"]
+    smaller = base["bytes_on_disk"] / max(1, result["bytes_on_disk"])
+    made = [Row("size on disk", *_megabytes(base, result, "bytes_on_disk"), f"{smaller:.2f}x smaller")]
+    for label, name in (("bits per weight, all", "bits_per_weight"), ("bits per weight, blocks", "bits_per_block_weight")):
+        made.append(Row(label, f"{base[name]:.2f}", f"{result[name]:.2f}"))
+    return made
+
+
+def _megabytes(base: dict[str, Any], result: dict[str, Any], name: str) -> tuple[str, str]:
+    return f"{base[name] / 1e6:,.1f} MB", f"{result[name] / 1e6:,.1f} MB"
+
+
+def _quality(quality: dict[str, Any]) -> list[Row]:
+    if not quality:
+        return []
+    base, result = quality["base_perplexity"], quality["perplexity"]
+    change = f"{100 * (result['value'] / base['value'] - 1):+.1f} %"
+    agreement = {key: None if v is None else 100 * v for key, v in quality["top1_agreement"].items()}
+    return [
+        Row("perplexity", _spread(base, 2), _spread(result, 2), change),
+        Row("KL from the base (nats)", "", _spread(quality["kl"], 4)),
+        Row("top-1 agreement", "", _spread(agreement, 1) + " %"),
+    ]
+
+
+def _spread(estimate: dict[str, Any], digits: int) -> str:
+    stderr = estimate.get("stderr")
+    return f"{estimate['value']:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
+
+
+def _speeds(speed: dict[str, Any] | None) -> list[Row]:
+    made = []
+    for kind in ("decode", "prefill"):
+        base, result = (_rate(speed, side, kind) for side in ("base", "result"))
+        if base or result:
+            change = _speed_word(result / base) if base and result else ""
+            made.append(Row(f"{kind}, tokens/s", _or_dash(base, ".1f"), _or_dash(result, ".1f"), change))
+    for label, name, form in (("memory when run", "peak_memory_mb", ",.0f"), ("load time", "load_seconds", ".1f")):
+        base, result = (_figure(speed, side, name) for side in ("base", "result"))
+        if base or result:
+            unit = " MB" if name == "peak_memory_mb" else " s"
+            made.append(Row(label, _or_dash(base, form, unit), _or_dash(result, form, unit), _ratio(base, result)))
+    return made
+
+
+def _rate(speed: dict[str, Any] | None, side: str, kind: str) -> float | None:
+    record = _figure(speed, side, kind)
+    return record["tokens_per_second"] if record else None
+
+
+def _figure(speed: dict[str, Any] | None, side: str, name: str) -> Any:
+    return (_measured(speed).get(side) or {}).get(name)
+
+
+def _measured(record: dict[str, Any] | None) -> dict[str, Any]:
+    """The record, or nothing if it says that it was skipped."""
+    return {} if record is None or "skipped" in record else record
+
+
+def _speed_word(ratio: float) -> str:
+    if ratio >= 1 + SAME:
+        return f"{ratio:.2f}x the base's"
+    return f"no faster ({ratio:.2f}x)" if ratio >= 1 - SAME else f"slower ({ratio:.2f}x)"
+
+
+def _ratio(base: float | None, result: float | None) -> str:
+    return f"{result / base:.2f}x" if base and result else ""
+
+
+def _or_dash(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
