@@ -33,7 +33,7 @@ class UnfusedExperts(nn.ModuleList):
 
     def __init__(self, experts: list[Expert], act_fn: nn.Module) -> None:
         super().__init__(experts)
-        self.act_fn = act_fn
+        self.__dict__["act_fn"] = act_fn  # no child: the children are the experts
         self.num_experts = len(experts)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

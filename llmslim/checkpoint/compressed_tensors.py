@@ -16,16 +16,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmslim.checkpoint.formats import Format, Get, Packed, as_bytes, as_words, exact_scale, expect, pack_linears
-from llmslim.edit import Edit
+from llmslim.checkpoint.formats import (
+    Format,
+    Get,
+    Packed,
+    as_bytes,
+    as_words,
+    exact_scale,
+    expect,
+    pack_linears,
+)
+from llmslim.edit import Edit, replace_module
 from llmslim.errors import UserError
+from llmslim.loaders.models import skeleton
 from llmslim.quantization import packing
 from llmslim.quantization.edits import PackLinear
 from llmslim.quantization.grid import QuantizedWeight, Scheme
@@ -51,6 +61,8 @@ class CompressedTensors(Format):
                 return f"{name} is a {type(model.get_submodule(name)).__name__}, and it knows nn.Linear only"
             if dtype not in (torch.float32, getattr(torch, scheme.scale_dtype)):
                 return f"it loads scales in the checkpoint's {dtype}, which cannot hold {scheme.scale_dtype} ones"
+        if _reaches_for_weights(model, schemes):
+            return f"transformers cannot load it into {type(model).__name__}, which looks for the dense weights"
         return None
 
     def stored(self, name: str, module: Packed) -> dict[str, Tensor]:
@@ -70,7 +82,9 @@ class CompressedTensors(Format):
         tensors = {full: expect(full, get(full), like) for full, like in self.stored(name, module).items()}
         scheme, (rows, columns) = module.scheme, module.shape
         if tensors[f"{name}.weight_shape"].tolist() != [rows, columns]:
-            raise UserError(f"The checkpoint's {name} is not of the shape {[rows, columns]} that the model has.")
+            raise UserError(
+                f"The checkpoint's {name} is not of the shape {[rows, columns]} that the model has."
+            )
         width = packing.packed_width(columns, scheme.bits)
         codes = packing.unpack(as_bytes(tensors[f"{name}.weight_packed"], width), scheme.bits, columns)
         scale = exact_scale(name, tensors[f"{name}.weight_scale"], scheme).reshape(module.weight_scale.shape)
@@ -112,9 +126,13 @@ class CompressedTensors(Format):
             raise UserError("The checkpoint's compressed-tensors config has no readable config_groups.")
         for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
             if config.get(key):
-                raise UserError(f"The checkpoint uses compressed-tensors' {key}, which llmslim does not read.")
+                raise UserError(
+                    f"The checkpoint uses compressed-tensors' {key}, which llmslim does not read."
+                )
         if config.get("quantization_status", "compressed") != "compressed":
-            raise UserError(f"The checkpoint's weights have the status {config['quantization_status']!r}, not 'compressed'.")
+            raise UserError(
+                f"The checkpoint's weights have the status {config['quantization_status']!r}, not 'compressed'."
+            )
         dtype = model.config.dtype or torch.float32
         targets: dict[str, Scheme] = {}
         for group in groups.values():
@@ -127,6 +145,21 @@ class CompressedTensors(Format):
             if matched and not _matches(name, module, ignore):
                 edits.append(PackLinear(module=name, scheme=targets[matched[0]]))
         return edits
+
+
+def _reaches_for_weights(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Whether the model's `_init_weights`, which transformers calls while loading, uses the weights of Linears
+    through their parents (T5, ModernBERT): compressed-tensors has removed them by then. Tried out on meta."""
+    trial = skeleton(model.config)
+    for name in names:
+        replace_module(trial, name, nn.Module())
+    for parameter in trial.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # nothing to compute
+    try:
+        trial.initialize_weights()
+    except AttributeError:
+        return True
+    return False
 
 
 def _weight_arguments(scheme: Scheme, dtype: torch.dtype) -> dict[str, Any]:
@@ -151,9 +184,17 @@ def _scheme(group: dict[str, Any], layout: Any, dtype: torch.dtype) -> Scheme:
     activations = group.get("input_activations") or group.get("output_activations")
     if layout != LAYOUT or activations or not isinstance(weights, dict):
         what = "quantized activations" if activations else f"the layout {layout!r}"
-        raise UserError(f"The checkpoint is compressed-tensors with {what}; llmslim reads weight-only {LAYOUT!r}.")
-    if weights.get("type", "int") != "int" or weights.get("dynamic") or weights.get("actorder") in ("group", "dynamic"):
-        raise UserError(f"The checkpoint's weights {weights} are of a kind of compressed-tensors that llmslim does not read.")
+        raise UserError(
+            f"The checkpoint is compressed-tensors with {what}; llmslim reads weight-only {LAYOUT!r}."
+        )
+    if (
+        weights.get("type", "int") != "int"
+        or weights.get("dynamic")
+        or weights.get("actorder") in ("group", "dynamic")
+    ):
+        raise UserError(
+            f"The checkpoint's weights {weights} are of a kind of compressed-tensors that llmslim does not read."
+        )
     size = weights.get("group_size")
     strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
     scale = str(weights.get("scale_dtype") or dtype).removeprefix("torch.")
@@ -165,12 +206,16 @@ def _scheme(group: dict[str, Any], layout: Any, dtype: torch.dtype) -> Scheme:
             scale_dtype=scale,  # type: ignore[arg-type]
         )
     except ValueError as error:
-        raise UserError(f"The checkpoint's weights {weights} are of a kind of compressed-tensors that llmslim does not read.") from error
+        raise UserError(
+            f"The checkpoint's weights {weights} are of a kind of compressed-tensors that llmslim does not read."
+        ) from error
 
 
 def _strings(value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise UserError("The checkpoint's compressed-tensors config has targets or ignore that are no lists of names.")
+        raise UserError(
+            "The checkpoint's compressed-tensors config has targets or ignore that are no lists of names."
+        )
     return value
 
 

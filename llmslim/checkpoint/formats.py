@@ -124,12 +124,13 @@ def as_words(packed: Tensor) -> Tensor:
     missing = -packed.shape[1] % 4
     if missing:
         packed = torch.cat([packed, packed.new_zeros(packed.shape[0], missing)], dim=1)
-    return packed.contiguous().view(torch.int32)
+    # flat, since a single row may have strides that a view as another type refuses
+    return packed.reshape(-1).view(torch.int32).reshape(packed.shape[0], -1)
 
 
 def as_bytes(words: Tensor, width: int) -> Tensor:
     """The inverse of `as_words`: the first `width` bytes of each row."""
-    return words.contiguous().view(torch.uint8)[:, :width]
+    return words.reshape(-1).view(torch.uint8).reshape(words.shape[0], -1)[:, :width]
 
 
 def expect(name: str, tensor: Tensor, like: Tensor) -> Tensor:
@@ -149,5 +150,7 @@ def exact_scale(name: str, scale: Tensor, scheme: Scheme) -> Tensor:
     if scale.dtype != getattr(torch, scheme.scale_dtype):
         rounded = values.to(getattr(torch, scheme.scale_dtype)).float()
         if not torch.equal(rounded, values):
-            raise UserError(f"The scales {name} are {scale.dtype}, and {scheme.scale_dtype} cannot hold them exactly.")
+            raise UserError(
+                f"The scales {name} are {scale.dtype}, and {scheme.scale_dtype} cannot hold them exactly."
+            )
     return values

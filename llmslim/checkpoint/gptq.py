@@ -22,7 +22,16 @@ from transformers import PreTrainedModel
 
 import llmslim
 from llmslim.anatomy import Anatomy
-from llmslim.checkpoint.formats import Format, Get, Packed, as_bytes, as_words, exact_scale, expect, pack_linears
+from llmslim.checkpoint.formats import (
+    Format,
+    Get,
+    Packed,
+    as_bytes,
+    as_words,
+    exact_scale,
+    expect,
+    pack_linears,
+)
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.quantization import packing
@@ -83,7 +92,9 @@ class GPTQLayout(Format):
                 f"The checkpoint's {name} was quantized with a dynamic activation order (g_idx), which llmslim does "
                 "not read; take one made with desc_act=False or static groups."
             )
-        codes = packing.unpack(as_bytes(tensors["qweight"].T, packing.packed_width(columns, scheme.bits)), scheme.bits, columns)
+        codes = packing.unpack(
+            as_bytes(tensors["qweight"].T, packing.packed_width(columns, scheme.bits)), scheme.bits, columns
+        )
         scale = exact_scale(name, tensors["scales"], scheme).T.contiguous()
         bytes_ = as_bytes(tensors["qzeros"], packing.packed_width(rows, scheme.bits))
         zero = packing.unpack(bytes_, scheme.bits, rows).T.contiguous()
@@ -114,7 +125,11 @@ class GPTQLayout(Format):
             "meta": {"quantizer": [f"llmslim:{llmslim.__version__}"]},
         }
         chosen, _ = _partial(schemes, model)
-        return config if chosen is None else config | {"modules_in_block_to_quantize": [[name] for name in chosen]}
+        return (
+            config
+            if chosen is None
+            else config | {"modules_in_block_to_quantize": [[name] for name in chosen]}
+        )
 
     def edits(self, config: dict[str, Any], model: PreTrainedModel) -> list[Edit]:
         layout = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
@@ -125,7 +140,9 @@ class GPTQLayout(Format):
                 "symmetric, and 'gptq_v2'."
             )
         if config.get("dynamic") or config.get("lm_head") or config.get("pack_dtype", "int32") != "int32":
-            raise UserError("The checkpoint uses GPTQ's dynamic, lm_head or pack_dtype, which llmslim does not read.")
+            raise UserError(
+                "The checkpoint uses GPTQ's dynamic, lm_head or pack_dtype, which llmslim does not read."
+            )
         size = config.get("group_size", 128)
         try:
             scheme = Scheme(
@@ -135,7 +152,9 @@ class GPTQLayout(Format):
                 scale_dtype="float16",
             )
         except ValueError as error:
-            raise UserError(f"The checkpoint's GPTQ config has bits {config.get('bits')!r} and group_size {size!r}.") from error
+            raise UserError(
+                f"The checkpoint's GPTQ config has bits {config.get('bits')!r} and group_size {size!r}."
+            ) from error
         chosen = _flat(config.get("modules_in_block_to_quantize"))
         linears = _block_linears(model)
         names = [name for name, tail in linears.items() if chosen is None or tail in chosen]
@@ -170,7 +189,13 @@ def _flat(value: Any) -> set[str] | None:
     """`modules_in_block_to_quantize`, a list of lists of names, as a set."""
     if value is None:
         return None
-    names = [item for part in value for item in (part if isinstance(part, list) else [part])] if isinstance(value, list) else [0]
+    names = (
+        [item for part in value for item in (part if isinstance(part, list) else [part])]
+        if isinstance(value, list)
+        else [0]
+    )
     if not all(isinstance(name, str) for name in names):
-        raise UserError(f"The checkpoint's GPTQ config has modules_in_block_to_quantize {value!r}, not lists of names.")
+        raise UserError(
+            f"The checkpoint's GPTQ config has modules_in_block_to_quantize {value!r}, not lists of names."
+        )
     return set(names)

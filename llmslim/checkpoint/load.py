@@ -54,7 +54,9 @@ def load_model(files: ModelFiles, dtype: torch.dtype | str | None, device: torch
     if method in ("llmslim", "compressed-tensors", "gptq"):
         config.quantization_config = _ours(files, dtype)
     files.weights  # noqa: B018  refuses folders without safetensors
-    model = model_class(config).from_pretrained(files.folder, config=config, dtype=dtype, device_map={"": device})
+    model = model_class(config).from_pretrained(
+        files.folder, config=config, dtype=dtype, device_map={"": device}
+    )
     return model.eval()
 
 

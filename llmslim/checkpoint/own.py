@@ -32,7 +32,9 @@ class Own(Format):
         return None
 
     def stored(self, name: str, module: Packed) -> dict[str, Tensor]:
-        parts = {part: getattr(module, part) for part in ("weight_packed", "weight_scale", "weight_zero_point")}
+        parts = {
+            part: getattr(module, part) for part in ("weight_packed", "weight_scale", "weight_zero_point")
+        }
         return {f"{name}.{part}": tensor.detach() for part, tensor in parts.items() if tensor is not None}
 
     def read(self, name: str, module: Packed, get: Get) -> QuantizedWeight:
@@ -59,8 +61,12 @@ def parse_edits(config: dict[str, Any]) -> list[Edit]:
     version, records = config.get("format_version"), config.get("edits")
     unknown = set(config) - {"quant_method", "format_version", "edits"}
     if version != FORMAT_VERSION:
-        raise UserError(f"The checkpoint has format_version {version!r}; this llmslim reads {FORMAT_VERSION}: update it.")
+        raise UserError(
+            f"The checkpoint has format_version {version!r}; this llmslim reads {FORMAT_VERSION}: update it."
+        )
     if unknown or not isinstance(records, list):
         what = f"an unknown field {min(map(str, unknown))!r}" if unknown else "no list of edits"
-        raise UserError(f"The checkpoint's quantization_config has {what}; it takes format_version and edits.")
+        raise UserError(
+            f"The checkpoint's quantization_config has {what}; it takes format_version and edits."
+        )
     return [parse_edit(record) for record in records]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -43,7 +44,9 @@ class LlmslimConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = quant_method
         if storage not in formats():
-            raise UserError(f"The checkpoint has the unknown storage {storage!r}; there are {', '.join(formats())}.")
+            raise UserError(
+                f"The checkpoint has the unknown storage {storage!r}; there are {', '.join(formats())}."
+            )
         self.storage, self.stored_config = storage, stored_config
         fields = {"format_version": format_version, "edits": edits, **unknown}
         self.edits = parse_edits(fields)  # relative to the base model
@@ -62,8 +65,17 @@ class StoredWeight(nn.Module):
         super().__init__()
         self.__dict__["packed"] = packed  # not a child: its parameters are not in the files
         for full, tensor in form.stored(name, packed).items():
-            self.register_parameter(full.removeprefix(f"{name}."), nn.Parameter(tensor.to("meta"), requires_grad=False))
+            self.register_parameter(
+                full.removeprefix(f"{name}."), nn.Parameter(tensor.to("meta"), requires_grad=False)
+            )
         self.register_parameter("bias", getattr(packed, "bias", None))
+
+    @property
+    def weight(self) -> Tensor:
+        """For the `_init_weights` of models that reach for a child's weight: says that it needs none."""
+        weight = torch.empty(0, device="meta")
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        return weight
 
     def decode(self, name: str, form: Format) -> Packed:
         """The packed module with the weight that was read; frees what was read."""
@@ -71,7 +83,9 @@ class StoredWeight(nn.Module):
         first = next(iter(self._parameters.values()))
         assert first is not None
         if first.is_meta:
-            raise UserError(f"{name} was offloaded to disk, which works for llmslim's own format only: convert it first.")
+            raise UserError(
+                f"{name} was offloaded to disk, which works for llmslim's own format only: convert it first."
+            )
 
         def get(full: str) -> Tensor:
             return self._parameters[full.removeprefix(f"{name}.")].detach()  # type: ignore[union-attr]
@@ -100,7 +114,9 @@ class LlmslimQuantizer(HfQuantizer):
                 replace_module(model, name, StoredWeight(name, packed, self._foreign))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        waiting = [(name, module) for name, module in model.named_modules() if isinstance(module, StoredWeight)]
+        waiting = [
+            (name, module) for name, module in model.named_modules() if isinstance(module, StoredWeight)
+        ]
         for name, stored in waiting:
             assert self._foreign is not None
             packed = stored.decode(name, self._foreign)

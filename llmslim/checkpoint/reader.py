@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from llmslim.checkpoint.formats import Format, Packed, expect, formats
 from llmslim.checkpoint.inventory import dense_tensors, part_of, stored_tensors
@@ -127,7 +130,10 @@ class CheckpointReader:
         """A packed module's own parameters, by full name."""
         if self._storage.name == "llmslim":  # they are what is stored
             like = self._storage.stored(name, module)
-            return {full: expect(full, get(full), tensor).to(tensor.dtype).clone() for full, tensor in like.items()}
+            return {
+                full: expect(full, get(full), tensor).to(tensor.dtype).clone()
+                for full, tensor in like.items()
+            }
         filled = PackedLinear.from_quantized(self._storage.read(name, module, get))
         return {f"{name}.{leaf}": tensor.detach() for leaf, tensor in filled.named_parameters()}
 
@@ -144,11 +150,19 @@ class CheckpointReader:
         binding = {}
         for name in stored_tensors(self._reference, form):
             options = (name, prefix + name, name.removeprefix(prefix))
-            match = next((option for option in options if option in names), None)
+            match = next((option for option in options if option in names), None) or self._renamed.get(name)
             if match is None:
                 return None
             binding[name] = match
         return binding
+
+    @cached_property
+    def _renamed(self) -> dict[str, str]:
+        """Names that transformers gives to tensors stored under an older one -> that older name."""
+        model = self._reference
+        known = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+        state, prefix = model.state_dict(), model.base_model_prefix
+        return {rename_source_key(name, known, [], prefix, state)[0]: name for name in self.weights.entries}
 
     @contextmanager
     def _open(self) -> Iterator[Callable[[str], Tensor]]:

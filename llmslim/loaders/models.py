@@ -146,9 +146,13 @@ def model_class(config: transformers.PreTrainedConfig) -> type:
 def skeleton(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
     """The model with every parameter on meta and every buffer (rotary tables ...) computed for real."""
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
-    with init_empty_weights(include_buffers=False):
+    stored = config.dtype  # _from_config overwrites it
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = model_class(config)._from_config(config, dtype=torch.float32)
+    config.dtype = model.config.dtype = stored
+    tie(model)  # making parameters empty took them apart
     return model.eval()
 
 

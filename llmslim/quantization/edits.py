@@ -35,7 +35,10 @@ class PackLinear(Edit):
 
 
 class PackEmbedding(Edit):
-    """Replace the token embedding at `module`, and a head that is tied to it, by packed ones that share storage."""
+    """Replace the token embedding at `module`, and all that is tied to it, by packed ones that share storage.
+
+    Tied are the head, and in T5 the tables of encoder and decoder; transformers' map on the model says which.
+    """
 
     kind: ClassVar[str] = "pack_embedding"
     module: str
@@ -44,17 +47,33 @@ class PackEmbedding(Edit):
 
     def apply(self, model: nn.Module) -> None:
         table = model.get_submodule(self.module)
-        vocabulary, width = table.weight.shape
+        if not isinstance(table, nn.Embedding):
+            raise ValueError(f"{self.module} is no embedding")
+        width = table.embedding_dim
         if width % self.scheme.group_width(width):
             raise ValueError(f"group size {self.scheme.group_size} does not divide {width}")
-        packed = PackedEmbedding.like(table, self.scheme)
-        replace_module(model, self.module, packed)
+        known = getattr(model, "all_tied_weights_keys", None) or {}
+        tied = {target.rpartition(".")[0] for target, source in known.items() if source == f"{self.module}.weight"}
         if self.tied_head is not None:
-            bias = model.get_submodule(self.tied_head).bias
-            head = PackedLinear(width, vocabulary, self.scheme, bias=bias is not None, device="meta")
-            head.bias = bias
-            replace_module(model, self.tied_head, head)
-            retie(model, self.module, self.tied_head)
+            tied.add(self.tied_head)
+        replace_module(model, self.module, self._packed_table(table))
+        for name in sorted(tied):
+            other = model.get_submodule(name)
+            is_table = isinstance(other, nn.Embedding)
+            replace_module(model, name, self._packed_table(other) if is_table else self._packed_head(other))
+            retie(model, self.module, name)
+
+    def _packed_table(self, table: nn.Embedding) -> PackedEmbedding:
+        scale = getattr(table, "scalar_embed_scale", 1.0)  # Gemma's
+        rows, width = table.weight.shape
+        return PackedEmbedding(rows, width, self.scheme, table.weight.dtype, table.padding_idx, scale, device="meta")
+
+    def _packed_head(self, head: nn.Module) -> PackedLinear:
+        out_features, in_features = features(head)
+        dtype = head.weight.dtype
+        packed = PackedLinear(in_features, out_features, self.scheme, head.bias is not None, dtype, device="meta")
+        packed.bias = head.bias
+        return packed
 
 
 def retie(model: nn.Module, module: str, head: str) -> None:

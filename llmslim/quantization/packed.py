@@ -72,7 +72,9 @@ class _Packed(nn.Module):
     def weight(self) -> Tensor:
         """The storage seen as int8 (a view). Some models (T5) look at `linear.weight.dtype` and cast their
         activations to it, unless it is int8, their sign of a quantized layer. The values: `dequantize`."""
-        return self.weight_packed.view(torch.int8)
+        weight = self.weight_packed.view(torch.int8)
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # keeps models' _init_weights off it
+        return weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
         """`fn` moves or casts a tensor. It sees the scales as bytes, which a cast does not touch."""

@@ -14,8 +14,9 @@ from llmslim.calibration.stream import BlockStream
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.experts import UnfuseExperts
+from llmslim.loaders.models import tie
 from llmslim.anatomy.parts import features
-from llmslim.quantization.edits import PackEmbedding, PackLinear, retie
+from llmslim.quantization.edits import PackEmbedding, PackLinear
 from llmslim.quantization.grid import GroupSize, QuantizedWeight, Scheme, round_to_grid, search_grid
 from llmslim.quantization.packed import PackedEmbedding, PackedLinear
 from llmslim.step import LinearStep, StepRecord, dense_weight, matches
@@ -128,8 +129,8 @@ class Quantizer(LinearStep):
             record.linears.append(self._row(name, scheme, module.weight, quantized, None))
             edit.apply(model)
             fill_packed(model.get_submodule(name), quantized)
-            if is_table and tied is not None:
-                retie(model, name, tied)
+            if is_table:
+                tie(model)
             record.edits.append(edit)
 
     def prepare_block(self, block: Block, stream: BlockStream, record: StepRecord) -> None:
