@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @torch.no_grad()
-def make(source: Path, folder: Path, step: Any, form: str = "auto", dtype: torch.dtype = torch.float32) -> Any:
+def make(
+    source: Path, folder: Path, step: Any, form: str = "auto", dtype: torch.dtype = torch.float32
+) -> Any:
     """Compress the model in `source` to `folder` with a probe beside it in `<folder>-probe`; returns the filled model."""
     from llmslim.anatomy import Anatomy
     from llmslim.calibration.stream import BlockStream, Lane

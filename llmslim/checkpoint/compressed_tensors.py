@@ -62,7 +62,9 @@ class CompressedTensors(Format):
             if dtype not in (torch.float32, getattr(torch, scheme.scale_dtype)):
                 return f"it loads scales in the checkpoint's {dtype}, which cannot hold {scheme.scale_dtype} ones"
         if _reaches_for_weights(model, schemes):
-            return f"transformers cannot load it into {type(model).__name__}, which looks for the dense weights"
+            return (
+                f"transformers cannot load it into {type(model).__name__}, which looks for the dense weights"
+            )
         return None
 
     def stored(self, name: str, module: Packed) -> dict[str, Tensor]:

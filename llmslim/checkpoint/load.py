@@ -54,9 +54,14 @@ def load_model(files: ModelFiles, dtype: torch.dtype | str | None, device: torch
     if method in ("llmslim", "compressed-tensors", "gptq"):
         config.quantization_config = _ours(files, dtype)
     files.weights  # noqa: B018  refuses folders without safetensors
-    model = model_class(config).from_pretrained(
-        files.folder, config=config, dtype=dtype, device_map={"": device}
-    )
+    try:
+        model = model_class(config).from_pretrained(
+            files.folder, config=config, dtype=dtype, device_map={"": device}
+        )
+    except ImportError as error:  # AWQ, bitsandbytes and so on, whose packages are not installed
+        raise UserError(
+            f"{files.spec} is quantized with {method!r}: {str(error).strip().splitlines()[0]}"
+        ) from error
     return model.eval()
 
 

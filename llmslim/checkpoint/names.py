@@ -23,7 +23,8 @@ def absolute(edits: Sequence[Edit], model: PreTrainedModel) -> list[Edit]:
     """The inverse, for `model`, which may be the base model alone: edits of a head that it lacks are left out."""
     prefix = _prefix(model)
     base = getattr(model, prefix) if prefix else model
-    partial = type(model).__name__ not in (model.config.architectures or [])
+    whole = model.config.architectures or [type(model).__name__]
+    partial = type(model).__name__ not in whole
 
     def full(name: str) -> str | None:
         first = name.partition(".")[0]

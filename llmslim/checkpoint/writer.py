@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -70,10 +70,12 @@ class CheckpointWriter:
             edits: what was changed.
         """
         parts = sorted(self.folder.glob("part-*.safetensors"))
-        if parts:  # else an earlier run was killed while it removed them
+        if not (
+            self.folder / "config.json"
+        ).exists():  # else an earlier run was killed while it removed the parts
             self._join(parts)
-        _copy_metadata(source.folder, self.folder)
-        self._write_config(source, [*read_edits(source)[1], *edits])
+            _copy_metadata(source.folder, self.folder)
+            self._write_config(source, [*read_edits(source)[1], *edits])
         for part in parts:
             part.unlink()
 
@@ -95,12 +97,15 @@ class CheckpointWriter:
             _write_json(self.folder / "model.safetensors.index.json", index)
 
     def _write_config(self, source: ModelFiles, edits: Sequence[Edit]) -> None:
-        config = copy.deepcopy(plain_config(source))
+        """Written last and at one stroke: a folder with a config.json has all the rest."""
+        config = plain_config(source)
         config.dtype = self.dtype
         config.architectures = [model_class(config).__name__]
         if edits:
             config.quantization_config = self.form.config(edits, skeleton(config), self.dtype)
-        config.save_pretrained(self.folder)
+        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+            config.save_pretrained(scratch)
+            os.replace(Path(scratch) / "config.json", self.folder / "config.json")
 
 
 def _aligned(tensors: dict[str, tuple[Tensor, bool]]) -> list[tuple[str, tuple[Tensor, bool]]]:
