@@ -1,4 +1,4 @@
-"""Every family, compressed, saved, and loaded by another process, gives the very logits of the model in memory."""
+"""Every family, compressed, saved and loaded by another process, gives the logits of the model in memory."""
 
 import json
 
@@ -13,15 +13,15 @@ EVERYWHERE = {"sym4": ("auto", {"bits": 4, "group_size": 32})}
 WITH_TABLES = {
     "asym5": ("llmslim", {"bits": 5, "group_size": "channel", "symmetric": False, "embeddings_bits": 8})
 }
-EXTRA = {f: WITH_TABLES for f in ("qwen2", "gemma2", "gemma3_text", "gpt2", "opt", "mixtral", "bert")} | {
+EXTRA = dict.fromkeys(("qwen2", "gemma2", "gemma3_text", "gpt2", "opt", "mixtral", "bert"), WITH_TABLES) | {
     "llama": WITH_TABLES | {
         "sym3": ("compressed-tensors", {"bits": 3, "group_size": "channel"}),
         "sym8": ("compressed-tensors", {"bits": 8, "group_size": "tensor"}),
-        "mixed": ("compressed-tensors", {"bits": 4, "group_size": 32, "overrides": {"*down_proj": {"bits": 8}},
+        "mixed": ("auto", {"bits": 4, "group_size": 32, "overrides": {"*.down_proj": {"bits": 8}},
                                          "exclude": ("*.0.self_attn.q_proj",)}),
         "gptq3": ("gptq", {"bits": 3, "group_size": 32, "scale_dtype": "float16"}),
         "gptq4": ("gptq", {"bits": 4, "group_size": "channel", "symmetric": False, "scale_dtype": "float16"}),
-        "gptq-part": ("gptq", {"bits": 8, "group_size": 64, "scale_dtype": "float16", "exclude": ("*down_proj",)}),
+        "gptq8": ("gptq", {"bits": 8, "group_size": 64, "scale_dtype": "float16", "exclude": ("down_proj",)}),
     },
     "t5": WITH_TABLES | {"gptq2": ("gptq", {"bits": 2, "group_size": 32, "scale_dtype": "float16"})},
 }  # fmt: skip

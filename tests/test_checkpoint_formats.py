@@ -37,7 +37,7 @@ def random_packed(scheme, rows=OUT, columns=IN):
 
 
 def same(a, b):
-    zeros = a.zero_point is None and b.zero_point is None or torch.equal(a.zero_point, b.zero_point)
+    zeros = (a.zero_point is None and b.zero_point is None) or torch.equal(a.zero_point, b.zero_point)
     return torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale) and zeros
 
 
@@ -127,14 +127,14 @@ def everywhere(model, scheme):
 
 @pytest.mark.parametrize(("form", "edits", "reason"), [
     ("compressed-tensors", [PackLinear(module=Q, scheme=scheme_of(symmetric=False))], "asymmetric"),
-    ("compressed-tensors", [PackLinear(module=Q, scheme=scheme_of(5))], "5-bit"),
-    ("compressed-tensors", [PackEmbedding(module="model.embed_tokens", scheme=scheme_of())], "pack_embedding"),
+    ("compressed-tensors", [PackLinear(module=Q, scheme=scheme_of(5))], "5-bit codes"),
+    ("compressed-tensors", [PackEmbedding(module="model.embed_tokens", scheme=scheme_of())], "embedding"),
     ("gptq", [PackLinear(module=Q, scheme=scheme_of(6))], "not 6"),
     ("gptq", [PackLinear(module=Q, scheme=scheme_of(scale_dtype="bfloat16"))], "scale_dtype"),
     ("gptq", [PackLinear(module=Q, scheme=scheme_of(group_size="tensor"))], "tensor"),
     ("gptq", [PackLinear(module=Q, scheme=scheme_of())], "left dense"),
     ("gptq", [PackLinear(module="lm_head", scheme=scheme_of())], "outside the blocks"),
-    ("gptq", [PackLinear(module=Q, scheme=scheme_of()), PackLinear(module=DOWN, scheme=scheme_of(8))], "overrides"),
+    ("gptq", [PackLinear(module=Q, scheme=scheme_of()), PackLinear(module=DOWN, scheme=scheme_of(8))], "ov"),
 ])  # fmt: skip
 def test_refusals_name_the_reason_and_what_works(form, edits, reason):
     model = meta_model("llama")

@@ -43,7 +43,7 @@ class CheckpointWriter:
 
     def write_block(self, model: nn.Module, name: str) -> None:
         """Write the block of that name, which must be filled."""
-        order = [block.name for block in Anatomy(model).blocks]
+        order = [block.name for block in Anatomy(model).blocks]  # type: ignore[arg-type]
         self._write_model_part(1 + order.index(name), model, name)
 
     def _write_model_part(self, index: int, model: nn.Module, prefix: str | None) -> None:
@@ -65,8 +65,8 @@ class CheckpointWriter:
         """Join the parts to model.safetensors or shards, and add what else a checkpoint has.
 
         Args:
-            source: the model that the parts were made from: its config (and its own edits, if it is compressed
-                already), tokenizer, chat template and generation config go into the new one.
+            source: the model that the parts were made from: its config (and its own edits, if it is
+                compressed already), tokenizer, chat template and generation config go into the new one.
             edits: what was changed.
         """
         parts = sorted(self.folder.glob("part-*.safetensors"))
@@ -128,7 +128,7 @@ def _shards(parts: list[Path]) -> list[list[Path]]:
 
 
 def _copy_metadata(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template, generation config and licence; no weights, index, model card or report."""
+    """Copy tokenizer, chat template, generation config, licence; no weights, index, model card or report."""
     if source.resolve() == folder.resolve():
         raise UserError(f"The output {folder} is the folder that the model is read from; give another one.")
     chosen = {path for pattern in _METADATA for path in source.glob(pattern) if path.is_file()}
