@@ -17,3 +17,26 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
                 position = j * bits + i
                 packed[row, position // 8] += bit << (position % 8)
     return packed
+
+
+def gptq(weight, hessian, scale, zero, scheme, damp: float) -> torch.Tensor:
+    """Codes [out, in] by optimal brain quantization in the order of the diagonal, in float64.
+
+    Quantize column j, spread its error by row j of the inverse Hessian over the columns left, then take j out of
+    the inverse by Gaussian elimination: the algorithm that GPTQ's Cholesky factor is a reformulation of.
+    """
+    work, hessian = weight.double().clone(), hessian.double().clone()
+    order = torch.argsort(hessian.diagonal().float(), descending=True, stable=True)
+    hessian.diagonal().add_(damp * hessian.diagonal().mean())
+    inverse = torch.linalg.inv(hessian)
+    out_features, in_features = weight.shape
+    width = scheme.group_width(in_features)
+    scale, zero = (x.double().expand(out_features, -1) for x in (scale, zero))
+    codes = torch.zeros(out_features, in_features)
+    for j in order.tolist():
+        s, z = scale[:, j // width], zero[:, j // width]
+        codes[:, j] = (work[:, j] / s + z).round().clamp(0, scheme.max_code).float()
+        error = (work[:, j] - (codes[:, j] - z) * s) / inverse[j, j]
+        work -= error[:, None] * inverse[j]
+        inverse -= inverse[:, j, None] * inverse[j] / inverse[j, j]
+    return codes.to(torch.uint8)
