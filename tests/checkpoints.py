@@ -74,6 +74,21 @@ def logits_of(model: Any) -> Tensor:
     return model(**inputs_of(model))[0]
 
 
+@torch.no_grad()
+def dense_logits_of(model: Any) -> Tensor:
+    """The logits with every packed Linear replaced by the dense one that it stands for, in place."""
+    from llmslim.edit import replace_module
+    from llmslim.quantization.packed import PackedLinear
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            linear = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            linear.weight.copy_(module.quantized().dequantize())
+            linear.bias = module.bias
+            replace_module(model, name, linear)
+    return logits_of(model)
+
+
 def load_elsewhere(how: str, folders: dict[str, Path], scratch: Path) -> dict[str, Tensor]:
     """The logits of checkpoints that one other process loads, by "llmslim", "plugin" or plain "transformers"."""
     job, result = scratch / f"{how}.json", scratch / f"{how}.safetensors"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmslim.quantization.rtn import RTN
-from tests.checkpoints import load_elsewhere, logits_of, make
+from tests.checkpoints import dense_logits_of, load_elsewhere, logits_of, make
 from tests.tiny import FAMILIES, save_tiny
 
 EVERYWHERE = {"sym4": ("auto", {"bits": 4, "group_size": 32})}
@@ -29,7 +29,7 @@ OWN = ("gpt2", "mixtral", "qwen3_moe", "t5", "modernbert")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """"family-scheme" -> (folder, logits in memory)."""
+    """"family-scheme" -> (folder, logits in memory, those with the same weights dense)."""
     root = tmp_path_factory.mktemp("families")
     result = {}
     for family in FAMILIES:
@@ -37,7 +37,7 @@ def made(tmp_path_factory):
         for scheme, (form, fields) in (EVERYWHERE | EXTRA.get(family, {})).items():
             folder = root / f"{family}-{scheme}"
             model = make(source, folder, RTN(**fields), form)
-            result[folder.name] = folder, logits_of(model)
+            result[folder.name] = folder, logits_of(model), dense_logits_of(model)
     return result
 
 
@@ -51,8 +51,8 @@ def test_auto_is_a_standard_format_where_one_can_hold_the_result(made):
 
 
 def test_llmslim_loads_every_format_with_equal_logits(made, tmp_path):
-    loaded = load_elsewhere("llmslim", {name: folder for name, (folder, _) in made.items()}, tmp_path)
-    wrong = [name for name, (_, logits) in made.items() if not torch.equal(loaded[name], logits)]
+    loaded = load_elsewhere("llmslim", {name: folder for name, (folder, *_) in made.items()}, tmp_path)
+    wrong = [name for name, (_, logits, _) in made.items() if not torch.equal(loaded[name], logits)]
     assert not wrong
 
 
@@ -63,9 +63,9 @@ def test_plugin_lets_from_pretrained_load_ours(made, tmp_path):
 
 
 def test_plain_transformers_loads_compressed_tensors(made, tmp_path):
-    standard = {name: folder for name, (folder, _) in made.items() if method(folder) == "compressed-tensors"}
+    standard = {name: folder for name, (folder, *_) in made.items() if method(folder) == "compressed-tensors"}
     assert len(standard) == len(FAMILIES) - len(OWN) + 3
     loaded = load_elsewhere("transformers", standard, tmp_path)
     for name in standard:
-        logits = made[name][1]
+        logits = made[name][2]
         torch.testing.assert_close(loaded[name], logits, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
