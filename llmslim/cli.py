@@ -44,7 +44,9 @@ def verbs() -> dict[str, Verb]:
         for verb, summary in step_verbs().items()
     }
     return {
-        "inspect": Verb("show a model's blocks, heads, widths, parameters and bytes", inspect.parser, inspect.run),
+        "inspect": Verb(
+            "show a model's blocks, heads, widths, parameters and bytes", inspect.parser, inspect.run
+        ),
         **steps,
         "compress": Verb("run a recipe of one or several steps", run.recipe_parser, run.run_recipe),
         "evaluate": Verb("measure perplexity, and the divergence from a base", evaluate.parser, evaluate.run),
@@ -53,8 +55,8 @@ def verbs() -> dict[str, Verb]:
 
 
 def step_verbs() -> dict[str, str]:
-    """Verb -> summary of every method room, read from the rooms' source, since importing them imports torch."""
-    found = {}
+    """Verb -> summary of every method room, read from the rooms' source: importing them imports torch."""
+    found: dict[str, str] = {}
     for room in sorted(Path(__file__).parent.glob("*/__init__.py")):
         for source in sorted(room.parent.glob("*.py")):
             for verb in re.findall(r'^    verb\b[^=\n]*= "(\w+)"', source.read_text("utf-8"), re.MULTILINE):
@@ -165,7 +167,9 @@ def exhausted(error: BaseException) -> str | None:
     """What ran out, if that is what the error means."""
     text = str(error)
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
-        return "the disk is full. Free some space and give the same command again: it goes on where it stopped."
+        return (
+            "the disk is full. Free some space and give the same command again: it goes on where it stopped."
+        )
     memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if memory or "can't allocate memory" in text:
         return (

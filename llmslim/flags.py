@@ -62,7 +62,11 @@ class Parser(argparse.ArgumentParser):
 
     def usage_line(self) -> str:
         """The verb and its positional arguments."""
-        words = [f"[{a.metavar} ...]" if a.nargs == "*" else str(a.metavar) for a in self._actions if not a.option_strings]
+        words = [
+            f"[{a.metavar} ...]" if a.nargs == "*" else str(a.metavar)
+            for a in self._actions
+            if not a.option_strings
+        ]
         return " ".join([self.prog, *words, "[options]"])
 
 
@@ -71,12 +75,13 @@ def add_field(
 ) -> None:
     """Give a field a flag.
 
-    A bool becomes --x/--no-x; a tuple is given one by one (`--include P --include Q`); a mapping of patterns to
-    options entry by entry (`--override 'PATTERN:bits=8,group_size=32'` for `overrides`).
+    A bool becomes --x/--no-x; a tuple is given one by one (`--include P --include Q`); a mapping of patterns
+    to options entry by entry (`--override 'PATTERN:bits=8,group_size=32'` for `overrides`).
 
     Args:
         group: a parser or a group of one.
-        dest: key of the value in what `Parser.parse` returns; its last part names the flag unless `flag` does.
+        dest: key of the value in what `Parser.parse` returns; its last part names the flag.
+        flag: another name for it.
         default: what help says of the default, instead of the field's own.
     """
     name = dest.rsplit(".", 1)[-1]
@@ -106,7 +111,9 @@ def _entry(text: str) -> dict[str, dict[str, Any]]:
     pattern, _, rest = text.rpartition(":")
     pairs = [pair.partition("=") for pair in rest.split(",")]
     if not pattern or not all(key and equals and value for key, equals, value in pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN:KEY=VALUE,..., such as '*.down_proj:bits=8'")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not PATTERN:KEY=VALUE,..., such as '*.down_proj:bits=8'"
+        )
     return {pattern: {key: number_or_text(value) for key, _, value in pairs}}
 
 

@@ -82,7 +82,9 @@ def check(model: PreTrainedModel, prompt_len: int, max_new_tokens: int, temperat
 def prompt_tokens(model: PreTrainedModel, tokenizer: Any, prompt: str, chat: bool) -> Any:
     """The prompt's tokens [1, n], with the special tokens that the model expects."""
     if not model.can_generate() or model.config.is_encoder_decoder:
-        raise UserError(f"{type(model).__name__} does not continue texts: generate takes a causal language model.")
+        raise UserError(
+            f"{type(model).__name__} does not continue texts: generate takes a causal language model."
+        )
     if not prompt:
         raise UserError("The prompt is empty: give some words to continue.")
     if not chat:

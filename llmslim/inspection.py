@@ -11,9 +11,10 @@ from llmslim.loaders.models import find, skeleton
 
 
 def inspect(model: str, revision: str | None = None) -> dict[str, Any]:
-    """The anatomy of a model as plain JSON: blocks, heads, widths, parameters and bytes by part; reads no weights.
+    """The anatomy of a model as plain JSON: blocks, heads, widths, parameters and bytes by part.
 
-    Of a compressed checkpoint, parameters are those that its packed weights stand for, and bytes what they take.
+    Reads no weights. Of a compressed checkpoint, parameters are those that its packed weights stand for, and
+    bytes what they take.
 
     Args:
         model: a Hub id, a folder, a .gguf file, or "demo".

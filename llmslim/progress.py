@@ -51,7 +51,9 @@ class Lines:
     def __init__(self, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._file, self._clock = file or sys.stderr, clock
         self._last = clock()
-        self._begun: dict[str, tuple[float, int]] = {}  # when a kind of work was first heard of, and how far then
+        self._begun: dict[
+            str, tuple[float, int]
+        ] = {}  # when a kind of work was first heard of, and how far then
 
     def __enter__(self) -> Lines:
         return self

@@ -18,7 +18,13 @@ from llmslim.report.figures import notes, rows, verdict, worst_linears
 
 
 def perplexity(value: float) -> dict[str, Any]:
-    return {"value": value, "stderr": 1.5, "nll": 3.5, "nll_stderr": 0.04, "protocol": "builtin: 16 windows of 512"}
+    return {
+        "value": value,
+        "stderr": 1.5,
+        "nll": 3.5,
+        "nll_stderr": 0.04,
+        "protocol": "builtin: 16 windows of 512",
+    }
 
 
 def full_report() -> dict[str, Any]:
@@ -39,14 +45,29 @@ def full_report() -> dict[str, Any]:
             "resumed": False,
         },
         "linears": [
-            {"name": f"model.layers.{i}.mlp.down_proj", "bits": 4, "shape": [576, 1536], "output_error": 0.01 * i}
+            {
+                "name": f"model.layers.{i}.mlp.down_proj",
+                "bits": 4,
+                "shape": [576, 1536],
+                "output_error": 0.01 * i,
+            }
             for i in range(30)
         ],
         "notes": [{"where": f"model.layers.{i}.q_proj", "what": "damping raised"} for i in range(5)],
         "verification": {"ok": True, "checks": []},
         "size": {
-            "base": {"parameters": 134e6, "bytes_on_disk": 269e6, "bits_per_weight": 16.0, "bits_per_block_weight": 16.0},
-            "result": {"parameters": 134e6, "bytes_on_disk": 90e6, "bits_per_weight": 5.3, "bits_per_block_weight": 4.25},
+            "base": {
+                "parameters": 134e6,
+                "bytes_on_disk": 269e6,
+                "bits_per_weight": 16.0,
+                "bits_per_block_weight": 16.0,
+            },
+            "result": {
+                "parameters": 134e6,
+                "bytes_on_disk": 90e6,
+                "bits_per_weight": 5.3,
+                "bits_per_block_weight": 4.25,
+            },
         },
         "quality": {
             "perplexity": perplexity(40.0),
@@ -101,7 +122,9 @@ def half_report() -> dict[str, Any]:
 REPORTS = {"full": full_report, "encoder": encoder_report, "bare": bare_report, "half": half_report}
 
 
-def card_of(report: dict[str, Any], tmp_path: Path, base_card: str | None = None) -> tuple[dict[str, Any], str]:
+def card_of(
+    report: dict[str, Any], tmp_path: Path, base_card: str | None = None
+) -> tuple[dict[str, Any], str]:
     """The front matter and the text of the card that `write_report` writes."""
     base, folder = tmp_path / "base", tmp_path / "result"
     base.mkdir(), folder.mkdir()
@@ -144,7 +167,9 @@ def test_speed_is_told_as_it_is(result: float, said: str) -> None:
 
 def test_worst_linears_and_first_notes() -> None:
     report = full_report()
-    assert [name for name, _ in worst_linears(report)] == [f"model.layers.{i}.mlp.down_proj" for i in (29, 28, 27)]
+    assert [name for name, _ in worst_linears(report)] == [
+        f"model.layers.{i}.mlp.down_proj" for i in (29, 28, 27)
+    ]
     assert notes(report)[-1] == "... and 2 more in report.json"
     assert len(notes(report)) == 4
     assert "5 notes" in printed(report)
@@ -154,7 +179,9 @@ def test_worst_linears_and_first_notes() -> None:
 @pytest.mark.parametrize("name", REPORTS)
 def test_the_table_fits_in_100_columns(name: str) -> None:
     report = REPORTS[name]()
-    report["base"]["model"] = "an-organisation-with-a-long-name/a-model-with-a-very-long-name-of-many-words-Instruct-v0.3"
+    report["base"]["model"] = (
+        "an-organisation-with-a-long-name/a-model-with-a-very-long-name-of-many-words-Instruct-v0.3"
+    )
     text = printed(report)
     assert max(map(len, text.splitlines())) <= 100
     assert "…" not in text, "a cell was cut"
@@ -207,7 +234,9 @@ def test_the_recipe_on_the_card_can_be_run(tmp_path: Path) -> None:
     assert Recipe.read(tmp_path / "recipe.yaml") == recipe
 
 
-@pytest.mark.parametrize("base_card", [None, "# no front matter\n", "---\nlicense: [a, b]\n---\n", "---\n: {\n---\n"])
+@pytest.mark.parametrize(
+    "base_card", [None, "# no front matter\n", "---\nlicense: [a, b]\n---\n", "---\n: {\n---\n"]
+)
 def test_no_license_is_invented(base_card: str | None, tmp_path: Path) -> None:
     report = copy.deepcopy(full_report())
     report["base"]["model"] = str(tmp_path)

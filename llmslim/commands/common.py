@@ -22,7 +22,9 @@ def add_model(parser: Parser) -> None:
 
 def add_device(parser: Any) -> None:
     parser.add_argument(
-        "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one, else the CPU)"
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, ... (default: the GPU if there is one, else the CPU)",
     )
 
 
@@ -43,7 +45,9 @@ def device_of(options: dict[str, Any]) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"The device {name!r} cannot be used here; leave out --device or give cpu.") from error
+        raise UserError(
+            f"The device {name!r} cannot be used here; leave out --device or give cpu."
+        ) from error
     if device.type == "meta":
         raise UserError("The device 'meta' holds no values; leave out --device or give cpu.")
     return device

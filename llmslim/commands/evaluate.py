@@ -14,15 +14,18 @@ def parser(prog: str) -> Parser:
 
     made = Parser(
         prog,
-        "Measure the perplexity of a causal language model on a text, and with --base how far it is from another\n"
-        "model on the same tokens: KL divergence and agreement on the most probable token. Every figure has its\n"
-        "standard error, and the protocol is printed with it.",
+        "Measure the perplexity of a causal language model on a text, and with --base how far it is from\n"
+        "another model on the same tokens: KL divergence and agreement on the most probable token. Every\n"
+        "figure has its standard error, and the protocol is printed with it.",
         "examples:\n"
         f"  {prog} demo --perplexity builtin\n"
-        f"  {prog} out/demo --base demo --perplexity Salesforce/wikitext:wikitext-2-raw-v1:test --windows 64 --json",
+        f"  {prog} out/demo --base demo --windows 64 --json \\\n"
+        "      --perplexity Salesforce/wikitext:wikitext-2-raw-v1:test",
     )
     add_model(made)
-    made.add_argument("--base", metavar="MODEL", help="compare with this model: KL divergence, top-1 agreement")
+    made.add_argument(
+        "--base", metavar="MODEL", help="compare with this model: KL divergence, top-1 agreement"
+    )
     fields = Evaluation.model_fields
     add_field(made, "text", fields["text"], flag="--perplexity")
     add_field(made, "seq_len", fields["seq_len"])
@@ -32,8 +35,12 @@ def parser(prog: str) -> Parser:
         action="store_true",
         help="join rows by a blank line, as the GPTQ papers do (default: concatenate them as they are)",
     )
-    made.add_argument("--stream", action="store_true", help="hold one block at a time: for models larger than memory")
-    made.add_argument("--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: what is fast here)")
+    made.add_argument(
+        "--stream", action="store_true", help="hold one block at a time: for models larger than memory"
+    )
+    made.add_argument(
+        "--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: what is fast here)"
+    )
     add_device(made)
     made.add_argument("--json", action="store_true", help="JSON on stdout, and nothing else")
     return made

@@ -23,7 +23,9 @@ def parser(prog: str) -> Parser:
     made.add_argument("prompt", metavar="PROMPT", help="the text to continue, or with --chat a message")
     made.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens to generate (default: 40)")
     made.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    made.add_argument("--temperature", type=float, metavar="X", help="sample at this temperature (default: 0)")
+    made.add_argument(
+        "--temperature", type=float, metavar="X", help="sample at this temperature (default: 0)"
+    )
     made.add_argument("--seed", type=int, metavar="N", help="of the sampling (default: 0)")
     made.add_argument("--dtype", metavar="TYPE", help="to compute in (default: what is fast here)")
     add_device(made)

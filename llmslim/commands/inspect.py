@@ -12,8 +12,8 @@ from llmslim.flags import Parser
 def parser(prog: str) -> Parser:
     made = Parser(
         prog,
-        "Show how llmslim sees a model: blocks, heads, KV heads, widths, parameters and bytes by part, and what it\n"
-        "cannot match. Reads the configuration, not the weights; compressed folders too.",
+        "Show how llmslim sees a model: blocks, heads, KV heads, widths, parameters and bytes by part, and\n"
+        "what it cannot match. Reads the configuration, not the weights; compressed folders too.",
         "examples:\n  llmslim inspect demo\n  llmslim inspect Qwen/Qwen3-0.6B --json",
     )
     add_model(made)

@@ -12,6 +12,8 @@ from llmslim.errors import UserError
 from llmslim.flags import Parser, add_field, default_text, did_you_mean
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from llmslim.plan import Plan
     from llmslim.recipe import Recipe
     from llmslim.step import Step
@@ -75,18 +77,24 @@ def recipe_parser(prog: str) -> Parser:
 def _add_run_flags(parser: Parser) -> None:
     from llmslim.recipe import Calibration, Evaluation, Recipe
 
-    sections = {"calibration": Calibration, "evaluation": Evaluation}
+    sections: dict[str, type[BaseModel]] = {"calibration": Calibration, "evaluation": Evaluation}
     group = parser.add_argument_group("options of the run")
     group.add_argument("--output", metavar="FOLDER", help="where the result goes; must not exist")
-    group.add_argument("--overwrite", action="store_true", help="replace the output, discard an unfinished run")
-    group.add_argument("--plan", action="store_true", help="print memory, time, disk and format needed, and stop")
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace the output, discard an unfinished run"
+    )
+    group.add_argument(
+        "--plan", action="store_true", help="print memory, time, disk and format needed, and stop"
+    )
     for path, flag in SECTIONS.items():
         section, _, name = path.rpartition(".")
         cls = sections[section] if section else Recipe
         add_field(group, RECIPE + path, cls.model_fields[name], flag=flag)
-    skip = {"dest": RECIPE + "evaluation", "action": "store_const", "const": None}
-    group.add_argument("--no-evaluate", **skip, help="measure sizes only (the result is verified all the same)")
-    speed = {"dest": RECIPE + "evaluation.speed", "action": "store_const", "const": False}
+    skip: dict[str, Any] = {"dest": RECIPE + "evaluation", "action": "store_const", "const": None}
+    group.add_argument(
+        "--no-evaluate", **skip, help="measure sizes only (the result is verified all the same)"
+    )
+    speed: dict[str, Any] = {"dest": RECIPE + "evaluation.speed", "action": "store_const", "const": False}
     group.add_argument("--no-speed", **speed, help="do not measure speed and memory of base and result")
     add_device(group)
 
@@ -119,7 +127,7 @@ def run_recipe(options: dict[str, Any]) -> None:
     from llmslim.recipe import Recipe
 
     flags = [f"{path}={json.dumps(value)}" for path, value in _recipe_fields(options).items()]
-    _compress(Recipe.read(Path(options["recipe"]), [*options["overrides"], *flags]), options)
+    _compress(Recipe.read(Path(options["recipe"]), [*options.get("overrides", []), *flags]), options)
 
 
 def _below(options: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -150,7 +158,9 @@ def _compress(recipe: Recipe, options: dict[str, Any]) -> None:
         show(plan_table(prepared.plan))
         return
     if "output" not in options:
-        raise UserError("Where should the result go? Give --output FOLDER (or --plan to see what it would take).")
+        raise UserError(
+            "Where should the result go? Give --output FOLDER (or --plan to see what it would take)."
+        )
     with progress_for() as progress:
         result = pipeline.compress(
             model,
@@ -191,7 +201,9 @@ def _method(typed: str | None, methods: dict[str, type[Step]]) -> str:
         return next(iter(methods))
     if typed is None:
         raise UserError(f"Which method? Give --method {' or '.join(methods)}; --help says what each does.")
-    raise UserError(f"Unknown method {typed!r}{did_you_mean(typed, methods)}; there are {', '.join(methods)}.")
+    raise UserError(
+        f"Unknown method {typed!r}{did_you_mean(typed, methods)}; there are {', '.join(methods)}."
+    )
 
 
 def _refuse_foreign(fields: dict[str, Any], kind: str, methods: dict[str, type[Step]]) -> None:
@@ -220,10 +232,15 @@ def _by_methods(methods: dict[str, type[Step]]) -> dict[tuple[str, ...], list[st
 def _default(methods: dict[str, type[Step]], kinds: tuple[str, ...], name: str) -> str:
     """The default of a field, per method where they differ."""
     texts = {
-        kind: default_text(methods[kind].model_fields[name].get_default(call_default_factory=True)) for kind in kinds
+        kind: default_text(methods[kind].model_fields[name].get_default(call_default_factory=True))
+        for kind in kinds
     }
     values = list(dict.fromkeys(texts.values()))
-    return values[0] if len(values) == 1 else ", ".join(f"{kind}: {text or 'none'}" for kind, text in texts.items())
+    return (
+        values[0]
+        if len(values) == 1
+        else ", ".join(f"{kind}: {text or 'none'}" for kind, text in texts.items())
+    )
 
 
 def _first_sentence(cls: type[Step]) -> str:
@@ -244,8 +261,8 @@ def _examples(prog: str, verb: str, methods: dict[str, type[Step]]) -> str:
     return "\n".join(
         [
             f"MODEL is {MODEL}. A text is NAME[:CONFIG[:SPLIT]] (a data set of the",
-            "Hub or a local folder in its layout), a .txt, .jsonl or .parquet file, or builtin. A killed run goes",
-            "on when the same command is given again.",
+            "Hub or a local folder in its layout), a .txt, .jsonl or .parquet file, or builtin. A killed",
+            "run goes on when the same command is given again.",
             "",
             "examples:",
             *lines,

@@ -129,5 +129,6 @@ def benchmark_folder(folder: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     import json
+    import sys
 
     print(json.dumps(benchmark_folder(sys.argv[1])))

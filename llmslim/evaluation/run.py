@@ -43,8 +43,8 @@ def evaluate(
         dtype: to compute in; what is fast on the device when None, "auto" as stored.
 
     Returns:
-        perplexity, nll and their `_stderr`, the protocol (windows, seq_len, bos, join, data_hash, ...), and with a
-        base its perplexity, nll_increase, kl and top1_agreement, each with `_stderr`.
+        perplexity, nll and their `_stderr`, the protocol (windows, seq_len, bos, join, data_hash, ...), and
+        with a base its perplexity, nll_increase, kl and top1_agreement, each with `_stderr`.
 
     Raises:
         UserError: for what cannot be evaluated.
@@ -106,7 +106,12 @@ def _flat(measured: PerplexityResult | Comparison) -> dict[str, Any]:
 def _dtype(name: str | None, files: ModelFiles, device: torch.device) -> torch.dtype:
     if name is None:
         return compute_dtype(device, files.dtype)
-    known = {"auto": files.dtype, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    known = {
+        "auto": files.dtype,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
     if name not in known:
         raise UserError(f"Unknown dtype {name!r}; there are {', '.join(known)}.")
     return known[name]
@@ -115,4 +120,6 @@ def _dtype(name: str | None, files: ModelFiles, device: torch.device) -> torch.d
 def _check_length(files: ModelFiles, seq_len: int) -> None:
     limit = getattr(files.config.get_text_config(), "max_position_embeddings", None)
     if limit and seq_len > limit:
-        raise UserError(f"seq_len {seq_len} is more than the {limit} positions of {files.spec}: give at most {limit}.")
+        raise UserError(
+            f"seq_len {seq_len} is more than the {limit} positions of {files.spec}: give at most {limit}."
+        )

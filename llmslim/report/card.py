@@ -37,21 +37,28 @@ def model_card(report: dict[str, Any], config: dict[str, Any], license_name: str
         f"Made from [`{base}`](https://huggingface.co/{base})" if is_hub_id(base) else f"Made from `{base}`",
     ]
     sections[-1] += f" by llmslim {report['llmslim']}, stored in the {report['format']} format."
-    return "\n\n".join(
-        [
-            *sections,
-            _loading(report["format"], config),
-            _measurements(report),
-            _fallbacks(report),
-            _repeat(report),
-            _environment(report),
-        ]
-    ).rstrip() + "\n"
+    return (
+        "\n\n".join(
+            [
+                *sections,
+                _loading(report["format"], config),
+                _measurements(report),
+                _fallbacks(report),
+                _repeat(report),
+                _environment(report),
+            ]
+        ).rstrip()
+        + "\n"
+    )
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a name can be a Hub id (owner/name) and is no folder here."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".") and not Path(name).exists()
+    return (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+        and not name.startswith(".")
+        and not Path(name).exists()
+    )
 
 
 def _front_matter(report: dict[str, Any], config: dict[str, Any], license_name: str | None) -> dict[str, Any]:
@@ -107,7 +114,7 @@ def _loading(format_name: str, config: dict[str, Any]) -> str:
     }
     return (
         "## Load it\n\nWith llmslim, which keeps the weights packed in memory and computes with them so:\n\n"
-        "```python\nimport llmslim\n\nmodel, tokenizer = llmslim.load(\"FOLDER\")\n```\n\n"
+        '```python\nimport llmslim\n\nmodel, tokenizer = llmslim.load("FOLDER")\n```\n\n'
         f"{needs[format_name]}\n\n"
         f"```python\n{plugin}from transformers import {auto}, AutoTokenizer\n\n"
         f'model = {auto}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
@@ -120,7 +127,9 @@ def _measurements(report: dict[str, Any]) -> str:
     lines += ["", figures.run_line(report), figures.verdict(report)]
     quality = report["quality"]
     if quality and "perplexity" in quality:
-        lines.append(f"Perplexity: {quality['perplexity']['protocol']}; ± is the standard error over windows.")
+        lines.append(
+            f"Perplexity: {quality['perplexity']['protocol']}; ± is the standard error over windows."
+        )
     lines += [f"{reason[0].upper()}{reason[1:]}." for reason in figures.skipped(report)]
     if worst := figures.worst_linears(report):
         lines += ["", "Largest relative output errors on the calibration text:", ""]
@@ -156,9 +165,9 @@ def _environment(report: dict[str, Any]) -> str:
     machine = report["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
-        f"## Made on\n\n{machine['platform']}, {machine['device']} ({machine['cpu']}), {machine['threads']} threads, "
-        f"computing in {machine['compute_dtype']}; Python {machine['python']}, {versions}. All figures, with the "
-        "error of every Linear, are in `report.json`."
+        f"## Made on\n\n{machine['platform']}, {machine['device']} ({machine['cpu']}), "
+        f"{machine['threads']} threads, computing in {machine['compute_dtype']}; Python {machine['python']}, "
+        f"{versions}. All figures, with the error of every Linear, are in `report.json`."
     )
 
 

@@ -51,7 +51,9 @@ def verdict(report: dict[str, Any]) -> str:
 
 def worst_linears(report: dict[str, Any], count: int = 3) -> list[tuple[str, float]]:
     """The weights whose outputs moved most: (name, ||(W - W_q) X||^2 / ||W X||^2)."""
-    known = [(row["name"], row["output_error"]) for row in report["linears"] if row.get("output_error") is not None]
+    known = [
+        (row["name"], row["output_error"]) for row in report["linears"] if row.get("output_error") is not None
+    ]
     return sorted(known, key=lambda entry: -entry[1])[:count]
 
 
@@ -72,8 +74,8 @@ def run_line(report: dict[str, Any]) -> str:
     plan = f" (planned {planned / 1e6:,.0f} MB)" if planned else ""
     resumed = "; resumed after an interruption" if run["resumed"] else ""
     return (
-        f"The run held at most {run['peak_memory_mb']:,.0f} MB{plan} and took {duration(run['wall_seconds'])}, "
-        f"{duration(cpu)} of CPU for the steps{resumed}."
+        f"The run held at most {run['peak_memory_mb']:,.0f} MB{plan} and took "
+        f"{duration(run['wall_seconds'])}, {duration(cpu)} of CPU for the steps{resumed}."
     )
 
 
@@ -81,7 +83,10 @@ def _sizes(size: dict[str, Any]) -> list[Row]:
     base, result = size["base"], size["result"]
     smaller = base["bytes_on_disk"] / max(1, result["bytes_on_disk"])
     made = [Row("size on disk", *_megabytes(base, result, "bytes_on_disk"), f"{smaller:.2f}x smaller")]
-    for label, name in (("bits per weight, all", "bits_per_weight"), ("bits per weight, blocks", "bits_per_block_weight")):
+    for label, name in (
+        ("bits per weight, all", "bits_per_weight"),
+        ("bits per weight, blocks", "bits_per_block_weight"),
+    ):
         made.append(Row(label, f"{base[name]:.2f}", f"{result[name]:.2f}"))
     return made
 
@@ -115,11 +120,16 @@ def _speeds(speed: dict[str, Any] | None) -> list[Row]:
         if base or result:
             change = _speed_word(result / base) if base and result else ""
             made.append(Row(f"{kind}, tokens/s", _or_dash(base, ".1f"), _or_dash(result, ".1f"), change))
-    for label, name, form in (("memory when run", "peak_memory_mb", ",.0f"), ("load time", "load_seconds", ".1f")):
+    for label, name, form in (
+        ("memory when run", "peak_memory_mb", ",.0f"),
+        ("load time", "load_seconds", ".1f"),
+    ):
         base, result = (_figure(speed, side, name) for side in ("base", "result"))
         if base or result:
             unit = " MB" if name == "peak_memory_mb" else " s"
-            made.append(Row(label, _or_dash(base, form, unit), _or_dash(result, form, unit), _ratio(base, result)))
+            made.append(
+                Row(label, _or_dash(base, form, unit), _or_dash(result, form, unit), _ratio(base, result))
+            )
     return made
 
 

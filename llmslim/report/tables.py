@@ -26,7 +26,9 @@ def summary_table(report: dict[str, Any]) -> Group:
     if verdict := figures.verdict(report):
         lines.append(verdict)
     if worst := figures.worst_linears(report):
-        lines.append("Largest output errors: " + ", ".join(f"{name} {error:.2g}" for name, error in worst) + ".")
+        lines.append(
+            "Largest output errors: " + ", ".join(f"{name} {error:.2g}" for name, error in worst) + "."
+        )
     lines += [f"{reason[0].upper()}{reason[1:]}." for reason in figures.skipped(report)]
     if report["notes"]:
         lines.append(f"{len(report['notes'])} notes (fallbacks and anomalies):")
@@ -45,7 +47,9 @@ def plan_table(plan: Plan) -> Table:
     reading = "one block at a time" if plan.streams else "whole: its files need conversion on load"
     table.add_row("blocks", f"{plan.blocks}, read {reading}")
     table.add_row("edits", f"{plan.linears}")
-    table.add_row("peak memory", f"{plan.peak_memory / 1e9:.2f} GB, of {plan.available_memory / 1e9:.1f} GB free")
+    table.add_row(
+        "peak memory", f"{plan.peak_memory / 1e9:.2f} GB, of {plan.available_memory / 1e9:.1f} GB free"
+    )
     table.add_row("time", f"about {duration(plan.seconds)}, computing in {plan.compute_dtype}")
     smaller = plan.input_bytes / max(1, plan.output_bytes)
     sizes = f"{plan.input_bytes / 1e6:,.1f} MB -> {plan.output_bytes / 1e6:,.1f} MB ({smaller:.2f}x smaller)"
