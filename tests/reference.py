@@ -24,3 +24,24 @@ def gptq_words(values: list[int], bits: int) -> list[int]:
     stream = sum(value << (index * bits) for index, value in enumerate(values))
     words = [(stream >> shift) & 0xFFFFFFFF for shift in range(0, len(values) * bits, 32)]
     return [word - 2**32 if word >= 2**31 else word for word in words]  # as int32
+def gptq(weight, hessian, scale, zero, scheme, damp: float) -> torch.Tensor:
+    """Codes [out, in] by optimal brain quantization in the order of the diagonal, in float64.
+
+    Quantize column j, spread its error by row j of the inverse Hessian over the columns left, then take j out of
+    the inverse by Gaussian elimination: the algorithm that GPTQ's Cholesky factor is a reformulation of.
+    """
+    work, hessian = weight.double().clone(), hessian.double().clone()
+    order = torch.argsort(hessian.diagonal().float(), descending=True, stable=True)
+    hessian.diagonal().add_(damp * hessian.diagonal().mean())
+    inverse = torch.linalg.inv(hessian)
+    out_features, in_features = weight.shape
+    width = scheme.group_width(in_features)
+    scale, zero = (x.double().expand(out_features, -1) for x in (scale, zero))
+    codes = torch.zeros(out_features, in_features)
+    for j in order.tolist():
+        s, z = scale[:, j // width], zero[:, j // width]
+        codes[:, j] = (work[:, j] / s + z).round().clamp(0, scheme.max_code).float()
+        error = (work[:, j] - (codes[:, j] - z) * s) / inverse[j, j]
+        work -= error[:, None] * inverse[j]
+        inverse -= inverse[:, j, None] * inverse[j] / inverse[j, j]
+    return codes.to(torch.uint8)

@@ -1,0 +1,191 @@
+"""GPTQ and its parts against naive versions, closed forms, and the properties that make it worth its time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmslim.calibration.statistics import InputStats
+from llmslim.quantization.gptq import GPTQ, descend, factor, gptq, refit_scales
+from llmslim.quantization.grid import Scheme, min_max_grid, round_to_grid, search_grid
+from llmslim.quantization.rtn import RTN
+from llmslim.step import StepRecord
+from tests import reference
+
+SCHEMES = [
+    Scheme(bits=bits, group_size=group, symmetric=symmetric, scale_dtype="float32")
+    for bits, group in ((2, 16), (3, 32), (4, 16), (4, "channel"), (4, "tensor"), (8, 32))
+    for symmetric in (True, False)
+]
+
+
+def problem(rows: int = 24, width: int = 64, tokens: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and correlated inputs, some channels far louder than others, as in a transformer."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, width, generator=generator)
+    mix = torch.randn(width, width, generator=generator) / width**0.5
+    inputs = torch.randn(tokens, width, generator=generator) @ (mix + torch.eye(width))
+    return weight, inputs * torch.logspace(-1, 1, width)[torch.randperm(width, generator=generator)]
+
+
+def stats_of(inputs: torch.Tensor, reference_inputs: torch.Tensor | None = None) -> InputStats:
+    stats = InputStats(inputs.shape[-1], inputs.device)
+    for index, chunk in enumerate(inputs.split(150)):
+        stats.add(chunk, None if reference_inputs is None else reference_inputs.split(150)[index])
+    return stats.finish()
+
+
+def output_loss(weight: torch.Tensor, quantized: torch.Tensor, inputs: torch.Tensor) -> float:
+    return float(((weight - quantized) @ inputs.T).double().square().sum())
+
+
+def test_statistics_are_the_sums_they_claim() -> None:
+    _, inputs = problem(width=800)
+    other = inputs + 0.1
+    stats = stats_of(inputs, other)
+    assert stats.tokens == len(inputs)
+    torch.testing.assert_close(stats.hessian, inputs.T @ inputs, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(stats.hessian, stats.hessian.T)
+    assert stats.cross is not None
+    torch.testing.assert_close(stats.cross, inputs.T @ (other - inputs), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_gptq_equals_the_naive_algorithm(scheme: Scheme) -> None:
+    """The naive one removes a quantized column from the inverse Hessian by Gaussian elimination, column by column."""
+    weight, inputs = problem()
+    hessian = (inputs.T @ inputs).double()
+    solved = factor(hessian.float(), damp_percent=0.01, act_order=True)
+    scale, zero = search_grid(weight, scheme)
+    fast = gptq(weight, solved, scale, zero, scheme)
+    naive = reference.gptq(weight, hessian, scale, zero, scheme, damp=0.01)
+    same = (fast.codes == naive).float().mean()
+    assert same > 0.995  # float32 against float64: a value on the edge between two levels may fall either way
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_each_stage_lowers_the_output_error(scheme: Scheme) -> None:
+    weight, inputs = problem()
+    hessian = inputs.T @ inputs
+    solved = factor(hessian, 0.01, act_order=True)
+    scale, zero = search_grid(weight, scheme, solved.importance)
+    rounded = round_to_grid(weight, scale, zero, scheme)
+    solution = gptq(weight, solved, scale, zero, scheme)
+    swept = descend(weight, solution, hessian)
+    fitted = refit_scales(weight, swept, hessian)
+    losses = [output_loss(weight, q.dequantize(), inputs) for q in (rounded, solution, swept, fitted)]
+    assert losses[1] < losses[0]
+    assert losses[2] <= losses[1] * 1.0001
+    assert losses[3] <= losses[2] * 1.0001
+
+
+def test_descent_ends_where_no_single_code_can_be_bettered() -> None:
+    scheme = Scheme(bits=3, group_size=16, scale_dtype="float32")
+    weight, inputs = problem(rows=4, width=32)
+    hessian = inputs.T @ inputs
+    quantized = round_to_grid(weight, *search_grid(weight, scheme), scheme)
+    for _ in range(30):
+        quantized = descend(weight, quantized, hessian)
+    least = output_loss(weight, quantized.dequantize(), inputs)
+    for column in range(32):
+        for step in (-1, 1):
+            codes = quantized.codes.clone().int()
+            codes[:, column] = (codes[:, column] + step).clamp(0, scheme.max_code)
+            for row in range(4):
+                changed = quantized.codes.clone()
+                changed[row] = codes[row].to(torch.uint8)
+                moved = type(quantized)(scheme, changed, quantized.scale).dequantize()
+                assert output_loss(weight, moved, inputs) >= least * (1 - 1e-4)
+
+
+def test_refitted_scales_are_the_least_squares_solution() -> None:
+    scheme = Scheme(bits=4, group_size=16, symmetric=False, scale_dtype="float32")
+    weight, inputs = problem(rows=5, width=48)
+    quantized = round_to_grid(weight, *search_grid(weight, scheme), scheme)
+    fitted = refit_scales(weight, quantized, inputs.T @ inputs)
+    assert quantized.zero_point is not None
+    centred = quantized.codes.double().reshape(5, 3, 16) - quantized.zero_point.double().unsqueeze(-1)
+    for row in range(5):
+        columns = torch.einsum("gi,tgi->tg", centred[row], inputs.double().reshape(-1, 3, 16))
+        expected = torch.linalg.lstsq(columns, (inputs.double() @ weight[row].double())[:, None]).solution[:, 0]
+        torch.testing.assert_close(fitted.scale[row].double(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_searched_scales_beat_the_covering_range(scheme: Scheme) -> None:
+    weight, inputs = problem()
+    weight[0, 3] = 9.0  # an outlier that a covering range would pay for
+    importance = inputs.square().sum(0)
+
+    def loss(scale: torch.Tensor, zero: torch.Tensor) -> float:
+        error = round_to_grid(weight, scale, zero, scheme).dequantize() - weight
+        return float((error.square() * importance).sum())
+
+    rows, groups = scheme.scale_shape(*weight.shape)
+    covering = loss(*min_max_grid(weight.reshape(rows, groups, -1), scheme))
+    found = loss(*search_grid(weight, scheme, importance))
+    assert found <= covering * 1.0001
+    if scheme.bits <= 4:
+        assert found < 0.99 * covering
+
+
+def test_the_search_reaches_a_fine_grid_search() -> None:
+    """With one group, trying thousands of scales by brute force finds hardly anything better."""
+    scheme = Scheme(bits=3, group_size="channel", scale_dtype="float32")
+    weight, _ = problem(rows=3, width=32)
+    scale, zero = search_grid(weight, scheme)
+    for row in range(3):
+        error = float((round_to_grid(weight[row : row + 1], scale[row : row + 1], zero[row : row + 1], scheme)
+                       .dequantize() - weight[row]).square().sum())  # fmt: skip
+        top = float(weight[row].abs().max())
+        best = min(
+            float((((weight[row] / s).round().clamp(-4, 3) * s) - weight[row]).square().sum())
+            for s in torch.cat([torch.linspace(0.1, 0.5, 2000), -torch.linspace(0.1, 0.5, 2000)]) * top
+        )
+        assert error <= best * 1.1
+
+
+def test_the_asymmetric_target_comes_closer_to_the_uncompressed_outputs() -> None:
+    weight, inputs = problem()
+    drift = inputs + 0.3 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(1)) * inputs.std(0)
+    stats = stats_of(drift, inputs)  # what the compressed model sees, and what the uncompressed one saw
+    fields = {"bits": 4, "group_size": 16, "scale_dtype": "float32"}
+    errors = []
+    for asymmetric in (0.0, 1.0):
+        step = GPTQ(asymmetric=asymmetric, **fields)
+        quantized = step.quantize("w", weight, step.scheme("w"), stats, StepRecord())
+        errors.append(float((quantized.dequantize() @ drift.T - weight @ inputs.T).square().sum()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_damping_rises_until_the_hessian_can_be_factorized_and_is_reported() -> None:
+    weight, inputs = problem(width=64)
+    stats = stats_of(inputs)
+    stats.hessian -= 0.05 * stats.hessian.diagonal().mean() * torch.eye(64)  # as rounding of sums may leave it
+    record = StepRecord()
+    step = GPTQ(bits=4, group_size=16, damp_percent=0.001)
+    step.quantize("block.w", weight, step.scheme("block.w"), stats, record)
+    assert len(record.notes) == 1
+    assert record.notes[0]["where"] == "block.w" and "damping raised from 0.001" in record.notes[0]["what"]
+
+
+def test_a_hopeless_hessian_falls_back_to_rounding_and_says_so() -> None:
+    weight, inputs = problem()
+    stats = stats_of(inputs)
+    stats.hessian.fill_(float("nan"))
+    record = StepRecord()
+    step = GPTQ(bits=4, group_size=16)
+    quantized = step.quantize("w", weight, step.scheme("w"), stats, record)
+    expected = RTN(bits=4, group_size=16).quantize("w", weight, step.scheme("w"), None, StepRecord())
+    assert torch.equal(quantized.codes, expected.codes)
+    assert "rounded to nearest" in record.notes[0]["what"]
+
+
+def test_dead_inputs_do_no_harm() -> None:
+    weight, inputs = problem()
+    inputs[:, 5] = 0
+    step = GPTQ(bits=4, group_size=16)
+    quantized = step.quantize("w", weight, step.scheme("w"), stats_of(inputs), StepRecord())
+    assert quantized.dequantize().isfinite().all()
+    rounded = RTN(bits=4, group_size=16).quantize("w", weight, step.scheme("w"), None, StepRecord())
+    assert output_loss(weight, quantized.dequantize(), inputs) < output_loss(weight, rounded.dequantize(), inputs)
