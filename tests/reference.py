@@ -24,6 +24,8 @@ def gptq_words(values: list[int], bits: int) -> list[int]:
     stream = sum(value << (index * bits) for index, value in enumerate(values))
     words = [(stream >> shift) & 0xFFFFFFFF for shift in range(0, len(values) * bits, 32)]
     return [word - 2**32 if word >= 2**31 else word for word in words]  # as int32
+
+
 def gptq(weight, hessian, scale, zero, scheme, damp: float) -> torch.Tensor:
     """Codes [out, in] by optimal brain quantization in the order of the diagonal, in float64.
 
