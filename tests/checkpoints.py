@@ -1,6 +1,6 @@
 """Make small compressed checkpoints for tests, with what verification wants to know of their making.
 
-As a script it loads checkpoints in a process of its own: `python tests/checkpoints.py llmslim|transformers JOB`.
+As a script it loads checkpoints in a process of its own: `python -m tests.checkpoints HOW JOB`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ ROOT = Path(__file__).parents[1]
 
 
 @torch.no_grad()
-def make(source: Path, folder: Path, step: Any, form: str = "auto", dtype: torch.dtype = torch.float32) -> Any:
-    """Compress the model in `source` to `folder` with a probe beside it in `<folder>-probe`; returns the filled model."""
+def make(
+    source: Path, folder: Path, step: Any, form: str = "auto", dtype: torch.dtype = torch.float32
+) -> Any:
+    """Compress `source` to `folder`, with a probe in `<folder>-probe` beside it; returns the filled model."""
     from llmslim.anatomy import Anatomy
     from llmslim.calibration.stream import BlockStream, Lane
     from llmslim.checkpoint.formats import choose
@@ -90,7 +92,7 @@ def dense_logits_of(model: Any) -> Tensor:
 
 
 def load_elsewhere(how: str, folders: dict[str, Path], scratch: Path) -> dict[str, Tensor]:
-    """The logits of checkpoints that one other process loads, by "llmslim", "plugin" or plain "transformers"."""
+    """The logits of checkpoints that another process loads by "llmslim", "plugin" or plain "transformers"."""
     job, result = scratch / f"{how}.json", scratch / f"{how}.safetensors"
     job.write_text(json.dumps({"folders": {k: str(v) for k, v in folders.items()}, "result": str(result)}))
     command = [sys.executable, "-m", "tests.checkpoints", how, str(job)]

@@ -40,3 +40,10 @@ def gptq(weight, hessian, scale, zero, scheme, damp: float) -> torch.Tensor:
         work -= error[:, None] * inverse[j]
         inverse -= inverse[:, j, None] * inverse[j] / inverse[j, j]
     return codes.to(torch.uint8)
+
+
+def gptq_words(values: list[int], bits: int) -> list[int]:
+    """Values packed as GPTQ packs a column: little end first into 32-bit words, 3 bits straddling two."""
+    stream = sum(value << (index * bits) for index, value in enumerate(values))
+    words = [(stream >> shift) & 0xFFFFFFFF for shift in range(0, len(values) * bits, 32)]
+    return [word - 2**32 if word >= 2**31 else word for word in words]  # as int32

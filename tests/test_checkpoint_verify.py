@@ -66,7 +66,12 @@ def test_other_families_and_formats_pass(family, form, fields, tmp_path):
 
 
 def test_a_bfloat16_checkpoint_is_its_own_rounding(tmp_path):
-    make(save_tiny("llama", tmp_path / "source"), tmp_path / "made", RTN(bits=4, group_size=32), dtype=torch.bfloat16)
+    make(
+        save_tiny("llama", tmp_path / "source"),
+        tmp_path / "made",
+        RTN(bits=4, group_size=32),
+        dtype=torch.bfloat16,
+    )
     report = verify(tmp_path / "made", tmp_path / "made-probe")
     assert report["checks"][0]["ok"] and report["max_error"] == 0.0, report
     dense = load_file(tmp_path / "made" / "model.safetensors")["lm_head.weight"]
@@ -82,7 +87,9 @@ def test_tied_packed_embeddings_are_stored_once(good):
 
 def test_missing_tensor_is_named(folder, good):
     spoil(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight_scale"))
-    assert "lacks 1 tensors, such as model.layers.1.mlp.up_proj.weight_scale" in failed(folder, good)["tensors"]
+    assert (
+        "lacks 1 tensors, such as model.layers.1.mlp.up_proj.weight_scale" in failed(folder, good)["tensors"]
+    )
 
 
 def test_extra_tensor_is_named(folder, good):

@@ -63,7 +63,7 @@ class BlockStream:
     """One model and the lanes that travel through it; the model's blocks are filled and freed by the caller.
 
     Args:
-        model: a skeleton on meta (or a loaded model); what lies outside the blocks must be filled for `enter`
+        model: a skeleton on meta (or a loaded model) with `use_cache` off in its config; what lies outside the blocks must be filled for `enter`
             and `outputs`, a block for `forward` and `walk`.
         dtype: what hidden states are kept and blocks are computed in.
     """

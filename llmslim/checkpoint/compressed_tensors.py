@@ -1,15 +1,15 @@
-"""compressed-tensors, "pack-quantized": what plain transformers (with the compressed-tensors package) and vLLM load.
+"""compressed-tensors, "pack-quantized": what vLLM and plain transformers (with that package) load.
 
 Per Linear `name` with weight [out, in]:
 
-    name.weight_packed  int32 [out, ceil(in * bits / 32)], one little-endian bit stream per row (our own packing)
+    name.weight_packed  int32 [out, ceil(in * bits / 32)], a little-endian bit stream per row, as ours
     name.weight_scale   [out, groups], [out, 1] or [1]
     name.weight_shape   int64 [2] = (out, in)
     name.weight_zero_point  int32 [ceil(out * bits / 32), groups], packed along out; only when asymmetric
 
-Codes are stored unsigned, shifted by 2**(bits-1), as ours. Written: symmetric 3, 4 and 8 bits on nn.Linear, since
-transformers loads no asymmetric one (compressed-tensors 0.20). Read: asymmetric too. Not read: quantized
-activations or KV cache, float types, transforms, the removed activation ordering with a g_idx.
+Codes are stored unsigned, shifted by 2**(bits-1), as ours. Written: symmetric 3, 4 and 8 bits on nn.Linear,
+since transformers loads no asymmetric one (compressed-tensors 0.20). Read: asymmetric too. Not read:
+quantized activations or KV cache, float types, transforms, the removed activation ordering with a g_idx.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from llmslim.checkpoint.formats import (
     exact_scale,
     expect,
     pack_linears,
+    stored_dtype,
 )
 from llmslim.edit import Edit, replace_module
 from llmslim.errors import UserError
@@ -56,13 +57,17 @@ class CompressedTensors(Format):
             if not scheme.symmetric:
                 return "asymmetric weights in it do not load in transformers"
             if scheme.bits not in BITS:
-                return f"{scheme.bits}-bit weights in it are not loaded everywhere ({', '.join(map(str, BITS))} are)"
+                return (
+                    f"of its bit widths only {BITS} load everywhere, and a Linear has {scheme.bits}-bit codes"
+                )
             if not isinstance(model.get_submodule(name), nn.Linear):
                 return f"{name} is a {type(model.get_submodule(name)).__name__}, and it knows nn.Linear only"
             if dtype not in (torch.float32, getattr(torch, scheme.scale_dtype)):
-                return f"it loads scales in the checkpoint's {dtype}, which cannot hold {scheme.scale_dtype} ones"
+                return f"its scales are loaded as {dtype}, which cannot hold {scheme.scale_dtype} ones"
         if _reaches_for_weights(model, schemes):
-            return f"transformers cannot load it into {type(model).__name__}, which looks for the dense weights"
+            return (
+                f"transformers cannot load it into {type(model).__name__}, which looks for the dense weights"
+            )
         return None
 
     def stored(self, name: str, module: Packed) -> dict[str, Tensor]:
@@ -95,7 +100,7 @@ class CompressedTensors(Format):
         return QuantizedWeight(scheme, codes, scale, zero)
 
     def config(self, edits: Sequence[Edit], model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
-        """The commonest scheme takes all Linears; other schemes name theirs; Linears left dense are ignored."""
+        """The commonest scheme takes all Linears, others name theirs; Linears left dense are ignored."""
         schemes = pack_linears(edits)
         assert schemes is not None
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -131,9 +136,9 @@ class CompressedTensors(Format):
                 )
         if config.get("quantization_status", "compressed") != "compressed":
             raise UserError(
-                f"The checkpoint's weights have the status {config['quantization_status']!r}, not 'compressed'."
+                f"The checkpoint has quantization_status {config['quantization_status']!r}, not 'compressed'."
             )
-        dtype = model.config.dtype or torch.float32
+        dtype = stored_dtype(model)
         targets: dict[str, Scheme] = {}
         for group in groups.values():
             scheme = _scheme(group, config.get("format"), dtype)
@@ -148,8 +153,9 @@ class CompressedTensors(Format):
 
 
 def _reaches_for_weights(model: PreTrainedModel, names: Iterable[str]) -> bool:
-    """Whether the model's `_init_weights`, which transformers calls while loading, uses the weights of Linears
-    through their parents (T5, ModernBERT): compressed-tensors has removed them by then. Tried out on meta."""
+    """Whether the model's `_init_weights`, which transformers calls while loading, uses weights of Linears
+    through their parents (T5, ModernBERT): compressed-tensors has removed them by then. Tried out on meta.
+    """
     trial = skeleton(model.config)
     for name in names:
         replace_module(trial, name, nn.Module())
@@ -193,7 +199,7 @@ def _scheme(group: dict[str, Any], layout: Any, dtype: torch.dtype) -> Scheme:
         or weights.get("actorder") in ("group", "dynamic")
     ):
         raise UserError(
-            f"The checkpoint's weights {weights} are of a kind of compressed-tensors that llmslim does not read."
+            f"The checkpoint is compressed-tensors with weights {weights}, which llmslim does not read."
         )
     size = weights.get("group_size")
     strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
@@ -201,13 +207,13 @@ def _scheme(group: dict[str, Any], layout: Any, dtype: torch.dtype) -> Scheme:
     try:
         return Scheme(
             bits=weights.get("num_bits", 8),
-            group_size=size if strategy == "group" else strategy,
+            group_size=size if strategy == "group" else strategy,  # type: ignore[arg-type]
             symmetric=weights.get("symmetric", True),
             scale_dtype=scale,  # type: ignore[arg-type]
         )
     except ValueError as error:
         raise UserError(
-            f"The checkpoint's weights {weights} are of a kind of compressed-tensors that llmslim does not read."
+            f"The checkpoint is compressed-tensors with weights {weights}, which llmslim does not read."
         ) from error
 
 

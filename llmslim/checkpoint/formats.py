@@ -1,8 +1,8 @@
 """A format: how packed weights and the edits that made them lie in a folder.
 
-Formats differ in the names, packing and types of a packed weight's tensors and in what config.json says of them.
-Everything else (dense tensors, shards, tokenizer) is the same in all. A new one is a subclass in a file of this
-room that is listed in `_known`.
+Formats differ in the names, packing and types of a packed weight's tensors and in what config.json says of
+them. Everything else (dense tensors, shards, tokenizer) is the same in all. A new one is a subclass in a file
+of this room that `formats` lists.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Format(ABC):
 
     @abstractmethod
     def stored(self, name: str, module: Packed) -> dict[str, Tensor]:
-        """The tensors on disk, by full name, of the packed weight of the module called `name`; bias not included.
+        """The tensors on disk, by full name, of the packed weight of the module `name`; without its bias.
 
         Works on meta as well, for names, shapes and types.
         """
@@ -98,14 +98,20 @@ def choose(
         raise UserError(f"Unknown format {name!r}{nearest(name, known)}; there are auto, {', '.join(known)}.")
     if model is None or not edits:
         return known["llmslim" if name == "auto" else name]
-    dtype = dtype or model.config.dtype or torch.float32
-    reasons = {form: known[form].refusal(edits, model, dtype) for form in known}
+    stored = dtype or stored_dtype(model)
+    reasons = {form: known[form].refusal(edits, model, stored) for form in known}
     if name == "auto":
         return known["llmslim" if reasons["compressed-tensors"] else "compressed-tensors"]
     if reasons[name]:
         able = [form for form, reason in reasons.items() if not reason]
         raise UserError(f"Format {name!r} cannot hold this result: {reasons[name]}; {' or '.join(able)} can.")
     return known[name]
+
+
+def stored_dtype(model: PreTrainedModel) -> torch.dtype:
+    """What the config says that dense tensors are stored in."""
+    dtype = model.config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def packed_modules(model: nn.Module) -> dict[str, Packed]:
@@ -138,7 +144,7 @@ def expect(name: str, tensor: Tensor, like: Tensor) -> Tensor:
     floats = tensor.is_floating_point() and like.is_floating_point()
     if tensor.shape != like.shape or not (floats or tensor.dtype == like.dtype):
         raise UserError(
-            f"The checkpoint's tensor {name} is {tensor.dtype} {list(tensor.shape)}, and its config announces "
+            f"The checkpoint's tensor {name} is {tensor.dtype} {list(tensor.shape)}, its config announces "
             f"{like.dtype} {list(like.shape)}; it is damaged, or of a layout that llmslim cannot read."
         )
     return tensor

@@ -5,10 +5,10 @@
     name.scales   float16 [groups, out]
     name.g_idx    int32 [in]: the group of each input, here always input // group_size
 
-Symmetric weights have the zero point 2**(bits-1). Version 1 ("gptq") stores zero points less one, by subtracting
-from whole words, so that readers which add one per field and those which add per word differ when a zero point
-is 0. Hence symmetric weights are written as version 1, which everything reads, and asymmetric ones as
-version 2 ("gptq_v2"), which stores zero points as they are. Not read: `g_idx` of a dynamic activation order.
+Symmetric weights have the zero point 2**(bits-1). Version 1 ("gptq") stores zero points less one; where one
+is 0, readers that add the one per field and those that add it per word differ. Hence symmetric weights are
+written as version 1, which everything reads, and asymmetric ones as version 2 ("gptq_v2"), which stores zero
+points as they are. Not read: version 1 when asymmetric, and `g_idx` of a dynamic activation order.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class GPTQLayout(Format):
             if not isinstance(linear, nn.Linear):
                 return f"{name} is a {type(linear).__name__}, and llmslim writes nn.Linear only in it"
             if (linear.in_features * scheme.bits) % 32 or (linear.out_features * scheme.bits) % 32:
-                return f"{name} is {linear.out_features} x {linear.in_features}, and both must fill words of 32 bits"
+                shape = f"{linear.out_features} x {linear.in_features}"
+                return f"{name} is {shape}, and both must fill words of 32 bits"
         return _partial(schemes, model)[1]
 
     def stored(self, name: str, module: Packed) -> dict[str, Tensor]:
@@ -89,8 +90,8 @@ class GPTQLayout(Format):
         order = torch.arange(columns, dtype=torch.int32) // scheme.group_width(columns)
         if not torch.equal(tensors["g_idx"].cpu(), order):
             raise UserError(
-                f"The checkpoint's {name} was quantized with a dynamic activation order (g_idx), which llmslim does "
-                "not read; take one made with desc_act=False or static groups."
+                f"The checkpoint's {name} was quantized with a dynamic activation order (g_idx), which "
+                "llmslim does not read; take one made with desc_act=False or static groups."
             )
         codes = packing.unpack(
             as_bytes(tensors["qweight"].T, packing.packed_width(columns, scheme.bits)), scheme.bits, columns
@@ -136,8 +137,8 @@ class GPTQLayout(Format):
         symmetric = config.get("sym", True)
         if layout not in ("gptq", "gptq_v2") or (layout == "gptq" and not symmetric):
             raise UserError(
-                f"The checkpoint is GPTQ in the layout {layout!r} with sym={symmetric}; llmslim reads 'gptq' when "
-                "symmetric, and 'gptq_v2'."
+                f"The checkpoint is GPTQ in the layout {layout!r} with sym={symmetric}; llmslim reads 'gptq' "
+                "when symmetric, and 'gptq_v2'."
             )
         if config.get("dynamic") or config.get("lm_head") or config.get("pack_dtype", "int32") != "int32":
             raise UserError(
@@ -189,11 +190,8 @@ def _flat(value: Any) -> set[str] | None:
     """`modules_in_block_to_quantize`, a list of lists of names, as a set."""
     if value is None:
         return None
-    names = (
-        [item for part in value for item in (part if isinstance(part, list) else [part])]
-        if isinstance(value, list)
-        else [0]
-    )
+    lists = value if isinstance(value, list) else [value]
+    names = [name for part in lists for name in (part if isinstance(part, list) else [part])]
     if not all(isinstance(name, str) for name in names):
         raise UserError(
             f"The checkpoint's GPTQ config has modules_in_block_to_quantize {value!r}, not lists of names."

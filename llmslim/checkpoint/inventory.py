@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint of a model holds, under which names: the one list that writing and checking share."""
+"""Which tensors a checkpoint of a model holds: the one list that writing, reading and checking share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmslim.checkpoint.formats import Format, Packed
 
 def part_of(model: nn.Module, prefix: str | None) -> Iterator[tuple[str, nn.Module]]:
     """The modules at and below `prefix`; for None those outside all blocks."""
-    stacks = tuple(f"{stack.name}." for stack in Anatomy(model).stacks)
+    stacks = tuple(f"{stack.name}." for stack in Anatomy(model).stacks)  # type: ignore[arg-type]
     for name, module in model.named_modules(remove_duplicate=False):
         inside = name.startswith(stacks)
         if (not inside) if prefix is None else (name == prefix or name.startswith(f"{prefix}.")):
@@ -31,10 +31,10 @@ def dense_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def stored_tensors(model: nn.Module, form: Format, prefix: str | None = "") -> dict[str, tuple[Tensor, bool]]:
-    """On-disk name -> (tensor, whether it is dense) below `prefix` ("": everything; None: outside the blocks).
+    """On-disk name -> (tensor, whether it is dense) below `prefix` ("": all; None: outside the blocks).
 
-    Tied tensors appear once, under the name that transformers keeps. Packed ones are as on disk already; dense
-    ones are yet to be cast.
+    Tied tensors appear once, under the name that transformers keeps. Packed ones are as on disk already;
+    dense ones are yet to be cast.
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     modules = model.named_modules() if prefix == "" else part_of(model, prefix)

@@ -27,7 +27,8 @@ def load(
         spec: a Hub id, a folder, a .gguf file, or "demo". Checkpoints of llmslim, compressed-tensors
             (pack-quantized) and GPTQ come with fast packed Linears.
         revision: of a Hub model.
-        dtype: to compute in; by default bfloat16 where the machine is fast at it, else float32. "auto": as stored.
+        dtype: to compute in; by default bfloat16 where the machine is fast at it, else float32.
+            "auto": as stored.
         device: the GPU if there is one when None.
 
     Raises:
@@ -42,22 +43,32 @@ def load_model(files: ModelFiles, dtype: torch.dtype | str | None, device: torch
     """The model of files at hand, on `device`."""
     from llmslim.checkpoint import plugin  # noqa: F401  registers with transformers
 
-    if dtype == "auto":
-        dtype = files.dtype
-    elif isinstance(dtype, str):
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise UserError(f"Unknown dtype {dtype!r}; use float32, bfloat16, float16 or auto.")
-        dtype = getattr(torch, dtype)
-    dtype = dtype or compute_dtype(device, files.dtype)
+    dtype = _resolve(dtype, files, device)
     method = _method(files)
     config = copy.deepcopy(files.config)
     if method in ("llmslim", "compressed-tensors", "gptq"):
         config.quantization_config = _ours(files, dtype)
     files.weights  # noqa: B018  refuses folders without safetensors
-    model = model_class(config).from_pretrained(
-        files.folder, config=config, dtype=dtype, device_map={"": device}
-    )
+    try:
+        model = model_class(config).from_pretrained(  # type: ignore[attr-defined]
+            files.folder, config=config, dtype=dtype, device_map={"": device}
+        )
+    except ImportError as error:  # AWQ, bitsandbytes and so on, whose packages are not installed
+        raise UserError(
+            f"{files.spec} is quantized with {method!r}: {str(error).strip().splitlines()[0]}"
+        ) from error
     return model.eval()
+
+
+def _resolve(dtype: torch.dtype | str | None, files: ModelFiles, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return compute_dtype(device, files.dtype)
+    named = (
+        files.dtype if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    )
+    if not isinstance(named, torch.dtype):
+        raise UserError(f"Unknown dtype {dtype!r}; use float32, bfloat16, float16 or auto.")
+    return named
 
 
 def _method(files: ModelFiles) -> str | None:

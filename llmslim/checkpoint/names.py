@@ -1,4 +1,4 @@
-"""Names of modules in stored edits: relative to the base model, so that a model loads with or without its head."""
+"""Names of modules in stored edits: relative to the base model, so that it loads without its head, too."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def relative(edits: Sequence[Edit], model: PreTrainedModel) -> list[Edit]:
 
 
 def absolute(edits: Sequence[Edit], model: PreTrainedModel) -> list[Edit]:
-    """The inverse, for `model`, which may be the base model alone: edits of a head that it lacks are left out."""
+    """The inverse, for `model`, which may be the base model alone: edits of a head are left out then."""
     prefix = _prefix(model)
     base = getattr(model, prefix) if prefix else model
-    partial = type(model).__name__ not in (model.config.architectures or [])
+    whole = model.config.architectures or [type(model).__name__]
+    partial = type(model).__name__ not in whole
 
     def full(name: str) -> str | None:
         first = name.partition(".")[0]

@@ -1,9 +1,9 @@
-"""llmslim's own format: the packed modules' own parameters, and every edit in config.json. It holds anything.
+"""llmslim's own format: the packed modules' own parameters, and every edit in config.json.
 
-    "quantization_config": {"quant_method": "llmslim", "format_version": 1, "edits": [{"edit": ..., ...}, ...]}
+    "quantization_config": {"quant_method": "llmslim", "format_version": 1, "edits": [{"edit": ...}, ...]}
 
-Names of modules in the edits are relative to the base model. A tied head and embedding are stored once, under
-the embedding's name. `llmslim.plugin` teaches transformers to load it.
+It holds anything. Names of modules in the edits are relative to the base model. A tied head and embedding are
+stored once, under the embedding's name. `llmslim.plugin` teaches transformers to load it.
 """
 
 from __future__ import annotations

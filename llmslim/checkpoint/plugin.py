@@ -2,8 +2,8 @@
 
 Loading builds the model on meta, replays the edits, and lets transformers read the tensors. For llmslim's own
 format these are the packed modules' own parameters. For another format each packed module waits as a
-`StoredWeight`, whose parameters have the names and types on disk, and is decoded when all are read, one module
-at a time.
+`StoredWeight`, whose parameters have the names and types on disk, and is decoded when all are read, one
+module at a time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LlmslimConfig(QuantizationConfigMixin):
         stored_config: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]
         if storage not in formats():
             raise UserError(
                 f"The checkpoint has the unknown storage {storage!r}; there are {', '.join(formats())}."

@@ -29,8 +29,8 @@ class CheckpointReader:
     Attributes:
         edits: what the checkpoint's structure differs from its config by.
         form: the format of its packed weights; None when it has none.
-        streams: whether parts are read from the files when asked for. False when the files need transformers' own
-            conversion (experts stored one by one): then the first `fill` loads the whole model.
+        streams: whether parts are read from the files when asked for. False when the files need transformers'
+            own conversion (experts stored one by one): then the first `fill` loads the whole model.
         stored_bytes: of all tensors in the files.
     """
 
@@ -74,8 +74,8 @@ class CheckpointReader:
 
         Args:
             models: each gets parameters of its own on the same memory.
-            dtype: what dense floats are cast to, but for tables of embeddings that are not tied to a head, which
-                keep the type they are stored in. Packed weights are never cast.
+            dtype: what dense floats are cast to, but for tables of embeddings that are not tied to a head,
+                which keep the type they are stored in. Packed weights are never cast.
             round_to: what dense floats are rounded to first.
             forget: when the model had to be loaded whole, drop what has been placed.
         """
@@ -90,7 +90,7 @@ class CheckpointReader:
                         for model in models:
                             place(model, full, tensor.to(device))
                     for model in models:
-                        model.get_submodule(name).int4pack = None
+                        model.get_submodule(name).int4pack = None  # type: ignore[assignment]
         if prefix is None:
             for model in models:
                 tie(model)
@@ -113,10 +113,10 @@ class CheckpointReader:
             if full in ties:
                 continue
             tensor = get(full)
-            shape = model.get_parameter_or_buffer(full).shape
+            shape = model.get_parameter_or_buffer(full).shape  # type: ignore[operator]
             if tensor.shape != shape:
                 raise UserError(
-                    f"{self.files.folder}: the tensor {full} is {list(tensor.shape)}, and the config makes it "
+                    f"{self.files.folder}: the tensor {full} is {list(tensor.shape)}, the config makes it "
                     f"{list(shape)}; the folder is damaged."
                 )
             if tensor.is_floating_point():
@@ -143,7 +143,7 @@ class CheckpointReader:
         return self.form if self.form is not None and self.streams else formats()["llmslim"]
 
     def _bind(self) -> dict[str, str] | None:
-        """Expected name -> name in the files, which may have or lack the base model's prefix; None: no match."""
+        """Expected name -> name in the files, which may lack the base model's prefix; None: no match."""
         self._reference = self.model_skeleton()
         form = self.form or formats()["llmslim"]
         prefix, names = f"{self._reference.base_model_prefix}.", self.weights.entries
@@ -205,8 +205,8 @@ def read_edits(files: ModelFiles) -> tuple[Format | None, list[Edit]]:
     method, known = stored.get("quant_method"), formats()
     if method not in known:
         raise UserError(
-            f"{files.spec} is quantized with {method!r}; llmslim reads {', '.join(known)} and models that are not "
-            "quantized."
+            f"{files.spec} is quantized with {method!r}; llmslim reads {', '.join(known)} and models that "
+            "are not quantized."
         )
     model = skeleton(plain_config(files))
     return known[method], known[method].edits(stored, model)

@@ -1,10 +1,10 @@
-"""Does a saved checkpoint give what was made? Checked in a fresh process, block by block, within a block's memory.
+"""Does a saved checkpoint give what was made? Checked in a fresh process, within a block's memory.
 
     python -m llmslim.checkpoint.verify FOLDER PROBE_FOLDER      prints one line of JSON
 
-PROBE_FOLDER is what the run kept: tokens.safetensors {"tokens"}, block-<name>.safetensors {"hidden"} behind each
-block, logits.safetensors {"logits"}, and probe.json {"dtype": what was computed in, "source": the folder of the
-base model (optional)}.
+PROBE_FOLDER is what the run kept: tokens.safetensors {"tokens"}, block-<name>.safetensors {"hidden"} behind
+each block, logits.safetensors {"logits"}, and probe.json {"dtype": what was computed in, "source": the folder
+of the base model (optional)}.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from llmslim.errors import UserError
 from llmslim.loaders.models import ModelFiles, available_memory, find, release
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Largest difference allowed, in units of the root mean square of what is compared. The code is the same on both
-sides, so 0 is expected; a few roundings are forgiven, since another process may place its memory otherwise."""
+"""Largest difference allowed, in units of the root mean square of what is compared. The code is the same on
+both sides, so 0 is expected; a few roundings are forgiven, as another process may place memory otherwise."""
 WHOLE_SLACK = 10
 """Loaded whole, the model takes transformers' own way (masks, dtype of the embedding): so many times more."""
 MEMORY_SHARE = 0.4
@@ -86,7 +86,7 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
 
 
 def _tensors(files: ModelFiles) -> Check:
-    """The files hold exactly the tensors, shapes and types that config and edits announce; ties are stored once."""
+    """The files hold exactly the tensors, shapes and types that config and edits announce; ties once."""
     reader = CheckpointReader(files)
     model = reader.model_skeleton()
     found = {name: (entry["dtype"], list(entry["shape"])) for name, entry in reader.weights.entries.items()}
@@ -146,7 +146,8 @@ def _streamed(files: ModelFiles, probe: Path, dtype: torch.dtype) -> Check:
     worst, tolerance = max(errors.values()), TOLERANCE[dtype]
     begins = next((name for name, error in errors.items() if not error <= tolerance), None)
     where = f", beginning at {begins}" if begins else ""
-    detail = f"largest difference {worst:.2g} over {len(errors) - 1} blocks and the logits (allowed {tolerance:g}){where}"
+    over = f"{len(errors) - 1} blocks and the logits (allowed {tolerance:g})"
+    detail = f"largest difference {worst:.2g} over {over}{where}"
     return {"ok": begins is None, "detail": detail, "max_error": worst}
 
 
@@ -200,7 +201,7 @@ def _kept(probe: Path, name: str, key: str | None = None) -> Tensor:
 
 
 def _error(now: Tensor, kept: Tensor) -> float:
-    """Largest difference in units of the root mean square of what was kept; infinite for NaN or other shapes."""
+    """Largest difference, in root mean squares of what was kept; infinite for NaN or other shapes."""
     now, kept = now.float().cpu(), kept.float()
     if now.shape != kept.shape:
         return float("inf")

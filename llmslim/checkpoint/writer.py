@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class CheckpointWriter:
 
     def write_block(self, model: nn.Module, name: str) -> None:
         """Write the block of that name, which must be filled."""
-        order = [block.name for block in Anatomy(model).blocks]
+        order = [block.name for block in Anatomy(model).blocks]  # type: ignore[arg-type]
         self._write_model_part(1 + order.index(name), model, name)
 
     def _write_model_part(self, index: int, model: nn.Module, prefix: str | None) -> None:
@@ -65,15 +65,17 @@ class CheckpointWriter:
         """Join the parts to model.safetensors or shards, and add what else a checkpoint has.
 
         Args:
-            source: the model that the parts were made from: its config (and its own edits, if it is compressed
-                already), tokenizer, chat template and generation config go into the new one.
+            source: the model that the parts were made from: its config (and its own edits, if it is
+                compressed already), tokenizer, chat template and generation config go into the new one.
             edits: what was changed.
         """
         parts = sorted(self.folder.glob("part-*.safetensors"))
-        if parts:  # else an earlier run was killed while it removed them
+        if not (
+            self.folder / "config.json"
+        ).exists():  # else an earlier run was killed while it removed the parts
             self._join(parts)
-        _copy_metadata(source.folder, self.folder)
-        self._write_config(source, [*read_edits(source)[1], *edits])
+            _copy_metadata(source.folder, self.folder)
+            self._write_config(source, [*read_edits(source)[1], *edits])
         for part in parts:
             part.unlink()
 
@@ -95,12 +97,15 @@ class CheckpointWriter:
             _write_json(self.folder / "model.safetensors.index.json", index)
 
     def _write_config(self, source: ModelFiles, edits: Sequence[Edit]) -> None:
-        config = copy.deepcopy(plain_config(source))
+        """Written last and at one stroke: a folder with a config.json has all the rest."""
+        config = plain_config(source)
         config.dtype = self.dtype
         config.architectures = [model_class(config).__name__]
         if edits:
             config.quantization_config = self.form.config(edits, skeleton(config), self.dtype)
-        config.save_pretrained(self.folder)
+        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+            config.save_pretrained(scratch)
+            os.replace(Path(scratch) / "config.json", self.folder / "config.json")
 
 
 def _aligned(tensors: dict[str, tuple[Tensor, bool]]) -> list[tuple[str, tuple[Tensor, bool]]]:
@@ -123,7 +128,7 @@ def _shards(parts: list[Path]) -> list[list[Path]]:
 
 
 def _copy_metadata(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template, generation config and licence; no weights, index, model card or report."""
+    """Copy tokenizer, chat template, generation config, licence; no weights, index, model card or report."""
     if source.resolve() == folder.resolve():
         raise UserError(f"The output {folder} is the folder that the model is read from; give another one.")
     chosen = {path for pattern in _METADATA for path in source.glob(pattern) if path.is_file()}

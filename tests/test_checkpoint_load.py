@@ -1,0 +1,169 @@
+"""Loading and saving again: the reader's parts, from_pretrained's options, and save_pretrained."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+import llmslim.plugin  # noqa: F401
+from llmslim.anatomy import Anatomy
+from llmslim.checkpoint import writer
+from llmslim.checkpoint.formats import formats, packed_modules
+from llmslim.checkpoint.load import load
+from llmslim.checkpoint.reader import CheckpointReader
+from llmslim.errors import UserError
+from llmslim.loaders.models import find
+from llmslim.quantization.packed import PackedEmbedding, PackedLinear
+from llmslim.quantization.rtn import RTN
+from tests.checkpoints import inputs_of, logits_of, make
+from tests.tiny import save_tiny, tiny_model
+
+STEPS = {
+    "llmslim": RTN(bits=3, group_size=32, symmetric=False, embeddings_bits=8),
+    "compressed-tensors": RTN(bits=4, group_size=32),
+    "gptq": RTN(bits=4, group_size=32, scale_dtype="float16"),
+}
+
+
+@pytest.fixture(scope="module", params=STEPS)
+def made(request, tmp_path_factory):
+    """A checkpoint of a tied model in each format, with the logits of the model in memory."""
+    root = tmp_path_factory.mktemp(request.param)
+    model = make(save_tiny("qwen2", root / "source"), root / "made", STEPS[request.param], request.param)
+    return root / "made", logits_of(model)
+
+
+def test_saving_a_loaded_model_gives_the_same_bytes_and_config(made, tmp_path):
+    folder, _ = made
+    model, _ = load(str(folder), dtype="auto")
+    model.save_pretrained(tmp_path)
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor), name
+    configs = [json.loads((f / "config.json").read_text())["quantization_config"] for f in (folder, tmp_path)]
+    assert configs[0] == configs[1]
+
+
+def test_weights_are_packed_once_and_ties_are_kept(made):
+    folder, logits = made
+    model, tokenizer = load(str(folder), dtype=torch.float32)
+    assert sum(isinstance(module, PackedLinear) for module in model.modules()) >= 21
+    assert not model.training and tokenizer.chat_template
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(table, PackedEmbedding):
+        assert head.weight_packed is table.weight_packed and head.weight_scale is table.weight_scale
+    else:
+        assert head.weight is table.weight
+    assert torch.equal(logits_of(model), logits)
+
+
+def test_base_model_alone_loads_from_a_checkpoint_with_a_head(made):
+    folder, _ = made
+    if json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] != "llmslim":
+        pytest.skip("for llmslim's own format")
+    base = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="auto")
+    inputs = inputs_of(whole)
+    assert isinstance(base.layers[0].self_attn.q_proj, PackedLinear)
+    with torch.no_grad():
+        assert torch.equal(base(**inputs)[0], whole.model(**inputs)[0])
+
+
+def test_a_dense_folder_loads_as_it_is(tmp_path):
+    save_tiny("llama", tmp_path)
+    model, _ = load(str(tmp_path), dtype=torch.float32)
+    assert torch.equal(logits_of(model), logits_of(tiny_model("llama")))
+
+
+@pytest.mark.parametrize(("config", "reason"), [
+    ({"quant_method": "awq", "bits": 4}, "awq"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}, "gptq_v2"),
+])  # fmt: skip
+def test_foreign_checkpoints_are_refused_by_the_reader(config, reason, tmp_path):
+    save_tiny("llama", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+    with pytest.raises(UserError, match=reason):
+        CheckpointReader(find(str(tmp_path)))
+
+
+def test_asymmetric_compressed_tensors_of_others_are_read(tmp_path):
+    """Those that transformers 5 cannot load without dequantizing."""
+    make(
+        save_tiny("llama", tmp_path / "source"),
+        tmp_path / "made",
+        RTN(bits=4, group_size=32, symmetric=False),
+        "llmslim",
+    )
+    model, _ = load(str(tmp_path / "made"), dtype=torch.float32)
+    form = formats()["compressed-tensors"]
+    tensors = {
+        n: t for n, t in load_file(tmp_path / "made" / "model.safetensors").items() if ".weight_" not in n
+    }
+    for name, module in packed_modules(model).items():
+        tensors |= form.stored(name, module)
+    edits = CheckpointReader(find(str(tmp_path / "made"))).edits
+    save_file(tensors, tmp_path / "made" / "model.safetensors", metadata={"format": "pt"})
+    path = tmp_path / "made" / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": form.config(edits, model, torch.float32)}
+    path.write_text(json.dumps(config))
+    again, _ = load(str(tmp_path / "made"), dtype=torch.float32)
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_fill_casts_and_rounds(tmp_path):
+    save_tiny("llama", tmp_path)
+    reader = CheckpointReader(find(str(tmp_path)))
+    models = [reader.model_skeleton(), reader.model_skeleton()]
+    stored = load_file(tmp_path / "model.safetensors")
+    reader.fill(models, None, torch.float32, round_to=torch.bfloat16)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert models[0].get_parameter(name).is_meta
+    reader.fill(models, "model.layers.1", torch.float32, round_to=torch.bfloat16)
+    for model in models:
+        assert torch.equal(model.get_parameter(name), stored[name].bfloat16().float())
+        assert model.model.embed_tokens.weight.dtype == torch.bfloat16  # a table that is not tied
+        assert model.lm_head.weight.dtype == torch.float32
+        assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    assert reader.streams and reader.stored_bytes == sum(t.numel() * 4 for t in stored.values())
+    assert len(reader.names_of(None)) == 3 and len(reader.names_of("model.layers.1")) == 9
+
+
+def test_families_that_need_conversion_are_served_from_memory(tmp_path):
+    save_tiny("mixtral", tmp_path)
+    reader = CheckpointReader(find(str(tmp_path)))
+    assert not reader.streams
+    model = reader.model_skeleton()
+    reader.fill([model], None, torch.float32)
+    for block in Anatomy.of(model).blocks:
+        reader.fill([model], block.name, torch.float32, forget=True)
+    assert torch.equal(logits_of(model), logits_of(tiny_model("mixtral")))
+    assert not [name for name in reader._whole if "layers" in name]
+
+
+def test_older_names_stream(tmp_path):
+    save_tiny("gpt_neox", tmp_path)  # stores embed_out, which is called lm_head now
+    assert CheckpointReader(find(str(tmp_path))).streams
+
+
+def test_shards_and_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "SHARD_BYTES", 1)
+    model = make(save_tiny("llama", tmp_path / "source"), tmp_path / "made", STEPS["compressed-tensors"])
+    files = sorted(path.name for path in (tmp_path / "made").iterdir())
+    assert "model-00001-of-00004.safetensors" in files and "model.safetensors.index.json" in files
+    assert not [name for name in files if name.startswith("part-") or name == "model.safetensors"]
+    loaded, _ = load(str(tmp_path / "made"), dtype=torch.float32)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def test_a_run_killed_while_parts_were_removed_finishes(tmp_path):
+    make(save_tiny("llama", tmp_path / "source"), tmp_path / "made", STEPS["compressed-tensors"])
+    whole = (tmp_path / "made" / "model.safetensors").read_bytes()
+    (tmp_path / "made" / "part-00003.safetensors").write_bytes(b"left behind")
+    again = writer.CheckpointWriter(tmp_path / "made", formats()["compressed-tensors"], torch.float32)
+    again.finish(find(str(tmp_path / "source")), [])
+    assert (tmp_path / "made" / "model.safetensors").read_bytes() == whole
+    assert not list((tmp_path / "made").glob("part-*"))
