@@ -194,8 +194,10 @@ class BlockPass:
         two_sided = bool(self.model.config.is_encoder_decoder)
         if self.step.needs_calibration:
             assert self.options.tokens is not None
-            for stream in self._streams:
-                stream.add(Lane.of_tokens("calibration", self.options.tokens, two_sided))
+            lane = Lane.of_tokens("calibration", self.options.tokens, two_sided)
+            self.stream.add(lane)
+            if self.reference:  # half of the text tells the drift of the inputs well enough
+                self.reference.add(Lane("calibration", lane.inputs[: (len(lane.inputs) + 1) // 2]))
         probe = probe_tokens(self.model, self.options.seed)
         self.stream.add(Lane.of_tokens("probe", probe, two_sided))
         save_tensors(self.scratch / "tokens.safetensors", {"tokens": probe})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from llmslim.anatomy import Anatomy, Block
+from llmslim.anatomy import Anatomy, Block, Experts
 from llmslim.edit import Edit, replace_module
 from llmslim.errors import UserError
 
@@ -88,8 +88,8 @@ class BlockStep(Step):
         """Change one block, which is filled, and pass the lane "calibration" through the result.
 
         Args:
-            reference: the uncompressed model with the same lane, still in front of this block, when
-                `needs_reference`; the step passes it through the block.
+            reference: the uncompressed model with the first half of the same lane, still in front of this block,
+                when `needs_reference`; the step passes it through the block.
         """
         raise TypeError(f"{type(self).__name__} does not define compress_block()")
 
@@ -145,7 +145,10 @@ class LinearStep(BlockStep):
             return
         if reference is not None:
             lane = reference.lanes["calibration"]
-            visitor.reference = reference.inputs_of(block_of(reference, block), lane, names)
+            # a token may go to another expert than in the uncompressed model: there, rows do not pair
+            experts = f"{block.mlp.name}." if isinstance(block.mlp, Experts) else "\0"
+            paired = [name for name in names if not name.startswith(experts)]
+            visitor.reference = reference.inputs_of(block_of(reference, block), lane, paired)
         stream.walk(block, stream.lanes["calibration"], names, visitor.visit)
         for name in names:
             if name not in visitor.done:
@@ -169,12 +172,9 @@ class _Visitor:
         if self._stats is None or not _same_memory(inputs, self._inputs):
             self._stats = None  # free the last one before the next is made
             stats = InputStats(inputs[0].shape[-1], inputs[0].device)
+            references = self.reference.get(name, [])  # of the first chunks
             for index, chunk in enumerate(inputs):
-                references = self.reference.get(name)
-                # experts may route a token elsewhere than the uncompressed model did: then rows do not pair
-                paired = references is not None and len(references) == len(inputs)
-                other = references[index] if paired and references[index].shape == chunk.shape else None
-                stats.add(chunk, other)
+                stats.add(chunk, references[index] if index < len(references) else None)
             self._stats, self._inputs = stats.finish(), inputs
         self.reference.pop(name, None)
         self.decide(name, self._stats)

@@ -85,7 +85,7 @@ def stop_at(block: int) -> Any:
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     family: str, asymmetric: float, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    step = STEP.model_copy(update={"asymmetric": asymmetric})
+    step = STEP.model_copy(update={"input_correction": asymmetric})
     whole = compress(str(folders[family]), [step], tmp_path / "whole", **QUICK)
     blocks = whole.report["plan"]["blocks"]
     for block in range(blocks + 1):  # each time a little further: blocks done are not done again

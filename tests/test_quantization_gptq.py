@@ -152,7 +152,7 @@ def test_the_asymmetric_target_comes_closer_to_the_uncompressed_outputs() -> Non
     fields = {"bits": 4, "group_size": 16, "scale_dtype": "float32"}
     errors = []
     for asymmetric in (0.0, 1.0):
-        step = GPTQ(asymmetric=asymmetric, **fields)
+        step = GPTQ(input_correction=asymmetric, **fields)
         quantized = step.quantize("w", weight, step.scheme("w"), stats, StepRecord())
         errors.append(float((quantized.dequantize() @ drift.T - weight @ inputs.T).square().sum()))
     assert errors[1] < 0.9 * errors[0]

@@ -198,7 +198,7 @@ class GPTQ(Quantizer):
     least error at the cost GPTQ's own loss gives each column, and stay in place for any column order (static
     groups). `refine` sweeps of coordinate descent and a closed-form fit of the scales follow.
 
-    With `asymmetric` = a > 0 the target is W + a W (X_ref - X) X^T H^-1: at a = 1 the weight whose outputs on the
+    With `input_correction` = a > 0 the target is W + a W (X_ref - X) X^T H^-1: at a = 1 the weight whose outputs on the
     inputs as they are come closest to the uncompressed model's. That is the objective of GPTAQ (Li et al. 2025,
     arXiv:2504.02692), met by moving the target in closed form instead of inside the column loop.
     """
@@ -208,8 +208,8 @@ class GPTQ(Quantizer):
     damp_percent: float = Field(0.01, gt=0, le=1, description="damping as a share of the Hessian's mean diagonal")
     act_order: bool = Field(True, description="quantize the most excited columns first; free at run time")
     refine: int = Field(1, ge=0, le=8, description="rounds of coordinate descent and refitted scales after GPTQ")
-    asymmetric: float = Field(
-        0.0, ge=0, le=1, description="weight of the GPTAQ correction towards the uncompressed inputs; costs a forward"
+    input_correction: float = Field(
+        0.5, ge=0, le=1, description="how far to make good what quantized inputs differ from the original; 0 saves time"
     )
 
     @property
@@ -218,7 +218,7 @@ class GPTQ(Quantizer):
 
     @property
     def needs_reference(self) -> bool:
-        return self.asymmetric > 0
+        return self.input_correction > 0
 
     def quantize(
         self, name: str, weight: Tensor, scheme: Scheme, stats: InputStats | None, record: StepRecord
@@ -230,7 +230,7 @@ class GPTQ(Quantizer):
             return round_to_grid(weight, *search_grid(weight, scheme), scheme)
         if solved.damp_percent != self.damp_percent:
             record.note(name, f"damping raised from {self.damp_percent:g} to {solved.damp_percent:g}")
-        target = weight if solved.shift is None else weight.addmm(weight, solved.shift, alpha=self.asymmetric)
+        target = weight if solved.shift is None else weight.addmm(weight, solved.shift, alpha=self.input_correction)
         scale, zero = search_grid(target, scheme, solved.importance)
         quantized = gptq(target, solved, scale, zero, scheme)
         for _ in range(self.refine):
