@@ -47,7 +47,7 @@ def test_first_line_is_the_command_that_runs_it(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_says_nothing_that_is_ignored(path: Path) -> None:
-    """Each key of the file is a key of the recipe as it is read, and a text is given to steps that look at one."""
+    """Each key of the file is one of the recipe as read, and a text is there for steps that look at one."""
     written, read = yaml.safe_load(path.read_text()), Recipe.read(path).to_json()
     for step, parsed in zip(written.pop("steps"), read["steps"], strict=True):
         for kind, fields in step.items():
