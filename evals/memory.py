@@ -34,7 +34,8 @@ def measure(blocks: int, options: Namespace) -> dict[str, Any]:
     words = ["--method", "gptq", "--bits", "4", "--group-size", "64", "--calibration", "builtin"]
     words += ["--num-samples", str(options.num_samples), "--seq-len", str(options.seq_len), "--no-evaluate"]
     report, cost = record.quantized(record.llmslim("quantize", str(base), *words), output)
-    shutil.rmtree(options.work)
+    for folder in (base, output):
+        shutil.rmtree(folder)
     planned = report["plan"]["peak_memory"] / 1e6
     return {
         "name": f"{blocks} blocks",

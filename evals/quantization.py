@@ -114,7 +114,9 @@ def settings(options: Namespace) -> dict[str, int]:
 
 def worse_than_rounding(rows: list[dict[str, Any]]) -> list[str]:
     """Figures in which a method is worse than rounding to nearest without a search: each is a bug."""
-    floor = {row["name"].split("/")[1]: row["quality"] for row in rows if row["name"].startswith("rtn-minmax/")}
+    floor = {
+        row["name"].split("/")[1]: row["quality"] for row in rows if row["name"].startswith("rtn-minmax/")
+    }
     return [
         f"{row['name']} on {text}: {quality['perplexity']:.2f}, rounding {base[text]['perplexity']:.2f}"
         for row in rows
@@ -127,12 +129,16 @@ def worse_than_rounding(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     made = record.parser(__doc__ or "", "quantization")
     shared = record.ROOT.parent / "shared" / "data"
-    made.add_argument("--variants", nargs="+", metavar="PATTERN", default=["*"], help="names, or patterns of them")
+    made.add_argument(
+        "--variants", nargs="+", metavar="PATTERN", default=["*"], help="names, or patterns of them"
+    )
     made.add_argument("--list", action="store_true", help="name the variants, and stop")
     made.add_argument("--again", action="store_true", help="measure anew what is in the results file")
     made.add_argument("--keep", action="store_true", help="keep the checkpoints in the work folder")
     made.add_argument(
-        "--data", default=str(shared) if shared.is_dir() else "", help="folder of data sets (default: the Hub)"
+        "--data",
+        default=str(shared) if shared.is_dir() else "",
+        help="folder of data sets (default: the Hub)",
     )
     made.add_argument("--group-size", type=int, default=64)
     made.add_argument("--num-samples", type=int, default=32)

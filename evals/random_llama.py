@@ -3,8 +3,8 @@
     python evals/random_llama.py FOLDER [--blocks 22]
 
 bfloat16, one safetensors file per block; weights are normal with a standard deviation of 0.02, norms are one.
-The defaults are TinyLlama's 1.1B shape. The tokenizer is the small one of the tests: its 512 ids are enough for
-a text to be read, and the model knows nothing anyhow.
+The defaults are TinyLlama's 1.1B shape. The tokenizer is the small one of the tests: its 512 ids are enough
+for a text to be read, and the model knows nothing anyhow.
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ def parts(config: LlamaConfig) -> list[dict[str, tuple[int, ...]]]:
         {f"model.layers.{index}.{name}": shape for name, shape in block_shapes(config).items()}
         for index in range(config.num_hidden_layers)
     ]
-    outer = {"model.embed_tokens.weight": table, "lm_head.weight": table, "model.norm.weight": (config.hidden_size,)}
+    outer = {
+        "model.embed_tokens.weight": table,
+        "lm_head.weight": table,
+        "model.norm.weight": (config.hidden_size,),
+    }
     return [outer, *blocks]
 
 
@@ -77,9 +81,7 @@ def write(folder: Path, config: LlamaConfig, seed: int) -> int:
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("folder", type=Path)
     made.add_argument("--blocks", type=int, default=22)
     made.add_argument("--hidden", type=int, default=2048)

@@ -31,7 +31,10 @@ def parser(docstring: str, name: str) -> ArgumentParser:
     made.add_argument("--threads", type=int, default=1, help="CPU threads, and cores to run on")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument(
-        "--work", type=Path, default=ROOT / "out" / "evals" / name, help="folder for models, emptied after use"
+        "--work",
+        type=Path,
+        default=ROOT / "out" / "evals" / name,
+        help="folder for models, emptied after use",
     )
     return made
 
@@ -100,8 +103,16 @@ def opened(options: Namespace) -> dict[str, Any]:
         result = json.loads(options.output.read_text())
         differs = [key for key, value in header.items() if result.get(key) != value]
         if differs:
-            sys.exit(f"{options.output} was measured with another {' and '.join(differs)}: give --output FILE.")
-    return {"command": command_line(), **header, "versions": versions(), "date": now(), **pick(result, "rows")}
+            sys.exit(
+                f"{options.output} was measured with another {' and '.join(differs)}: give --output FILE."
+            )
+    return {
+        "command": command_line(),
+        **header,
+        "versions": versions(),
+        "date": now(),
+        **pick(result, "rows"),
+    }
 
 
 def pick(record: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Put the committed results into the README.
 
-    python evals/render.py             print the tables
-    python evals/render.py --check     exit 1 when the README's differ
-    python evals/render.py --write     put them between its two markers
+python evals/render.py             print the tables
+python evals/render.py --check     exit 1 when the README's differ
+python evals/render.py --write     put them between its two markers
 """
 
 from __future__ import annotations
@@ -28,9 +28,13 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
 def where(result: Result) -> str:
     """The machine, versions and day that a table's figures come from."""
     machine, versions = result["machine"], result["versions"]
-    kind = "AVX512-BF16" if machine["avx512_bf16"] else "AVX2, no AVX512-BF16" if machine["avx2"] else "no AVX2"
+    kind = (
+        "AVX512-BF16" if machine["avx512_bf16"] else "AVX2, no AVX512-BF16" if machine["avx2"] else "no AVX2"
+    )
     threads = "one thread" if result["threads"] == 1 else f"{result['threads']} threads"
-    packages = ", ".join(f"{name} {versions[name]}" for name in ("llmslim", "torch", "transformers") if name in versions)
+    packages = ", ".join(
+        f"{name} {versions[name]}" for name in ("llmslim", "torch", "transformers") if name in versions
+    )
     return f"{machine['cpu']} ({kind}), {threads}; {packages}; {result['date'][:10]}. `{result['command']}`"
 
 
@@ -55,14 +59,24 @@ def quantization(result: Result) -> str:
         first = result["rows"][0]["quality"]
         bases = [f"{first[text]['base_perplexity']:.2f}" for text in ("wikitext", "c4")]
         rows.insert(0, ["float32", bases[0], "", "", bases[1], "", "", "32", "", "", ""])
-    headings = ["method / scheme / calibration", "WikiText-2 perplexity", "KL", "top-1", "C4 perplexity", "KL", "top-1"]
+    headings = [
+        "method / scheme / calibration",
+        "WikiText-2 perplexity",
+        "KL",
+        "top-1",
+        "C4 perplexity",
+        "KL",
+        "top-1",
+    ]
     return table([*headings, "bits per weight", "CPU s", "CPU s of the command", "peak MB"], rows)
 
 
 def speed(result: Result) -> str:
     def figure(row: Result, name: str) -> str:
         one = row[name]
-        ratios = ", ".join(f"{one[f'to_{base}']:.2f}x {base}" for base in ("bf16", "fp32") if f"to_{base}" in one)
+        ratios = ", ".join(
+            f"{one[f'to_{base}']:.2f}x {base}" for base in ("bf16", "fp32") if f"to_{base}" in one
+        )
         spread = f"{one['median']:.1f} ({one['min']:.1f}-{one['max']:.1f})"
         return f"{spread}, {ratios}" if ratios else spread
 
@@ -112,7 +126,7 @@ def peers(result: Result) -> str:
             row["computes_in"],
             f"{row['perplexity']:.2f}",
             f"{row['cpu_seconds']['quantize_and_save']:.0f}",
-            f"{row['peak_rss_mb']}",
+            f"{row['peak_rss_mib'] * 2**20 / 1e6:.0f}",
         ]
         for row in result["rows"]
     ]
@@ -151,9 +165,7 @@ def replaced(readme: str, text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--check", action="store_true")
     made.add_argument("--write", action="store_true")
     made.add_argument("--readme", type=Path, default=ROOT / "README.md")
@@ -168,7 +180,10 @@ def main(argv: list[str] | None = None) -> int:
     if options.write:
         options.readme.write_text(wanted, "utf-8")
     elif wanted != readme:
-        print(f"{options.readme} does not show evals/results: run `python evals/render.py --write`.", file=sys.stderr)
+        print(
+            f"{options.readme} does not show evals/results: run `python evals/render.py --write`.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
