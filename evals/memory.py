@@ -2,10 +2,10 @@
 
     python evals/memory.py [--blocks 22 44]
 
-The models (2.2 and 4.1 GB, `random_llama.py`) are made in the work folder and deleted after. 4-bit GPTQ, 8 x 512
-tokens of the built-in text, no evaluation; the run verifies its checkpoint as always. Peak memory is that of
-the quantizing process (VmHWM), beside the figure that the plan gave before a weight was read. What doubling
-the blocks does to both is the last row over the first.
+The models (2.2 and 4.1 GB, `random_llama.py`) are made in the work folder and deleted after. 4-bit GPTQ,
+8 x 512 tokens of the built-in text, no evaluation; the run verifies its checkpoint as always. Peak memory is
+that of the quantizing process (VmHWM), beside the figure that the plan gave before a weight was read. What
+doubling the blocks does to both is the last row over the first.
 """
 
 from __future__ import annotations

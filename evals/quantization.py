@@ -1,6 +1,6 @@
 """Quality, time and memory of quantizing SmolLM2-135M.
 
-    python evals/quantization.py                              all variants, about 4 hours on one AVX2 core
+    python evals/quantization.py                              all variants: hours on one core
     python evals/quantization.py --variants 'gptq/4-bit-*'    some of them, by pattern; --list names them
     python evals/quantization.py --windows 2 --num-samples 2 --variants rtn/4-bit-sym --output /tmp/try.json
 

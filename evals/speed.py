@@ -5,9 +5,9 @@
 Decoding (64 tokens, batch 1) after prompts of 32 and of 512 tokens, and prefill of 512 tokens. Every variant
 is loaded in a process of its own, and rounds take them in turn, so that what else the machine does falls on
 all alike: a figure is the median over rounds with the smallest and largest beside it, and a ratio is the
-median of the ratios within each round. `4-bit-e8` has its embeddings and head in 8 bits, `4-bit-e4` in 4; they
-compute in the type that the machine is fast at. Checkpoints are made by `rtn` when they are not there: weights
-of any method run at one speed.
+median of the ratios within each round. `4-bit-e8` has its embeddings and head in 8 bits, `4-bit-e4` in 4;
+they compute in the type that the machine is fast at. Checkpoints are made by `rtn` when they are not there:
+weights of any method run at one speed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Quantize a model with GPTQModel on one core of the CPU; what it cost and what came of it, as JSON.
 
     taskset -c 1 python evals/peers/gptqmodel_baseline.py --model smollm2-fp32 --quantized smollm2-gptq \\
-        --data ../shared/data/Salesforce/wikitext [--dtype float32] [--append evals/results/peers_gptqmodel.json]
+        --data ../shared/data/Salesforce/wikitext [--dtype float32] \\
+        [--append evals/results/peers_gptqmodel.json]
 
 Runs in the peer's own environment (evals/README.md says how to make it), without llmslim. What no flag names
 is GPTQModel's default: `desc_act=False`, `act_group_aware=True`, `damp_percent=0.05`, batch size 1 and, on a
