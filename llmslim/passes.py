@@ -79,7 +79,6 @@ class BlockPass:
         self.record = StepRecord(
             [parse_edit(edit) for edit in self.state["edits"]], self.state["linears"], self.state["notes"]
         )
-        self._lanes_wait = "lanes" in self.state  # those of an earlier run, on disk
         self._streams = [self.stream, *([self.reference] if self.reference else [])]
 
     def run(self, progress: Progress) -> StepRecord:
@@ -87,6 +86,7 @@ class BlockPass:
         if self.state["finished"]:
             return self.record
         self._add_lanes()
+        self._load_lanes()
         stacks = self.stream.anatomy.stacks
         counts = [len(stack.blocks) for stack in stacks]
         begun = self.state["blocks"]  # of an earlier run
@@ -128,7 +128,7 @@ class BlockPass:
 
     def _block(self, block: Block) -> None:
         if block.index > 0:  # the first one was filled to enter the stack
-            self._fill(block.name)
+            self._fill(block.name, forget=True)
         self.step.compress_block(block, self.stream, self.reference, self.record)
         probe = self.stream.lanes["probe"]
         self.stream.forward(block, probe)
@@ -138,9 +138,13 @@ class BlockPass:
         for stream in self._streams:
             release(stream.model, block.name)
 
-    def _fill(self, prefix: str | None) -> None:
+    def _fill(self, prefix: str | None, forget: bool = False) -> None:
+        """Read a part; of a model that had to be loaded whole, `forget` drops what a shared reader holds of it."""
         options = self.options
-        self.reader.fill([self.model], prefix, options.dtype, round_to=options.stored, device=options.device)
+        shared = self.reference is not None and self.reference_reader is self.reader
+        self.reader.fill(
+            [self.model], prefix, options.dtype, options.stored, forget=forget and not shared, device=options.device
+        )
         self._fill_reference(prefix)
 
     def _fill_reference(self, prefix: str | None) -> None:
@@ -171,7 +175,6 @@ class BlockPass:
             self._restore_outer()
             self._fill_reference(None)
         self._fill(self.stream.anatomy.stacks[number].blocks[0].name)
-        self._load_lanes()
         for stream in self._streams:
             stream.enter(stream.anatomy.stacks[number])
         self._release_outer()
@@ -200,7 +203,8 @@ class BlockPass:
         self.stream.add(Lane.of_tokens("probe", probe, two_sided))
         save_tensors(self.scratch / "tokens.safetensors", {"tokens": probe})
         dtype = str(self.options.dtype).removeprefix("torch.")
-        (self.scratch / "probe.json").write_text(json.dumps({"dtype": dtype}))
+        settings = {"dtype": dtype, "source": str(self.reader.files.folder)}
+        (self.scratch / "probe.json").write_text(json.dumps(settings))
 
     def _probe_outputs(self) -> None:
         """Note the model's final output for the probe, for verification."""
@@ -214,6 +218,7 @@ class BlockPass:
         state = self.state
         state["edits"] = [edit.to_json() for edit in self.record.edits]
         state["linears"], state["notes"] = self.record.linears, self.record.notes
+        state["tails"] = self.stream.tails
         state["seconds"] += time.process_time() - started
         name = f"lanes-{state['blocks']}.safetensors"
         save_tensors(self.scratch / name, self._lane_tensors())
@@ -233,9 +238,10 @@ class BlockPass:
 
     def _load_lanes(self) -> None:
         """Put the lanes of an earlier run back to where they were."""
-        if not self._lanes_wait:
+        if "lanes" not in self.state:
             return
-        self._lanes_wait = False
+        for stream in self._streams:
+            stream.tails = dict(self.state["tails"])
         tensors = load_tensors(self.scratch / self.state["lanes"])
         for key in sorted(tensors, key=lambda key: int(key.rpartition("/")[2])):
             which, name, place_, _ = key.split("/")

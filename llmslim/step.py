@@ -135,6 +135,8 @@ class LinearStep(BlockStep):
         self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
     ) -> None:
         self.prepare_block(block, stream, record)
+        if reference is not None:  # the same shape there, so that names agree
+            self.prepare_block(block_of(reference, block), reference, StepRecord())
         names = [name for name in block.linears() if self.selects(name)]
         visitor = _Visitor(self, stream, record)
         if not self.needs_calibration:

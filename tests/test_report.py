@@ -165,6 +165,13 @@ def test_speed_is_told_as_it_is(result: float, said: str) -> None:
     assert said in printed(report)
 
 
+def test_a_missing_kernel_is_named() -> None:
+    report = full_report()
+    assert "kernel" not in verdict(report)
+    report["speed"]["result"]["compiled_kernel"] = False
+    assert "kernel for packed weights was not built" in verdict(report)
+
+
 def test_worst_linears_and_first_notes() -> None:
     report = full_report()
     assert [name for name, _ in worst_linears(report)] == [

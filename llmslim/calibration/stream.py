@@ -66,6 +66,10 @@ class BlockStream:
         model: a skeleton on meta (or a loaded model) with `use_cache` off in its config; what lies outside the blocks must be filled for `enter`
             and `outputs`, a block for `forward` and `walk`.
         dtype: what hidden states are kept and blocks are computed in.
+
+    Attributes:
+        lanes: by name.
+        tails: by stack already entered, how many values its blocks return beside the hidden states.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -74,7 +78,7 @@ class BlockStream:
         self.device = device
         self.dtype = dtype
         self.lanes: dict[str, Lane] = {}
-        self._tails: dict[str, int] = {}  # how many values a stack's blocks return beside the hidden states
+        self.tails: dict[str, int] = {}
 
     def add(self, lane: Lane) -> None:
         self.lanes[lane.name] = lane
@@ -105,9 +109,9 @@ class BlockStream:
                 if position == 0:
                     lane.hidden.append(hidden)
                     # T5's first block computes the position bias that the others are given: run it for real
-                    known = self._tails.get(stack.name)
+                    known = self.tails.get(stack.name)
                     first_output.append(hidden if known == 0 else real(hidden, *args, **kwargs))
-                    self._tails[stack.name] = len(first_output[0]) - 1 if isinstance(first_output[0], tuple) else 0
+                    self.tails[stack.name] = len(first_output[0]) - 1 if isinstance(first_output[0], tuple) else 0
                 if position == last:
                     raise _EndOfStack
                 return first_output[0]
@@ -202,7 +206,7 @@ class BlockStream:
         """Stubs that answer with the final hidden states of stacks already passed."""
         patches: dict[nn.Module, Callable] = {}
         for stack in stacks:
-            hidden, extra = lane.finished[stack.name][index], self._tails[stack.name]
+            hidden, extra = lane.finished[stack.name][index], self.tails[stack.name]
             answer = (hidden, *[None] * extra) if extra else hidden
             for block in stack.blocks:
                 patches[block.module] = lambda *args, answer=answer, **kwargs: answer

@@ -113,6 +113,7 @@ def benchmark_folder(folder: str) -> dict[str, Any]:
         `benchmark`'s record with `load_seconds` and `peak_memory_mb`, or {"skipped": reason}.
     """
     from llmslim.checkpoint.load import load
+    from llmslim.quantization import native
 
     start = time.perf_counter()
     model, tokenizer = load(folder)
@@ -124,7 +125,9 @@ def benchmark_folder(folder: str) -> dict[str, Any]:
         figures = benchmark(model, tokenizer, prompt_len, new_tokens, repeats=3)
     except UserError as error:
         return {"skipped": str(error)}
-    return {**figures, "load_seconds": load_seconds, "peak_memory_mb": peak_memory_mb()}
+    compiled = native.library() is not None
+    memory = peak_memory_mb()
+    return {**figures, "load_seconds": load_seconds, "peak_memory_mb": memory, "compiled_kernel": compiled}
 
 
 if __name__ == "__main__":

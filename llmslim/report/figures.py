@@ -46,7 +46,15 @@ def verdict(report: dict[str, Any]) -> str:
         base, result = (_rate(report["speed"], side, kind) for side in ("base", "result"))
         if base and result:
             said.append(f"{kind} is {_speed_word(result / base)}")
-    return f"On this machine {' and '.join(said)}." if said else ""
+    if not said:
+        return ""
+    reason = ""
+    if _figure(report["speed"], "result", "compiled_kernel") is False:
+        reason = (
+            " The compiled kernel for packed weights was not built, so torch's slower routes were measured: "
+            "install llmslim with pip where there is a C compiler."
+        )
+    return f"On this machine {' and '.join(said)}.{reason}"
 
 
 def worst_linears(report: dict[str, Any], count: int = 3) -> list[tuple[str, float]]:

@@ -1,0 +1,243 @@
+"""The whole road on tiny models: what a user gets, what a killed run keeps, and what is refused at second 0."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmslim
+from llmslim.errors import UserError
+from llmslim.pipeline import compress, prepare
+from llmslim.quantization.gptq import GPTQ
+from llmslim.quantization.rtn import RTN
+from llmslim.recipe import Calibration, Evaluation, Recipe
+from tests.tiny import DECODERS, FAMILIES, save_tiny
+
+QUICK = {"calibration": Calibration(num_samples=4, seq_len=32), "evaluation": None}
+STEP = GPTQ(bits=4, group_size=32, symmetric=False, embeddings_bits=8)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {family: save_tiny(family, root / family) for family in FAMILIES}
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("step", [STEP, RTN(bits=3, group_size=32)], ids=["gptq", "rtn"])
+def test_every_family_is_quantized_verified_and_loads(
+    family: str, step: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The fresh process of the verification compares hidden states block by block, and logits loaded whole."""
+    result = compress(str(folders[family]), [step], tmp_path / "out", **QUICK)
+    checks = {check["check"]: check for check in result.report["verification"]["checks"]}
+    assert result.report["verification"]["ok"] and {"tensors", "streamed", "whole", "tokenizer"} <= set(checks)
+    assert result.report["verification"]["max_error"] == 0
+    size = result.report["size"]
+    assert size["result"]["bits_per_block_weight"] < 8 < size["base"]["bits_per_block_weight"]
+    assert not (tmp_path / "out.partial").exists()
+    names = {path.name for path in result.folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "report.json", "README.md"} <= names
+    assert not any(name.startswith((".", "part-", "progress")) for name in names)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_gptq_keeps_more_than_rounding(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    divergences = []
+    options = {**QUICK, "evaluation": Evaluation(windows=4, seq_len=32, speed=False)}
+    options["calibration"] = Calibration(num_samples=64, seq_len=32)
+    for step in (GPTQ(bits=3, group_size=32), RTN(bits=3, group_size=32)):
+        result = compress(str(folders[family]), [step], tmp_path / step.kind, **options)
+        divergences.append(result.report["quality"]["kl"]["value"])
+    assert 0 < divergences[0] < divergences[1]
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(block: int) -> Any:
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "gptq" and done == block:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "mixtral"])
+@pytest.mark.parametrize("asymmetric", [0.0, 0.5])
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    family: str, asymmetric: float, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    step = STEP.model_copy(update={"asymmetric": asymmetric})
+    whole = compress(str(folders[family]), [step], tmp_path / "whole", **QUICK)
+    blocks = whole.report["plan"]["blocks"]
+    for block in range(blocks + 1):  # each time a little further: blocks done are not done again
+        with pytest.raises(Stop):
+            compress(str(folders[family]), [step], tmp_path / "out", progress=stop_at(block), **QUICK)
+    resumed = compress(str(folders[family]), [step], tmp_path / "out", **QUICK)
+    assert resumed.report["run"]["resumed"]
+    assert weights(resumed.folder) == weights(whole.folder)
+    assert (resumed.folder / "config.json").read_bytes() == (whole.folder / "config.json").read_bytes()
+    assert resumed.report["linears"] == whole.report["linears"]
+
+
+def test_a_killed_process_loses_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
+    """SIGKILL in the middle of the second block's work, while files may be half-written."""
+    whole = compress(str(folders["llama"]), [STEP], tmp_path / "whole", **QUICK)
+    script = (
+        "import os, signal, sys\n"
+        "from llmslim.quantization import gptq\n"
+        "calls = []\n"
+        "original = gptq.gptq\n"
+        "def dying(*args):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 10: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(*args)\n"
+        "gptq.gptq = dying\n"
+        "from tests.test_pipeline import STEP, QUICK, compress\n"
+        f"compress({str(folders['llama'])!r}, [STEP], {str(tmp_path / 'out')!r}, **QUICK)\n"
+    )
+    root = Path(llmslim.__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
+    state = json.loads((tmp_path / "out.partial" / "progress.json").read_text())
+    assert state["passes"]["0"]["blocks"] == 1
+    resumed = compress(str(folders["llama"]), [STEP], tmp_path / "out", **QUICK)
+    assert resumed.report["run"]["resumed"] and weights(resumed.folder) == weights(whole.folder)
+
+
+def test_an_unfinished_run_with_other_options_is_not_thrown_away(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        compress(str(folders["llama"]), [STEP], tmp_path / "out", progress=stop_at(1), **QUICK)
+    with pytest.raises(UserError, match=r"unfinished run with another steps.*--overwrite"):
+        compress(str(folders["llama"]), [RTN(group_size=32)], tmp_path / "out", **QUICK)
+    assert (tmp_path / "out.partial" / "progress.json").exists()
+    result = compress(str(folders["llama"]), [RTN(group_size=32)], tmp_path / "out", overwrite=True, **QUICK)
+    assert not result.report["run"]["resumed"]
+
+
+def test_two_steps_equal_the_steps_run_by_hand(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A pass over an already compressed folder: MLPs first, then what is left."""
+    mlp = GPTQ(bits=3, group_size=32, include=("mlp.*",))
+    rest = RTN(bits=8, group_size=32, symmetric=False, exclude=("mlp.*",), embeddings_bits=8)
+    both = compress(str(folders["llama"]), [mlp, rest], tmp_path / "both", format="llmslim", **QUICK)
+    first = compress(str(folders["llama"]), [mlp], tmp_path / "first", format="llmslim", **QUICK)
+    second = compress(str(first.folder), [rest], tmp_path / "second", format="llmslim", **QUICK)
+    assert weights(both.folder) == weights(second.folder)
+    model, _ = llmslim.load(str(both.folder))
+    assert model.model.layers[0].mlp.up_proj.scheme.bits == 3
+    assert model.model.layers[0].self_attn.q_proj.scheme.bits == 8
+    assert model.lm_head.weight_packed is model.model.embed_tokens.weight_packed or not model.config.tie_word_embeddings
+
+
+def test_same_seed_same_bytes_other_seed_other_samples(folders: dict[str, Path], tmp_path: Path) -> None:
+    results = [
+        compress(str(folders["qwen3"]), [STEP], tmp_path / str(number), seed=seed, **QUICK)
+        for number, seed in enumerate((0, 0, 1))
+    ]
+    assert weights(results[0].folder) == weights(results[1].folder)
+    hashes = [result.report["calibration"]["data_hash"] for result in results]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("family", DECODERS[:2])
+def test_the_report_measures_base_and_result_alike(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    evaluation = Evaluation(windows=3, seq_len=32)
+    result = compress(str(folders[family]), [RTN(bits=8, group_size=32)], tmp_path / "out", evaluation=evaluation)
+    quality, speed = result.report["quality"], result.report["speed"]
+    base, _ = llmslim.load(str(folders[family]), dtype="float32")
+    from llmslim.evaluation.perplexity import perplexity
+    from llmslim.loaders.models import find
+    from llmslim.loaders.texts import sample
+
+    text = sample("builtin:test", find(str(folders[family])).tokenizer(), 3, 32)
+    assert quality["base_perplexity"]["value"] == pytest.approx(perplexity(base, text).value, rel=1e-4)
+    assert quality["perplexity"]["value"] == pytest.approx(quality["base_perplexity"]["value"], rel=0.05)
+    assert 0 < quality["kl"]["value"] < 0.1
+    for side in ("base", "result"):
+        assert speed[side]["decode"]["tokens_per_second"] > 0 and speed[side]["peak_memory_mb"] > 100
+    assert json.loads((result.folder / "report.json").read_text()) == json.loads(json.dumps(result.report))
+
+
+@pytest.mark.parametrize(
+    ("steps", "fields", "message"),
+    [
+        ([GPTQ(group_size=48)], {}, r"group_size 48 does not divide the 64 inputs of .*: .*32.*"),
+        ([GPTQ(group_size=32, symmetric=False)], {"format": "compressed-tensors"}, r"cannot hold this result.*"),
+        ([GPTQ(group_size=32, bits=5)], {"format": "gptq"}, r"cannot hold this result.*"),
+        ([GPTQ(group_size=32)], {"calibration": Calibration(text="nosuch.txt")}, r"nosuch\.txt"),
+        ([GPTQ(group_size=32)], {"calibration": Calibration(seq_len=100_000)}, r"100000 is more than the \d+ positions"),
+        ([GPTQ(group_size=32, include=("nothing",))], {}, r"Nothing to quantize.*nothing"),
+    ],
+)
+def test_bad_requests_cost_nothing(
+    steps: Any, fields: dict[str, Any], message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        compress(str(folders["llama"]), steps, tmp_path / "out", **{**QUICK, **fields})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_short_a_text_is_refused_with_what_would_do(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("A few words, no more.")
+    with pytest.raises(UserError, match=r"short\.txt' has \d+ tokens"):
+        prepare(str(folders["llama"]), Recipe(steps=(STEP,), calibration=Calibration(text=str(tmp_path / "short.txt"))))
+
+
+def test_an_existing_output_is_never_replaced_unasked(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("ten years of work")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="exists|not a model folder"):
+            compress(str(folders["llama"]), [STEP], tmp_path / "out", overwrite=overwrite, **QUICK)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "ten years of work"
+
+
+def test_a_nan_weight_is_named_and_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_tiny("llama", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj has NaN"):
+        compress(str(folder), [STEP], tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantizing_twice_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    once = compress(str(folders["llama"]), [STEP], tmp_path / "once", **QUICK)
+    with pytest.raises(UserError, match="quantized already"):
+        compress(str(once.folder), [STEP], tmp_path / "twice", **QUICK)
+
+
+def test_a_full_disk_is_foreseen(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=1000))
+    with pytest.raises(UserError, match=r"GB free and the run needs"):
+        compress(str(folders["llama"]), [STEP], tmp_path / "out", **QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_knows_the_size_of_the_output(folders: dict[str, Path], tmp_path: Path) -> None:
+    for family in ("llama", "gpt2", "bert", "mixtral"):
+        result = compress(str(folders[family]), [STEP], tmp_path / family, **QUICK)
+        size = (result.folder / "model.safetensors").stat().st_size
+        assert result.report["plan"]["output_bytes"] == pytest.approx(size, rel=0.15)
