@@ -28,7 +28,7 @@ def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Tensors of one block, named below it."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     head = hidden // config.num_attention_heads
-    keys = head * config.num_key_value_heads
+    keys = head * (config.num_key_value_heads or config.num_attention_heads)
     return {
         "self_attn.q_proj.weight": (hidden, hidden),
         "self_attn.k_proj.weight": (keys, hidden),
@@ -61,7 +61,8 @@ def write(folder: Path, config: LlamaConfig, seed: int) -> int:
     """Write the model; returns the bytes of its weights."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
-    files, total = {}, 0
+    files: dict[str, str] = {}
+    total = 0
     for number, shapes in enumerate(parts(config)):
         tensors = {
             name: torch.randn(shape, generator=generator).mul_(STD).bfloat16()
