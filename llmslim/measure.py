@@ -15,8 +15,9 @@ from llmslim.errors import UserError
 from llmslim.evaluation.divergence import Comparison
 from llmslim.evaluation.perplexity import require_causal
 from llmslim.evaluation.stream import streamed_scores
-from llmslim.loaders.models import ModelFiles, available_memory
+from llmslim.loaders.models import ModelFiles
 from llmslim.loaders.texts import sample
+from llmslim.memory import available_memory
 from llmslim.recipe import Evaluation
 from llmslim.size import size_of
 from llmslim.work import Progress, WorkFolder

@@ -164,8 +164,7 @@ class BlockPass:
         self._save(started)
 
     def _outer_parameters(self) -> dict[str, Tensor]:
-        stacks = tuple(f"{stack.name}." for stack in self.stream.anatomy.stacks)
-        return {name: tensor.detach() for name, tensor in self.model.named_parameters() if not name.startswith(stacks)}
+        return {name: self.model.get_parameter(name).detach() for name in _outer_names(self.stream)}
 
     def _enter(self, number: int, pristine: bool = False) -> None:
         """Bring the lanes in front of a stack; a resumed one is entered with the model as it was at first."""
@@ -188,10 +187,8 @@ class BlockPass:
 
     def _release_outer(self) -> None:
         for stream in self._streams:
-            for name, _ in stream.anatomy.embeddings:
-                release(stream.model, name)
-            if stream.anatomy.head is not None:
-                release(stream.model, stream.anatomy.head[0])
+            for name in _outer_names(stream, tied=True):
+                place(stream.model, name, torch.empty_like(stream.model.get_parameter(name), device="meta"))
 
     def _add_lanes(self) -> None:
         two_sided = bool(self.model.config.is_encoder_decoder)
@@ -248,6 +245,13 @@ class BlockPass:
             lane = self._streams[int(which)].lanes[name]
             chunks = lane.finished.setdefault(place_, []) if place_ else lane.hidden
             chunks.append(tensors[key].to(self.options.device))
+
+
+def _outer_names(stream: BlockStream, tied: bool = False) -> list[str]:
+    """Names of the parameters outside the blocks, of tied ones all names if so asked."""
+    stacks = tuple(f"{stack.name}." for stack in stream.anatomy.stacks)
+    named = stream.model.named_parameters(remove_duplicate=not tied)
+    return [name for name, _ in named if not name.startswith(stacks)]
 
 
 def probe_tokens(model: Any, seed: int) -> Tensor:

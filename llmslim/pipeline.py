@@ -23,6 +23,7 @@ from llmslim.evaluation.benchmark import peak_memory_mb
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find, skeleton
 from llmslim.loaders.texts import TextSample, sample
 from llmslim.measure import measure
+from llmslim.memory import return_freed_memory
 from llmslim.passes import BlockPass, PassOptions
 from llmslim.plan import Plan, make_plan
 from llmslim.recipe import Recipe
@@ -71,6 +72,7 @@ def compress(
     """
     recipe = steps if isinstance(steps, Recipe) else Recipe(steps=tuple(steps), **fields)
     started = time.time()
+    return_freed_memory()
     prepared = prepare(model, recipe, revision=revision, device=device)
     files, recipe, options = prepared.files, prepared.recipe, prepared.options
     fingerprint = _fingerprint(files, recipe, options)
@@ -78,6 +80,7 @@ def compress(
     on_plan(prepared.plan)
     prepared.plan.require_disk(Path(output))
     work.save()
+    return_freed_memory()  # reading and tokenizing the text left holes
 
     record, source = StepRecord(), files
     for number, step in enumerate(recipe.steps):

@@ -16,7 +16,8 @@ from llmslim.anatomy.parts import features, is_matrix
 from llmslim.checkpoint.formats import Format
 from llmslim.edit import Edit
 from llmslim.errors import UserError
-from llmslim.loaders.models import ModelFiles, available_memory
+from llmslim.loaders.models import ModelFiles
+from llmslim.memory import available_memory, resident_bytes
 from llmslim.passes import PassOptions
 from llmslim.recipe import Recipe
 from llmslim.step import BlockStep
@@ -129,17 +130,6 @@ def _peak_memory(shape: _Shape, recipe: Recipe, anatomy: Anatomy, streams: bool)
         logits = recipe.evaluation.seq_len * shape.vocabulary * shape.compute
         evaluating = 2 * windows + 4 * logits + weights + 2 * shape.outer * shape.compute
     return resident_bytes() + max(working, entering, evaluating)
-
-
-def resident_bytes() -> int:
-    """Memory that this process holds now."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * 4096
-    except OSError:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _seconds(

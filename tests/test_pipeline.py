@@ -35,8 +35,12 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("step", [STEP, RTN(bits=3, group_size=32)], ids=["gptq", "rtn"])
+@pytest.mark.parametrize(
+    ("family", "step"),
+    [(family, STEP) for family in FAMILIES]
+    + [(family, RTN(bits=3, group_size=32)) for family in ("llama", "qwen3_moe", "t5")],
+    ids=lambda value: getattr(value, "kind", value),
+)
 def test_every_family_is_quantized_verified_and_loads(
     family: str, step: Any, folders: dict[str, Path], tmp_path: Path
 ) -> None:

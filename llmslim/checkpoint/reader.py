@@ -112,7 +112,7 @@ class CheckpointReader:
         for full in dense_tensors(name, module):
             if full in ties:
                 continue
-            tensor = get(full)
+            tensor = stored = get(full)
             shape = model.get_parameter_or_buffer(full).shape  # type: ignore[operator]
             if tensor.shape != shape:
                 raise UserError(
@@ -123,7 +123,8 @@ class CheckpointReader:
                 tensor = tensor.to(round_to or tensor.dtype)
                 if not isinstance(module, nn.Embedding) or full in ties.values():
                     tensor = tensor.to(dtype)
-            placed[full] = tensor.clone()  # the file's map is closed after
+            # the file's map is closed after
+            placed[full] = tensor.clone() if tensor.data_ptr() == stored.data_ptr() else tensor
         return placed
 
     def _packed(self, name: str, module: Packed, get: Callable[[str], Tensor]) -> dict[str, Tensor]:

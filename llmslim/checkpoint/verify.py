@@ -28,7 +28,8 @@ from llmslim.checkpoint.formats import formats
 from llmslim.checkpoint.inventory import stored_tensors
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.errors import UserError
-from llmslim.loaders.models import ModelFiles, available_memory, find, release
+from llmslim.loaders.models import ModelFiles, find, release
+from llmslim.memory import available_memory
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Largest difference allowed, in units of the root mean square of what is compared. The code is the same on

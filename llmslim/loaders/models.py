@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,17 +174,6 @@ def compute_dtype(device: torch.device, stored: torch.dtype = torch.bfloat16) ->
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def available_memory() -> int:
-    """Bytes of memory that a new process could use now."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def bind(model: nn.Module, names: set[str]) -> dict[str, str] | None:
