@@ -1,0 +1,192 @@
+"""Put the committed results into the README.
+
+python evals/render.py             print the tables
+python evals/render.py --check     exit 1 when the README's differ
+python evals/render.py --write     put them between its two markers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+Result = dict[str, Any]
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    """A markdown table; all columns but the first are set to the right."""
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def where(result: Result) -> str:
+    """The machine, versions and day that a table's figures come from."""
+    machine, versions = result["machine"], result["versions"]
+    kind = (
+        "AVX512-BF16" if machine["avx512_bf16"] else "AVX2, no AVX512-BF16" if machine["avx2"] else "no AVX2"
+    )
+    threads = "one thread" if result["threads"] == 1 else f"{result['threads']} threads"
+    packages = ", ".join(
+        f"{name} {versions[name]}" for name in ("llmslim", "torch", "transformers") if name in versions
+    )
+    return f"{machine['cpu']} ({kind}), {threads}; {packages}; {result['date'][:10]}. `{result['command']}`"
+
+
+def quantization(result: Result) -> str:
+    def quality(row: Result, text: str) -> list[str]:
+        one = row["quality"][text]
+        return [f"{one['perplexity']:.2f}", f"{one['kl']:.3f}", f"{100 * one['top1_agreement']:.1f} %"]
+
+    rows = [
+        [
+            row["name"],
+            *quality(row, "wikitext"),
+            *quality(row, "c4"),
+            f"{row['size']['bits_per_block_weight']:.2f}",
+            f"{row['cpu_seconds']['steps']:.0f}",
+            f"{row['cpu_seconds']['command']:.0f}",
+            f"{row['peak_memory_mb']['process']:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    if rows:
+        first = result["rows"][0]["quality"]
+        bases = [f"{first[text]['base_perplexity']:.2f}" for text in ("wikitext", "c4")]
+        rows.insert(0, ["float32", bases[0], "", "", bases[1], "", "", "32", "", "", ""])
+    headings = [
+        "method / scheme / calibration",
+        "WikiText-2 perplexity",
+        "KL",
+        "top-1",
+        "C4 perplexity",
+        "KL",
+        "top-1",
+    ]
+    return table([*headings, "bits per weight", "CPU s", "CPU s of the command", "peak MB"], rows)
+
+
+def speed(result: Result) -> str:
+    def figure(row: Result, name: str) -> str:
+        one = row[name]
+        ratios = ", ".join(
+            f"{one[f'to_{base}']:.2f}x {base}" for base in ("bf16", "fp32") if f"to_{base}" in one
+        )
+        spread = f"{one['median']:.1f} ({one['min']:.1f}-{one['max']:.1f})"
+        return f"{spread}, {ratios}" if ratios else spread
+
+    rows = [
+        [
+            row["name"],
+            row["dtype"],
+            *(figure(row, name) for name in ("decode_32", "decode_512", "prefill_512")),
+            f"{row['bytes_on_disk'] / 1e6:.1f}" if "bytes_on_disk" in row else "",
+            f"{row['peak_memory_mb']['median']:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    headings = ["model", "computes in", "decode tok/s after 32", "decode after 512", "prefill tok/s, 512"]
+    return table([*headings, "MB on disk", "peak MB"], rows)
+
+
+def memory(result: Result) -> str:
+    rows = [
+        [
+            f"{row['parameters'] / 1e9:.2f}B, {row['name']}",
+            f"{row['base_mb'] / 1e3:.2f} GB",
+            f"{row['peak_memory_mb']['process'] / 1e3:.2f} GB",
+            f"{row['planned_peak_mb'] / 1e3:.2f} GB ({row['planned_over_measured']:.2f}x)",
+            f"{row['cpu_seconds']['steps']:.0f}",
+            f"{row['wall_seconds']:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    if len(result["rows"]) > 1:
+        first, last = result["rows"][0], result["rows"][-1]
+        ratios = [
+            last["peak_memory_mb"]["process"] / first["peak_memory_mb"]["process"],
+            last["cpu_seconds"]["steps"] / first["cpu_seconds"]["steps"],
+            last["wall_seconds"] / first["wall_seconds"],
+        ]
+        peak, cpu, wall = (f"{ratio:.2f}x" for ratio in ratios)
+        blocks = f"{last['blocks'] / first['blocks']:g}x the blocks"
+        rows.append([blocks, f"{last['base_mb'] / first['base_mb']:.2f}x", peak, "", cpu, wall])
+    return table(["model", "weights", "peak memory", "planned", "CPU s", "wall s of the command"], rows)
+
+
+def peers(result: Result) -> str:
+    rows = [
+        [
+            row["name"],
+            row["computes_in"],
+            f"{row['perplexity']:.2f}",
+            f"{row['cpu_seconds']['quantize_and_save']:.0f}",
+            f"{row['peak_rss_mib'] * 2**20 / 1e6:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    return table(["peer", "computes in", "WikiText-2 perplexity", "CPU s", "peak MB"], rows)
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "quantization": ("SmolLM2-135M, groups of 64, 32 x 512 calibration tokens", quantization),
+    "peers_gptqmodel": ("The same by GPTQModel, on one core", peers),
+    "speed": ("Speed at batch 1: median of the rounds (smallest-largest), ratio to the dense model", speed),
+    "memory": ("A large model of random weights, 4-bit GPTQ, streamed", memory),
+}
+
+
+def rendered(folder: Path) -> str:
+    """All results in the folder as markdown, in the order of SECTIONS."""
+    parts = []
+    for name, (title, section) in SECTIONS.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            result = json.loads(path.read_text("utf-8"))
+            parts.append(f"**{title}**\n\n{section(result)}\n\nMeasured on {where(result)}")
+    return "\n\n".join(parts)
+
+
+def replaced(readme: str, text: str) -> str:
+    """The README with `text` between its markers.
+
+    Raises:
+        ValueError: it does not have each marker once, in order.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"The README needs the lines {BEGIN} and {END}, once each and in this order.")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--check", action="store_true")
+    made.add_argument("--write", action="store_true")
+    made.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    made.add_argument("--results", type=Path, default=ROOT / "evals" / "results")
+    options = made.parse_args(argv)
+    text = rendered(options.results)
+    if not (options.check or options.write):
+        print(text)
+        return 0
+    readme = options.readme.read_text("utf-8")
+    wanted = replaced(readme, text)
+    if options.write:
+        options.readme.write_text(wanted, "utf-8")
+    elif wanted != readme:
+        print(
+            f"{options.readme} does not show evals/results: run `python evals/render.py --write`.",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

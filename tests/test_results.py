@@ -1,0 +1,87 @@
+"""The README shows the committed results, and the script that puts them there does what it says."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "evals"))
+
+import render  # noqa: E402
+
+MARKED = f"# Title\n\nbefore\n{render.BEGIN}\nold\n{render.END}\nafter\n"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> tuple[Path, list[str]]:
+    """A README with markers beside one results file, and the arguments that name them."""
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(MARKED)
+    results.mkdir()
+    row = {
+        "name": "9 blocks",
+        "blocks": 9,
+        "parameters": 1_100_000_000,
+        "base_mb": 2200.0,
+        "peak_memory_mb": {"process": 1500.0},
+        "planned_peak_mb": 1650.0,
+        "planned_over_measured": 1.1,
+        "cpu_seconds": {"steps": 100.0},
+        "wall_seconds": 120.0,
+    }
+    double = {**row, "name": "18 blocks", "blocks": 18, "base_mb": 4400.0, "wall_seconds": 180.0}
+    result = {
+        "command": "python evals/memory.py",
+        "machine": {"cpu": "A Fine CPU", "avx2": True, "avx512_bf16": False},
+        "versions": {"torch": "9.9"},
+        "threads": 1,
+        "date": "2026-11-24T10:00:00+00:00",
+        "rows": [row, double],
+    }
+    (results / "memory.json").write_text(json.dumps(result))
+    return readme, ["--readme", str(readme), "--results", str(results)]
+
+
+def test_readme_shows_the_results():
+    readme = ROOT / "README.md"
+    if readme.exists() and render.BEGIN in readme.read_text("utf-8"):
+        assert render.main(["--check"]) == 0
+
+
+def test_every_committed_result_is_rendered_and_placed():
+    for path in (ROOT / "evals" / "results").glob("*.json"):
+        result = json.loads(path.read_text("utf-8"))
+        assert path.stem in render.SECTIONS, f"{path.name} is shown nowhere"
+        assert {"command", "machine", "versions", "threads", "seed", "date", "rows"} <= set(result)
+        assert result["rows"]
+        lines = render.SECTIONS[path.stem][1](result).splitlines()
+        columns = {line.count(" | ") for line in lines}
+        assert len(columns) == 1, f"{path.name} renders to a ragged table"
+        for row in result["rows"]:
+            assert any(row["name"] in line for line in lines)
+
+
+def test_write_then_check(project):
+    readme, places = project
+    assert render.main(["--check", *places]) == 1
+    assert render.main(["--write", *places]) == 0
+    text = readme.read_text()
+    assert text.startswith(f"# Title\n\nbefore\n{render.BEGIN}\n") and text.endswith(
+        f"\n{render.END}\nafter\n"
+    )
+    assert (
+        "old" not in text and "A Fine CPU (AVX2, no AVX512-BF16), one thread; torch 9.9; 2026-11-24" in text
+    )
+    assert "| 1.10B, 9 blocks | 2.20 GB | 1.50 GB | 1.65 GB (1.10x) | 100 | 120 |" in text
+    assert "| 2x the blocks | 2.00x | 1.00x |  | 1.00x | 1.50x |" in text
+    assert render.main(["--check", *places]) == 0
+    readme.write_text(text.replace("1.50 GB", "1.49 GB", 1))
+    assert render.main(["--check", *places]) == 1
+
+
+@pytest.mark.parametrize("text", ["none", f"{render.END} {render.BEGIN}", MARKED + MARKED])
+def test_markers_must_stand_once_and_in_order(text: str):
+    with pytest.raises(ValueError, match="once each"):
+        render.replaced(text, "new")
