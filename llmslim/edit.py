@@ -44,7 +44,9 @@ def parse_edit(record: Any) -> Edit:
     """An edit from its JSON record, which is untrusted input: unknown kinds and fields are refused."""
     kind = record.get("edit") if isinstance(record, dict) else None
     if kind not in EDITS:
-        raise UserError(f"The checkpoint has an unknown edit {kind!r}; this llmslim knows {', '.join(sorted(EDITS))}.")
+        raise UserError(
+            f"The checkpoint has an unknown edit {kind!r}; this llmslim knows {', '.join(sorted(EDITS))}."
+        )
     try:
         return EDITS[kind](**{key: value for key, value in record.items() if key != "edit"})
     except ValidationError as error:
@@ -63,7 +65,9 @@ def replay(model: nn.Module, edits: list[Edit]) -> None:
         try:
             edit.apply(model)
         except (AttributeError, ValueError, TypeError) as error:
-            raise UserError(f"The checkpoint's edit {edit.to_json()} does not fit the model: {error}.") from error
+            raise UserError(
+                f"The checkpoint's edit {edit.to_json()} does not fit the model: {error}."
+            ) from error
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

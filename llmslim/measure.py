@@ -60,7 +60,12 @@ def _quality(
     except UserError as error:
         return {"skipped": str(error)}
     text = sample(
-        evaluation.text, base.tokenizer(), evaluation.windows, evaluation.seq_len, join=evaluation.join, builtin_part="test"
+        evaluation.text,
+        base.tokenizer(),
+        evaluation.windows,
+        evaluation.seq_len,
+        join=evaluation.join,
+        builtin_part="test",
     )
     scores = streamed_scores(
         result, text.tokens, device, dtype, base, lambda done, total: progress("evaluate", done, total)

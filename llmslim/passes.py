@@ -74,7 +74,15 @@ class BlockPass:
         self.scratch = work.scratch(f"pass-{number}")
         self.state = work.state.setdefault("passes", {}).setdefault(
             str(number),
-            {"blocks": 0, "outer": False, "finished": False, "seconds": 0.0, "edits": [], "linears": [], "notes": []},
+            {
+                "blocks": 0,
+                "outer": False,
+                "finished": False,
+                "seconds": 0.0,
+                "edits": [],
+                "linears": [],
+                "notes": [],
+            },
         )
         self.record = StepRecord(
             [parse_edit(edit) for edit in self.state["edits"]], self.state["linears"], self.state["notes"]
@@ -143,7 +151,12 @@ class BlockPass:
         options = self.options
         shared = self.reference is not None and self.reference_reader is self.reader
         self.reader.fill(
-            [self.model], prefix, options.dtype, options.stored, forget=forget and not shared, device=options.device
+            [self.model],
+            prefix,
+            options.dtype,
+            options.stored,
+            forget=forget and not shared,
+            device=options.device,
         )
         self._fill_reference(prefix)
 

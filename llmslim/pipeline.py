@@ -17,7 +17,6 @@ from llmslim.checkpoint.formats import Format, choose
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.verify import verify_in_fresh_process
 from llmslim.checkpoint.writer import CheckpointWriter
-from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.evaluation.benchmark import peak_memory_mb
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find, skeleton
@@ -144,7 +143,12 @@ class Prepared:
 
 
 def prepare(
-    model: str, recipe: Recipe, *, revision: str | None = None, device: str | None = None, plan_only: bool = False
+    model: str,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    device: str | None = None,
+    plan_only: bool = False,
 ) -> Prepared:
     """Check a run and plan it; reads configuration, tokenizer, texts and file headers, but no weights.
 
@@ -154,7 +158,9 @@ def prepare(
     files = find(model, revision, metadata_only=plan_only)
     place = torch.device(device) if device else default_device()
     stored = files.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    recipe = recipe.model_copy(update={"steps": tuple(_settled(step, stored, recipe) for step in recipe.steps)})
+    recipe = recipe.model_copy(
+        update={"steps": tuple(_settled(step, stored, recipe) for step in recipe.steps)}
+    )
     reader = None if plan_only else CheckpointReader(files)
     reader_model = reader.model_skeleton() if reader else skeleton(files.config)
     anatomy = Anatomy.of(reader_model)
@@ -204,7 +210,9 @@ def _settled(step: Step, stored: torch.dtype, recipe: Recipe) -> Step:
 def _check_length(seq_len: int, files: ModelFiles) -> None:
     limit = getattr(files.config.get_text_config(), "max_position_embeddings", None)
     if limit and seq_len > limit:
-        raise UserError(f"seq_len {seq_len} is more than the {limit} positions of {files.spec}; use at most {limit}.")
+        raise UserError(
+            f"seq_len {seq_len} is more than the {limit} positions of {files.spec}; use at most {limit}."
+        )
 
 
 def _fingerprint(files: ModelFiles, recipe: Recipe, options: PassOptions) -> dict[str, Any]:

@@ -167,7 +167,9 @@ def _output_bytes(anatomy: Anatomy, edits: list[Edit], stored: torch.dtype) -> i
         scheme = getattr(edit, "scheme", None)
         if scheme is None:
             continue
-        weight = getattr(model.get_submodule(edit.module), "weight", None) if _has(model, edit.module) else None
+        weight = (
+            getattr(model.get_submodule(edit.module), "weight", None) if _has(model, edit.module) else None
+        )
         if weight is None:
             continue
         covered.add(id(weight))

@@ -1,10 +1,10 @@
 """Recipes: what a run does, as YAML, as CLI flags, or in Python; always the same typed record.
 
-    steps:
-      - gptq: {bits: 4, group_size: 64}
-    calibration: {text: builtin, num_samples: 32, seq_len: 512}
-    evaluation: {text: "builtin:test", windows: 16}
-    format: auto
+steps:
+  - gptq: {bits: 4, group_size: 64}
+calibration: {text: builtin, num_samples: 32, seq_len: 512}
+evaluation: {text: "builtin:test", windows: 16}
+format: auto
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Recipe(BaseModel):
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = Evaluation()
     format: Literal["auto", "llmslim", "compressed-tensors", "gptq"] = Field(
-        "auto", description="of the output; auto: compressed-tensors where it can hold the result, else llmslim"
+        "auto",
+        description="of the output; auto: compressed-tensors where it can hold the result, else llmslim",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of what stays dense in the output; auto: the model's own"
@@ -72,13 +73,17 @@ class Recipe(BaseModel):
             UserError: in one sentence.
         """
         if not isinstance(record, dict) or not record.get("steps"):
-            raise UserError("A recipe is a mapping with a list of steps, such as `steps: [{gptq: {bits: 4}}]`.")
+            raise UserError(
+                "A recipe is a mapping with a list of steps, such as `steps: [{gptq: {bits: 4}}]`."
+            )
         steps = []
         for entry in record["steps"]:
             if isinstance(entry, str):
                 entry = {entry: {}}
             if not isinstance(entry, dict) or len(entry) != 1:
-                raise UserError(f"A step of a recipe is one name with its options, such as `gptq: {{bits: 4}}`, not {entry!r}.")
+                raise UserError(
+                    f"A step of a recipe is one name with its options, such as `gptq: {{bits: 4}}`, not {entry!r}."
+                )
             kind, fields = next(iter(entry.items()))
             steps.append(build_step(kind, fields or {}))
         try:

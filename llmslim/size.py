@@ -21,7 +21,11 @@ def size_of(files: ModelFiles) -> dict[str, Any]:
     total = sum(p.numel() for p in anatomy.model.parameters())
     in_blocks = sum(p.numel() for name, p in anatomy.model.named_parameters() if name.startswith(stacks))
     prefix = anatomy.model.base_model_prefix
-    inside = (*stacks, *(f"{prefix}.{stack}" for stack in stacks), *(s.removeprefix(f"{prefix}.") for s in stacks))
+    inside = (
+        *stacks,
+        *(f"{prefix}.{stack}" for stack in stacks),
+        *(s.removeprefix(f"{prefix}.") for s in stacks),
+    )
     all_bytes = block_bytes = 0
     for name, entry in files.weights.entries.items():
         size = math.prod(entry["shape"]) * DTYPE_BYTES.get(entry["dtype"], 1)

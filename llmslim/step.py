@@ -107,7 +107,9 @@ class LinearStep(BlockStep):
         exclude: patterns of module names to leave alone.
     """
 
-    include: tuple[str, ...] = Field((), description="modules to compress, by name: '*.mlp.*'; all when not given")
+    include: tuple[str, ...] = Field(
+        (), description="modules to compress, by name: '*.mlp.*'; all when not given"
+    )
     exclude: tuple[str, ...] = Field((), description="modules to leave alone, by name: 'down_proj'")
 
     def selects(self, name: str) -> bool:

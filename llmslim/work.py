@@ -37,7 +37,9 @@ class WorkFolder:
         if saved is not None and saved.get("fingerprint") == fingerprint:
             self.state, self.resumed = saved, True
         elif self.path.exists() and not overwrite and saved is not None:
-            changed = [key for key in fingerprint if saved.get("fingerprint", {}).get(key) != fingerprint[key]]
+            changed = [
+                key for key in fingerprint if saved.get("fingerprint", {}).get(key) != fingerprint[key]
+            ]
             raise UserError(
                 f"{self.path} holds an unfinished run with another {' and '.join(changed)}: "
                 "give the same options to finish it, --overwrite to discard it, or another --output."
@@ -80,9 +82,13 @@ def check_output(output: Path, overwrite: bool) -> None:
     if not output.exists():
         return
     if not overwrite:
-        raise UserError(f"The output {output} exists: name another folder, or give --overwrite to replace it.")
+        raise UserError(
+            f"The output {output} exists: name another folder, or give --overwrite to replace it."
+        )
     if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").exists()):
-        raise UserError(f"The output {output} is not a model folder, so it is not overwritten; name another one.")
+        raise UserError(
+            f"The output {output} is not a model folder, so it is not overwritten; name another one."
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:

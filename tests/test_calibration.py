@@ -23,7 +23,9 @@ def windows(count: int = 6, length: int = 24) -> Tensor:
 
 def stream_of(model: nn.Module, tokens: Tensor, per_chunk: int = 2) -> tuple[BlockStream, Lane]:
     stream = BlockStream(model, CPU, torch.float32)
-    lane = Lane.of_tokens("calibration", tokens, bool(model.config.is_encoder_decoder), windows_per_chunk=per_chunk)
+    lane = Lane.of_tokens(
+        "calibration", tokens, bool(model.config.is_encoder_decoder), windows_per_chunk=per_chunk
+    )
     stream.add(lane)
     return stream, lane
 
@@ -74,7 +76,9 @@ def test_a_walk_sees_what_hooks_see(family: str) -> None:
 
     hooked: dict[str, list[Tensor]] = {name: [] for name in names}
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: hooked[name].append(args[0]))
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda m, args, name=name: hooked[name].append(args[0])
+        )
         for name in names
     ]
     with torch.no_grad():

@@ -47,7 +47,9 @@ def test_every_family_is_quantized_verified_and_loads(
     """The fresh process of the verification compares hidden states block by block, and logits loaded whole."""
     result = compress(str(folders[family]), [step], tmp_path / "out", **QUICK)
     checks = {check["check"]: check for check in result.report["verification"]["checks"]}
-    assert result.report["verification"]["ok"] and {"tensors", "streamed", "whole", "tokenizer"} <= set(checks)
+    assert result.report["verification"]["ok"] and {"tensors", "streamed", "whole", "tokenizer"} <= set(
+        checks
+    )
     assert result.report["verification"]["max_error"] == 0
     size = result.report["size"]
     assert size["result"]["bits_per_block_weight"] < 8 < size["base"]["bits_per_block_weight"]
@@ -125,7 +127,9 @@ def test_a_killed_process_loses_nothing(folders: dict[str, Path], tmp_path: Path
     assert resumed.report["run"]["resumed"] and weights(resumed.folder) == weights(whole.folder)
 
 
-def test_an_unfinished_run_with_other_options_is_not_thrown_away(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_an_unfinished_run_with_other_options_is_not_thrown_away(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     with pytest.raises(Stop):
         compress(str(folders["llama"]), [STEP], tmp_path / "out", progress=stop_at(1), **QUICK)
     with pytest.raises(UserError, match=r"unfinished run with another steps.*--overwrite"):
@@ -146,7 +150,10 @@ def test_two_steps_equal_the_steps_run_by_hand(folders: dict[str, Path], tmp_pat
     model, _ = llmslim.load(str(both.folder))
     assert model.model.layers[0].mlp.up_proj.scheme.bits == 3
     assert model.model.layers[0].self_attn.q_proj.scheme.bits == 8
-    assert model.lm_head.weight_packed is model.model.embed_tokens.weight_packed or not model.config.tie_word_embeddings
+    assert (
+        model.lm_head.weight_packed is model.model.embed_tokens.weight_packed
+        or not model.config.tie_word_embeddings
+    )
 
 
 def test_same_seed_same_bytes_other_seed_other_samples(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -160,9 +167,13 @@ def test_same_seed_same_bytes_other_seed_other_samples(folders: dict[str, Path],
 
 
 @pytest.mark.parametrize("family", DECODERS[:2])
-def test_the_report_measures_base_and_result_alike(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_report_measures_base_and_result_alike(
+    family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     evaluation = Evaluation(windows=3, seq_len=32)
-    result = compress(str(folders[family]), [RTN(bits=8, group_size=32)], tmp_path / "out", evaluation=evaluation)
+    result = compress(
+        str(folders[family]), [RTN(bits=8, group_size=32)], tmp_path / "out", evaluation=evaluation
+    )
     quality, speed = result.report["quality"], result.report["speed"]
     base, _ = llmslim.load(str(folders[family]), dtype="float32")
     from llmslim.evaluation.perplexity import perplexity
@@ -182,10 +193,18 @@ def test_the_report_measures_base_and_result_alike(family: str, folders: dict[st
     ("steps", "fields", "message"),
     [
         ([GPTQ(group_size=48)], {}, r"group_size 48 does not divide the 64 inputs of .*: .*32.*"),
-        ([GPTQ(group_size=32, symmetric=False)], {"format": "compressed-tensors"}, r"cannot hold this result.*"),
+        (
+            [GPTQ(group_size=32, symmetric=False)],
+            {"format": "compressed-tensors"},
+            r"cannot hold this result.*",
+        ),
         ([GPTQ(group_size=32, bits=5)], {"format": "gptq"}, r"cannot hold this result.*"),
         ([GPTQ(group_size=32)], {"calibration": Calibration(text="nosuch.txt")}, r"nosuch\.txt"),
-        ([GPTQ(group_size=32)], {"calibration": Calibration(seq_len=100_000)}, r"100000 is more than the \d+ positions"),
+        (
+            [GPTQ(group_size=32)],
+            {"calibration": Calibration(seq_len=100_000)},
+            r"100000 is more than the \d+ positions",
+        ),
         ([GPTQ(group_size=32, include=("nothing",))], {}, r"Nothing to quantize.*nothing"),
     ],
 )
@@ -200,7 +219,10 @@ def test_bad_requests_cost_nothing(
 def test_too_short_a_text_is_refused_with_what_would_do(folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("A few words, no more.")
     with pytest.raises(UserError, match=r"short\.txt' has \d+ tokens"):
-        prepare(str(folders["llama"]), Recipe(steps=(STEP,), calibration=Calibration(text=str(tmp_path / "short.txt"))))
+        prepare(
+            str(folders["llama"]),
+            Recipe(steps=(STEP,), calibration=Calibration(text=str(tmp_path / "short.txt"))),
+        )
 
 
 def test_an_existing_output_is_never_replaced_unasked(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -230,7 +252,9 @@ def test_quantizing_twice_is_refused(folders: dict[str, Path], tmp_path: Path) -
         compress(str(once.folder), [STEP], tmp_path / "twice", **QUICK)
 
 
-def test_a_full_disk_is_foreseen(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_foreseen(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import shutil
 
     real = shutil.disk_usage(tmp_path)

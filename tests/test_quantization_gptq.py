@@ -19,7 +19,9 @@ SCHEMES = [
 ]
 
 
-def problem(rows: int = 24, width: int = 64, tokens: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def problem(
+    rows: int = 24, width: int = 64, tokens: int = 400, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight and correlated inputs, some channels far louder than others, as in a transformer."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, width, generator=generator)
@@ -107,7 +109,9 @@ def test_refitted_scales_are_the_least_squares_solution() -> None:
     centred = quantized.codes.double().reshape(5, 3, 16) - quantized.zero_point.double().unsqueeze(-1)
     for row in range(5):
         columns = torch.einsum("gi,tgi->tg", centred[row], inputs.double().reshape(-1, 3, 16))
-        expected = torch.linalg.lstsq(columns, (inputs.double() @ weight[row].double())[:, None]).solution[:, 0]
+        expected = torch.linalg.lstsq(columns, (inputs.double() @ weight[row].double())[:, None]).solution[
+            :, 0
+        ]
         torch.testing.assert_close(fitted.scale[row].double(), expected, rtol=1e-3, atol=1e-5)
 
 
@@ -147,7 +151,9 @@ def test_the_search_reaches_a_fine_grid_search() -> None:
 
 def test_the_asymmetric_target_comes_closer_to_the_uncompressed_outputs() -> None:
     weight, inputs = problem()
-    drift = inputs + 0.3 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(1)) * inputs.std(0)
+    drift = inputs + 0.3 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(1)) * inputs.std(
+        0
+    )
     stats = stats_of(drift, inputs)  # what the compressed model sees, and what the uncompressed one saw
     fields = {"bits": 4, "group_size": 16, "scale_dtype": "float32"}
     errors = []
@@ -161,7 +167,9 @@ def test_the_asymmetric_target_comes_closer_to_the_uncompressed_outputs() -> Non
 def test_damping_rises_until_the_hessian_can_be_factorized_and_is_reported() -> None:
     weight, inputs = problem(width=64)
     stats = stats_of(inputs)
-    stats.hessian -= 0.05 * stats.hessian.diagonal().mean() * torch.eye(64)  # as rounding of sums may leave it
+    stats.hessian -= (
+        0.05 * stats.hessian.diagonal().mean() * torch.eye(64)
+    )  # as rounding of sums may leave it
     record = StepRecord()
     step = GPTQ(bits=4, group_size=16, damp_percent=0.001)
     step.quantize("block.w", weight, step.scheme("block.w"), stats, record)
@@ -188,4 +196,6 @@ def test_dead_inputs_do_no_harm() -> None:
     quantized = step.quantize("w", weight, step.scheme("w"), stats_of(inputs), StepRecord())
     assert quantized.dequantize().isfinite().all()
     rounded = RTN(bits=4, group_size=16).quantize("w", weight, step.scheme("w"), None, StepRecord())
-    assert output_loss(weight, quantized.dequantize(), inputs) < output_loss(weight, rounded.dequantize(), inputs)
+    assert output_loss(weight, quantized.dequantize(), inputs) < output_loss(
+        weight, rounded.dequantize(), inputs
+    )

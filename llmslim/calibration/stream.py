@@ -111,7 +111,9 @@ class BlockStream:
                     # T5's first block computes the position bias that the others are given: run it for real
                     known = self.tails.get(stack.name)
                     first_output.append(hidden if known == 0 else real(hidden, *args, **kwargs))
-                    self.tails[stack.name] = len(first_output[0]) - 1 if isinstance(first_output[0], tuple) else 0
+                    self.tails[stack.name] = (
+                        len(first_output[0]) - 1 if isinstance(first_output[0], tuple) else 0
+                    )
                 if position == last:
                     raise _EndOfStack
                 return first_output[0]
@@ -119,7 +121,9 @@ class BlockStream:
             return forward
 
         patches = {b.module: stub(i, b.module.forward) for i, b in enumerate(stack.blocks)}
-        patches.update(self._replies(lane, index, [s for s in self.anatomy.stacks if s.name in lane.finished]))
+        patches.update(
+            self._replies(lane, index, [s for s in self.anatomy.stacks if s.name in lane.finished])
+        )
         try:
             with _patched(patches), self._cast_embeddings():
                 self.model(**_to(lane.inputs[index], self.device))
@@ -167,7 +171,10 @@ class BlockStream:
 
         modules = {name: self.model.get_submodule(name) for name in names}
         with _patched({m: halting(n, m.forward, m) for n, m in modules.items()}):
-            chunks = [greenlet(lambda index=index: self._call(block, lane, index)) for index in range(len(lane.hidden))]
+            chunks = [
+                greenlet(lambda index=index: self._call(block, lane, index))
+                for index in range(len(lane.hidden))
+            ]
             waiting = {}
 
             def go_on(index: int) -> None:

@@ -29,7 +29,9 @@ def header(path: Path) -> tuple[dict, int]:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length > min(size - 8, 100_000_000):
-            raise UserError(f"{path} is not a whole safetensors file ({size} bytes); download or save it again.")
+            raise UserError(
+                f"{path} is not a whole safetensors file ({size} bytes); download or save it again."
+            )
         try:
             entries = json.loads(file.read(length))
         except ValueError as error:
@@ -147,4 +149,15 @@ _DTYPE_NAMES = {
     "torch.uint8": "U8",
     "torch.bool": "BOOL",
 }
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}

@@ -28,7 +28,12 @@ class PackLinear(Edit):
             raise ValueError(f"group size {self.scheme.group_size} does not divide {in_features}")
         weight = linear.weight
         packed = PackedLinear(
-            in_features, out_features, self.scheme, bias=linear.bias is not None, dtype=weight.dtype, device="meta"
+            in_features,
+            out_features,
+            self.scheme,
+            bias=linear.bias is not None,
+            dtype=weight.dtype,
+            device="meta",
         )
         packed.bias = linear.bias
         replace_module(model, self.module, packed)
@@ -53,7 +58,9 @@ class PackEmbedding(Edit):
         if width % self.scheme.group_width(width):
             raise ValueError(f"group size {self.scheme.group_size} does not divide {width}")
         known = getattr(model, "all_tied_weights_keys", None) or {}
-        tied = {target.rpartition(".")[0] for target, source in known.items() if source == f"{self.module}.weight"}
+        tied = {
+            target.rpartition(".")[0] for target, source in known.items() if source == f"{self.module}.weight"
+        }
         if self.tied_head is not None:
             tied.add(self.tied_head)
         replace_module(model, self.module, self._packed_table(table))
@@ -66,12 +73,16 @@ class PackEmbedding(Edit):
     def _packed_table(self, table: nn.Embedding) -> PackedEmbedding:
         scale = getattr(table, "scalar_embed_scale", 1.0)  # Gemma's
         rows, width = table.weight.shape
-        return PackedEmbedding(rows, width, self.scheme, table.weight.dtype, table.padding_idx, scale, device="meta")
+        return PackedEmbedding(
+            rows, width, self.scheme, table.weight.dtype, table.padding_idx, scale, device="meta"
+        )
 
     def _packed_head(self, head: nn.Module) -> PackedLinear:
         out_features, in_features = features(head)
         dtype = head.weight.dtype
-        packed = PackedLinear(in_features, out_features, self.scheme, head.bias is not None, dtype, device="meta")
+        packed = PackedLinear(
+            in_features, out_features, self.scheme, head.bias is not None, dtype, device="meta"
+        )
         packed.bias = head.bias
         return packed
 
@@ -88,4 +99,3 @@ def retie(model: nn.Module, module: str, head: str) -> None:
         known = dict(getattr(model, attribute, None) or {})
         kept = {key: value for key, value in known.items() if key not in old}
         setattr(model, attribute, {**kept, **ties})
-

@@ -7,11 +7,17 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmslim.calibration.statistics import InputStats
-from llmslim.edit import Edit
-from llmslim.quantization.grid import QuantizedWeight, Scheme, assemble, round_scale, round_to_grid, search_grid
+from llmslim.quantization.grid import (
+    QuantizedWeight,
+    Scheme,
+    assemble,
+    round_scale,
+    round_to_grid,
+    search_grid,
+)
 from llmslim.quantization.quantizer import Quantizer
 from llmslim.step import StepRecord
 
@@ -47,7 +53,6 @@ class Factor:
         return cost
 
 
-
 def factor(hessian: Tensor, damp_percent: float, act_order: bool, cross: Tensor | None = None) -> Factor:
     """Permute, damp and factorize a Hessian; damping rises tenfold until the factorization succeeds.
 
@@ -56,7 +61,9 @@ def factor(hessian: Tensor, damp_percent: float, act_order: bool, cross: Tensor 
         cross: X^T (X_ref - X), when calibration is asymmetric.
     """
     diagonal = hessian.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+    )
     order = order.to(hessian.device)
     damp: float | None = damp_percent
     while damp is not None:
@@ -150,7 +157,9 @@ def descend(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> Quan
             if k + 1 < len(columns):
                 targets[k + 1 :].addr_(inside[k, k + 1 :] / power[columns[k + 1 :]], move, alpha=-1)
         gradient.addmm_(hessian[:, columns], moves)
-    return QuantizedWeight(scheme, codes.T.to(torch.uint8).contiguous(), quantized.scale, quantized.zero_point)
+    return QuantizedWeight(
+        scheme, codes.T.to(torch.uint8).contiguous(), quantized.scale, quantized.zero_point
+    )
 
 
 def refit_scales(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
@@ -165,12 +174,16 @@ def refit_scales(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) ->
     if rows != out_features:
         return quantized  # one scale per tensor
     width = in_features // groups
-    zero = float(scheme.midpoint) if quantized.zero_point is None else quantized.zero_point.float().unsqueeze(-1)
+    zero = (
+        float(scheme.midpoint) if quantized.zero_point is None else quantized.zero_point.float().unsqueeze(-1)
+    )
     centred = quantized.codes.float().reshape(rows, groups, width) - zero
     right = ((weight @ hessian).reshape(rows, groups, width) * centred).sum(-1)
     system = torch.empty(rows, groups, groups, device=weight.device)
     for group in range(groups):
-        reach = (centred[:, group] @ hessian[group * width : (group + 1) * width]).reshape(rows, groups, width)
+        reach = (centred[:, group] @ hessian[group * width : (group + 1) * width]).reshape(
+            rows, groups, width
+        )
         system[:, group] = reach.mul_(centred).sum(-1)
     diagonal = system.diagonal(dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + 1e-30
@@ -205,11 +218,18 @@ class GPTQ(Quantizer):
 
     kind: ClassVar[str] = "gptq"
 
-    damp_percent: float = Field(0.01, gt=0, le=1, description="damping as a share of the Hessian's mean diagonal")
+    damp_percent: float = Field(
+        0.01, gt=0, le=1, description="damping as a share of the Hessian's mean diagonal"
+    )
     act_order: bool = Field(True, description="quantize the most excited columns first; free at run time")
-    refine: int = Field(1, ge=0, le=8, description="rounds of coordinate descent and refitted scales after GPTQ")
+    refine: int = Field(
+        1, ge=0, le=8, description="rounds of coordinate descent and refitted scales after GPTQ"
+    )
     input_correction: float = Field(
-        0.5, ge=0, le=1, description="how far to make good what quantized inputs differ from the original; 0 saves time"
+        0.5,
+        ge=0,
+        le=1,
+        description="how far to make good what quantized inputs differ from the original; 0 saves time",
     )
 
     @property
@@ -230,7 +250,11 @@ class GPTQ(Quantizer):
             return round_to_grid(weight, *search_grid(weight, scheme), scheme)
         if solved.damp_percent != self.damp_percent:
             record.note(name, f"damping raised from {self.damp_percent:g} to {solved.damp_percent:g}")
-        target = weight if solved.shift is None else weight.addmm(weight, solved.shift, alpha=self.input_correction)
+        target = (
+            weight
+            if solved.shift is None
+            else weight.addmm(weight, solved.shift, alpha=self.input_correction)
+        )
         scale, zero = search_grid(target, scheme, solved.importance)
         quantized = gptq(target, solved, scale, zero, scheme)
         for _ in range(self.refine):

@@ -109,7 +109,9 @@ def round_scale(scale: Tensor, scheme: Scheme) -> Tensor:
     return torch.where((rounded == 0) | ~rounded.isfinite(), torch.ones_like(rounded), rounded)
 
 
-def search_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None = None, steps: int = 16) -> tuple[Tensor, Tensor]:
+def search_grid(
+    weight: Tensor, scheme: Scheme, importance: Tensor | None = None, steps: int = 16
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point of least weighted error per group.
 
     Shrinks the covering range step by step (clipping outliers buys resolution for the rest), refits the scale to

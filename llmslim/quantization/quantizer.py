@@ -9,17 +9,17 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block, Experts
+from llmslim.anatomy.parts import features
 from llmslim.calibration.statistics import InputStats
 from llmslim.calibration.stream import BlockStream
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.experts import UnfuseExperts
 from llmslim.loaders.models import tie
-from llmslim.anatomy.parts import features
 from llmslim.quantization.edits import PackEmbedding, PackLinear
 from llmslim.quantization.grid import GroupSize, QuantizedWeight, Scheme, round_to_grid, search_grid
 from llmslim.quantization.packed import PackedEmbedding, PackedLinear
-from llmslim.step import LinearStep, StepRecord, dense_weight, matches
+from llmslim.step import LinearStep, StepRecord, matches
 
 
 class Quantizer(LinearStep):
@@ -34,7 +34,8 @@ class Quantizer(LinearStep):
         None, ge=2, le=8, description="also quantize embeddings and head to so many bits (rounded to nearest)"
     )
     overrides: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="other bits, group_size or symmetric for modules that match a pattern"
+        default_factory=dict,
+        description="other bits, group_size or symmetric for modules that match a pattern",
     )
     scale_dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto", description="type of the scales; auto: the checkpoint's 16-bit type"
@@ -44,7 +45,9 @@ class Quantizer(LinearStep):
     @classmethod
     def _positive(cls, value: GroupSize) -> GroupSize:
         if isinstance(value, int) and value < 8:
-            raise ValueError('a group has at least 8 inputs (32, 64 and 128 are usual), or is "channel" or "tensor"')
+            raise ValueError(
+                'a group has at least 8 inputs (32, 64 and 128 are usual), or is "channel" or "tensor"'
+            )
         return value
 
     @field_validator("overrides")
@@ -53,13 +56,19 @@ class Quantizer(LinearStep):
         for pattern, fields in value.items():
             unknown = set(fields) - {"bits", "group_size", "symmetric"}
             if unknown:
-                raise ValueError(f"the override for {pattern!r} has {unknown.pop()!r}; it takes bits, group_size, symmetric")
+                raise ValueError(
+                    f"the override for {pattern!r} has {unknown.pop()!r}; it takes bits, group_size, symmetric"
+                )
             Scheme(**fields)
         return value
 
     def scheme(self, name: str) -> Scheme:
         """The scheme of the Linear of that name."""
-        fields: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        fields: dict[str, Any] = {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+        }
         for pattern, override in self.overrides.items():
             if matches(name, (pattern,)):
                 fields.update(override)
@@ -84,7 +93,9 @@ class Quantizer(LinearStep):
         for table in self._tables(anatomy):
             _check_group(table, anatomy.model.get_submodule(table).weight.shape[1], self.group_size)
         if not chosen:
-            raise UserError(f"Nothing to quantize: include={list(self.include)} and exclude={list(self.exclude)} leave no Linear.")
+            raise UserError(
+                f"Nothing to quantize: include={list(self.include)} and exclude={list(self.exclude)} leave no Linear."
+            )
 
     def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
         names = [name for block in anatomy.blocks for name in block.linears() if self.selects(name)]
@@ -125,7 +136,11 @@ class Quantizer(LinearStep):
             scheme = self.embedding_scheme()
             quantized = round_to_grid_by_rows(module.weight, scheme)
             is_table = isinstance(module, nn.Embedding)
-            edit: Edit = PackEmbedding(module=name, scheme=scheme, tied_head=tied) if is_table else PackLinear(module=name, scheme=scheme)
+            edit: Edit = (
+                PackEmbedding(module=name, scheme=scheme, tied_head=tied)
+                if is_table
+                else PackLinear(module=name, scheme=scheme)
+            )
             record.linears.append(self._row(name, scheme, module.weight, quantized, None))
             edit.apply(model)
             fill_packed(model.get_submodule(name), quantized)
@@ -146,7 +161,9 @@ class Quantizer(LinearStep):
         scheme = self.scheme(name)
         weight = weight.float()
         if not bool(weight.isfinite().all()):
-            raise UserError(f"{name} has NaN or infinite weights, which cannot be quantized; --exclude it or mend the model.")
+            raise UserError(
+                f"{name} has NaN or infinite weights, which cannot be quantized; --exclude it or mend the model."
+            )
         quantized = self.quantize(name, weight, scheme, stats, record)
         record.linears.append(self._row(name, scheme, weight, quantized, stats))
         return PackLinear(module=name, scheme=scheme), PackedLinear.from_quantized(quantized, bias=None)

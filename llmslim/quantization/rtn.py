@@ -22,7 +22,9 @@ class RTN(Quantizer):
 
     kind: ClassVar[str] = "rtn"
 
-    search: bool = Field(True, description="search the scale of least squared error instead of covering the range")
+    search: bool = Field(
+        True, description="search the scale of least squared error instead of covering the range"
+    )
 
     def quantize(
         self, name: str, weight: Tensor, scheme: Scheme, stats: InputStats | None, record: StepRecord
