@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 import llmslim
+from llmslim import pipeline
+from llmslim.checkpoint.verify import verify
 from llmslim.errors import UserError
 from llmslim.pipeline import compress, prepare
 from llmslim.quantization.gptq import GPTQ
@@ -21,7 +24,8 @@ from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration, Evaluation, Recipe
 from tests.tiny import DECODERS, FAMILIES, save_tiny
 
-QUICK = {"calibration": Calibration(num_samples=4, seq_len=32), "evaluation": None}
+ROOT = Path(__file__).parents[1]
+QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=4, seq_len=32), "evaluation": None}
 STEP = GPTQ(bits=4, group_size=32, symmetric=False, embeddings_bits=8)
 
 
@@ -35,26 +39,61 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("family", "step"),
-    [(family, STEP) for family in FAMILIES]
-    + [(family, RTN(bits=3, group_size=32)) for family in ("llama", "qwen3_moe", "t5")],
-    ids=lambda value: getattr(value, "kind", value),
-)
-def test_every_family_is_quantized_verified_and_loads(
-    family: str, step: Any, folders: dict[str, Path], tmp_path: Path
-) -> None:
-    """The fresh process of the verification compares hidden states block by block, and logits loaded whole."""
-    result = compress(str(folders[family]), [step], tmp_path / "out", **QUICK)
-    checks = {check["check"]: check for check in result.report["verification"]["checks"]}
-    assert result.report["verification"]["ok"] and {"tensors", "streamed", "whole", "tokenizer"} <= set(
-        checks
+@pytest.fixture(autouse=True)
+def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same verification without a process for each run; `test_every_family...` does it in a fresh one."""
+    monkeypatch.setattr(pipeline, "verify_in_fresh_process", verify)
+
+
+EVERY = [(family, STEP) for family in FAMILIES]
+EVERY += [(family, RTN(bits=3, group_size=32)) for family in ("llama", "qwen3_moe", "t5")]
+
+
+@pytest.fixture(scope="module")
+def every_family(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], tuple[Path, dict[str, Any], dict[str, Any]]]:
+    """(family, method) -> output, report, and what one fresh process found when it verified them all."""
+    root = tmp_path_factory.mktemp("outputs")
+    reports: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for family, step in EVERY:
+            probe = root / f"probe-{family}-{step.kind}"
+
+            def keep(folder: Path, made: Path, probe: Path = probe) -> dict[str, Any]:
+                shutil.copytree(made, probe)
+                return {"ok": True, "checks": []}
+
+            patch.setattr(pipeline, "verify_in_fresh_process", keep)
+            output = root / f"{family}-{step.kind}"
+            reports[family, step.kind] = (
+                output,
+                compress(str(folders[family]), [step], output, **QUICK).report,
+            )
+    script = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from llmslim.checkpoint.verify import verify\n"
+        "print(json.dumps([verify(f, Path(f).parent / f'probe-{Path(f).name}') for f in sys.argv[1:]]))\n"
     )
-    assert result.report["verification"]["max_error"] == 0
-    size = result.report["size"]
+    command = [sys.executable, "-c", script, *(str(output) for output, _ in reports.values())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {key: (*reports[key], checks) for key, checks in zip(reports, found, strict=True)}
+
+
+@pytest.mark.parametrize(("family", "method"), [(family, step.kind) for family, step in EVERY])
+def test_every_family_is_quantized_verified_and_loads(family: str, method: str, every_family: Any) -> None:
+    """The fresh process compares hidden states block by block, and logits of the model loaded whole."""
+    output, report, verification = every_family[family, method]
+    assert verification["ok"], verification["checks"]
+    assert {"tensors", "streamed", "whole", "tokenizer"} == {c["check"] for c in verification["checks"]}
+    assert verification["max_error"] == 0
+    size = report["size"]
     assert size["result"]["bits_per_block_weight"] < 8 < size["base"]["bits_per_block_weight"]
-    assert not (tmp_path / "out.partial").exists()
-    names = {path.name for path in result.folder.iterdir()}
+    assert not output.with_name(output.name + ".partial").exists()
+    names = {path.name for path in output.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "report.json", "README.md"} <= names
     assert not any(name.startswith((".", "part-", "progress")) for name in names)
 
@@ -116,9 +155,8 @@ def test_a_killed_process_loses_nothing(folders: dict[str, Path], tmp_path: Path
         "from tests.test_pipeline import STEP, QUICK, compress\n"
         f"compress({str(folders['llama'])!r}, [STEP], {str(tmp_path / 'out')!r}, **QUICK)\n"
     )
-    root = Path(llmslim.__file__).parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
     state = json.loads((tmp_path / "out.partial" / "progress.json").read_text())
@@ -255,8 +293,6 @@ def test_quantizing_twice_is_refused(folders: dict[str, Path], tmp_path: Path) -
 def test_a_full_disk_is_foreseen(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=1000))
     with pytest.raises(UserError, match=r"GB free and the run needs"):
