@@ -93,6 +93,8 @@ class Quantizer(LinearStep):
         for table in self._tables(anatomy):
             _check_group(table, anatomy.model.get_submodule(table).weight.shape[1], self.group_size)
         if not chosen:
+            if any(isinstance(module, PackedLinear) for module in anatomy.model.modules()):
+                raise UserError("This model is quantized already: quantize the original one instead.")
             raise UserError(
                 f"Nothing to quantize: include={list(self.include)} and exclude={list(self.exclude)} leave no Linear."
             )
