@@ -7,7 +7,7 @@ method, statistic and edit applies to experts as to anything else.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +57,13 @@ class UnfuseExperts(Edit):
         fused = model.get_submodule(self.module)
         if isinstance(fused, UnfusedExperts):
             return
-        gate_up, down = fused.gate_up_proj, fused.down_proj
+        gate_up = model.get_parameter(f"{self.module}.gate_up_proj")
+        down = model.get_parameter(f"{self.module}.down_proj")
         plain = not getattr(fused, "is_transposed", False) and not getattr(fused, "has_bias", False)
         if not plain or gate_up.ndim != 3 or gate_up.shape[1] != 2 * down.shape[2]:
             raise ValueError(f"{self.module} keeps its experts in a layout that llmslim does not know")
         experts = [Expert(_linear(gate_up[index]), _linear(down[index])) for index in range(gate_up.shape[0])]
-        replace_module(model, self.module, UnfusedExperts(experts, fused.act_fn))
+        replace_module(model, self.module, UnfusedExperts(experts, cast(nn.Module, fused.act_fn)))
 
 
 def _linear(weight: Tensor) -> nn.Linear:

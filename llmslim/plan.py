@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import copy
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from llmslim.anatomy import Anatomy
 from llmslim.anatomy.parts import features, is_matrix
 from llmslim.checkpoint.formats import Format
+from llmslim.checkpoint.inventory import stored_tensors
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.loaders.models import ModelFiles
@@ -21,6 +23,11 @@ from llmslim.memory import available_memory, resident_bytes
 from llmslim.passes import PassOptions
 from llmslim.recipe import Recipe
 from llmslim.step import BlockStep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_HEADER_ENTRY = 70  # bytes beside its name that a tensor takes in the header of a safetensors file
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,8 @@ class Plan:
     Attributes:
         peak_memory: of this process, in bytes.
         seconds: of computing on this machine, for all steps and the evaluation; a rough figure.
-        output_bytes: of the weights in the output.
+        input_bytes: of the weights in the model's files.
+        output_bytes: of the weight files in the output.
         disk_bytes: the most that output and work folder take while running.
         streams: whether blocks are read one at a time; False for families whose files need conversion.
     """
@@ -69,7 +77,7 @@ class Plan:
 
 def make_plan(
     files: ModelFiles,
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     recipe: Recipe,
     options: PassOptions,
     form: Format,
@@ -79,13 +87,13 @@ def make_plan(
     """Work out the plan from a skeleton on meta."""
     anatomy = Anatomy.of(model)
     shape = _Shape(anatomy, options, files.dtype)
-    output = _output_bytes(anatomy, edits, options.stored)
+    output = _output_bytes(model, edits, form, options.stored)
     lanes = 2 * shape.lane_bytes + sum(1 for _ in anatomy.blocks) * 64 * shape.hidden * 4
     return Plan(
         peak_memory=_peak_memory(shape, recipe, anatomy, streams),
         available_memory=available_memory(),
         seconds=_seconds(shape, recipe, anatomy, options.device, options.dtype),
-        input_bytes=shape.total * options.stored.itemsize,
+        input_bytes=_input_bytes(files, shape.total),
         output_bytes=output,
         disk_bytes=2 * output + lanes + shape.outer * 4 + 20 * 2**20,
         format=form.name,
@@ -107,7 +115,7 @@ class _Shape:
         self.outer = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(stacks))
         self.block = max(sum(p.numel() for p in block.module.parameters()) for block in anatomy.blocks)
         self.hidden = model.config.get_text_config().hidden_size
-        self.vocabulary = model.get_input_embeddings().num_embeddings
+        self.vocabulary = cast(int, model.get_input_embeddings().num_embeddings)
         self.matrices = [features(m) for b in anatomy.blocks for m in b.module.modules() if is_matrix(m)]
         self.widest = max((width for _, width in self.matrices), default=self.hidden)
         self.largest = max((rows * width for rows, width in self.matrices), default=0)
@@ -118,11 +126,13 @@ class _Shape:
 def _peak_memory(shape: _Shape, recipe: Recipe, anatomy: Anatomy, streams: bool) -> int:
     """The process as it is now, plus the larger of: entering the blocks, working on one, evaluating."""
     weights = shape.block * (shape.compute + shape.stored) if streams else shape.total * shape.compute
-    sides = 1 + max((step.needs_reference for step in recipe.steps if isinstance(step, BlockStep)), default=0)
+    reference = any(step.needs_reference for step in recipe.steps if isinstance(step, BlockStep))
+    models = 2 if reference else 1
+    lanes = 1.5 if reference else 1  # the reference carries half of the calibration windows
     chunk = 2048 * (3 * shape.widest + 4 * shape.hidden) * shape.compute if shape.tokens else 0
     paused = shape.tokens * (shape.widest + 2 * shape.hidden) * shape.compute
     step = max((step.workspace_bytes(anatomy) for step in recipe.steps), default=0)
-    working = sides * weights + sides * shape.lane_bytes + paused + max(chunk, step)
+    working = models * weights + int(lanes * shape.lane_bytes) + paused + max(chunk, step)
     entering = weights + shape.outer * 2 * shape.stored + shape.lane_bytes * 2
     evaluating = 0
     if recipe.evaluation is not None and anatomy.head is not None:
@@ -159,30 +169,22 @@ def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * 512**3 * rounds / (time.perf_counter() - started)
 
 
-def _output_bytes(anatomy: Anatomy, edits: list[Edit], stored: torch.dtype) -> int:
-    """Bytes of the weights after the edits: packed codes, scales and zero points, and what stays dense."""
-    model = anatomy.model
-    packed, covered = 0.0, set()
-    for edit in edits:
-        scheme = getattr(edit, "scheme", None)
-        if scheme is None:
-            continue
-        weight = (
-            getattr(model.get_submodule(edit.module), "weight", None) if _has(model, edit.module) else None
-        )
-        if weight is None:
-            continue
-        covered.add(id(weight))
-        rows, groups = scheme.scale_shape(weight.shape[0], weight.numel() // weight.shape[0])
-        per_scale = getattr(torch, scheme.scale_dtype).itemsize + (0 if scheme.symmetric else 1)
-        packed += math.ceil(weight.numel() * scheme.bits / 8) + rows * groups * per_scale
-    dense = sum(p.numel() for p in model.parameters() if id(p) not in covered)
-    return int(packed) + dense * stored.itemsize
-
-
-def _has(model: torch.nn.Module, name: str) -> bool:
+def _input_bytes(files: ModelFiles, parameters: int) -> int:
+    """Bytes of the weights in the files as they are; of a Hub model not fetched yet, what its config says."""
     try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
+        return files.weights.stored_bytes
+    except UserError:
+        return parameters * files.dtype.itemsize
+
+
+def _output_bytes(model: PreTrainedModel, edits: list[Edit], form: Format, stored: torch.dtype) -> int:
+    """Bytes of the weight files: the edits are made on a copy of the skeleton, whose tensors are counted."""
+    edited = copy.deepcopy(model)
+    for edit in edits:
+        with suppress(ValueError):  # packed by an earlier step, so that this one will pass over it
+            edit.apply(edited)
+    size = 0
+    for name, (tensor, dense) in stored_tensors(edited, form).items():
+        dtype = stored if dense and tensor.is_floating_point() else tensor.dtype
+        size += tensor.numel() * dtype.itemsize + len(name) + _HEADER_ENTRY
+    return size

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from llmslim.work import duration
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
@@ -79,15 +81,3 @@ def progress_for(file: TextIO | None = None) -> Bars | Lines:
     """Bars for a terminal, lines for a log."""
     file = file or sys.stderr
     return Bars(file) if file.isatty() else Lines(file)
-
-
-def duration(seconds: float) -> str:
-    """3 s, 2 min 5 s, 1 h 12 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        minutes, rest = divmod(whole, 60)
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    hours, rest = divmod(whole, 3600)
-    return f"{hours} h {rest // 60} min"

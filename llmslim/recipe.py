@@ -116,7 +116,7 @@ def _override(record: Any, override: str) -> None:
     if not equals or not all(path):
         raise UserError(f"{override!r} is not an override: write key=value, such as gptq.bits=3.")
     named = [e for e in record.get("steps", []) if isinstance(e, dict) and path[0] in e]
-    targets = [entry for entry in named] if named else [record]
+    targets = list(named) if named else [record]
     for target in targets:
         for part in path[:-1]:
             if target.get(part) is None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block, Experts
+from llmslim.anatomy.parts import is_conv1d
 from llmslim.edit import Edit, replace_module
 from llmslim.errors import UserError
 
@@ -193,7 +194,8 @@ class _Visitor:
 
 def dense_weight(linear: nn.Module) -> Tensor:
     """The weight of a Linear as [out, in]; transformers' Conv1D (GPT-2) keeps it the other way round."""
-    return linear.weight.T if type(linear).__name__ == "Conv1D" else linear.weight
+    weight = cast(Tensor, linear.weight)
+    return weight.T if is_conv1d(linear) else weight
 
 
 def block_of(stream: BlockStream, block: Block) -> Block:

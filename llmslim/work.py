@@ -7,14 +7,27 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from llmslim.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Progress = Callable[[str, int, int], None]
 """progress(what is being done, steps done, steps in all)"""
+
+
+def duration(seconds: float) -> str:
+    """3 s, 2 min 5 s, 1 h 12 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        minutes, rest = divmod(whole, 60)
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, rest = divmod(whole, 3600)
+    return f"{hours} h {rest // 60} min"
 
 
 class WorkFolder:

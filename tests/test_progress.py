@@ -6,7 +6,8 @@ import io
 
 import pytest
 
-from llmslim.progress import Bars, Lines, duration, progress_for
+from llmslim.progress import Bars, Lines, progress_for
+from llmslim.work import duration
 
 
 def test_lines_come_at_most_every_ten_seconds_with_the_time_left() -> None:

@@ -7,15 +7,18 @@ blocks are dropped and matrices are pruned, packed or factored.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from llmslim.anatomy.block import Block, NamedModule
 from llmslim.anatomy.family import TESTED, Family, family_of
 from llmslim.anatomy.match import nearest
 from llmslim.anatomy.parts import is_matrix, is_norm
 from llmslim.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PARTS = ("embeddings", "attention", "mlp", "experts", "norms", "head", "other", "unmatched")
 """Where a parameter can belong; a tied one belongs to the first of its parts in this order."""
@@ -61,6 +64,8 @@ class Anatomy:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        from transformers import PreTrainedModel  # slow: not for the help of a command
+
         if not isinstance(model, PreTrainedModel):
             raise UserError(f"a {type(model).__name__} is not a transformers model; give a PreTrainedModel")
         self.model = model

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
-from transformers import PreTrainedModel
 
 from llmslim.anatomy.family import ATTENTION_ROLES, MLP_ROLES, Family
 from llmslim.anatomy.match import Roles, match_roles, nearest, read_attention, read_experts, read_mlp
 from llmslim.anatomy.parts import MLP, Attention, Experts, is_linear, is_norm
 from llmslim.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NamedModule = tuple[str, nn.Module]
 
@@ -74,7 +78,7 @@ class Block:
         """Dotted name of a module or parameter -> its part (one of PARTS)."""
         parts = {name: "norms" for name, _ in self.norms}
         for site, names in self.roles.items():
-            for role, name in names.items():
+            for name in names.values():
                 parts[name] = {"cross_attention": "attention", "shared_mlp": "experts"}.get(site, site)
         return parts
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Group
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from llmslim.anatomy.anatomy import Anatomy, Stack
 from llmslim.anatomy.parts import Experts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def summary(model: PreTrainedModel, dtype: torch.dtype | None = None) -> dict[str, Any]:

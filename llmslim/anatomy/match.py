@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Container
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from llmslim.anatomy.family import SITES, Family
 from llmslim.anatomy.parts import MLP, Attention, Experts, Projection, Side, features, is_matrix
 from llmslim.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Roles = dict[str, dict[str, str]]
 """site -> role -> dotted name of the module in the model."""
@@ -88,9 +91,10 @@ def read_experts(model: PreTrainedModel, names: dict[str, str], shared: MLP | No
     name = names["experts"]
     module = model.get_submodule(name)
     if isinstance(module, nn.ModuleList):  # unfused (llmslim.experts): one gate_up and one down per expert
-        if not all(is_matrix(expert.gate_up) and is_matrix(expert.down) for expert in module):
+        parts = [f"{index}.{part}" for index in range(len(module)) for part in ("gate_up", "down")]
+        if not all(is_matrix(module.get_submodule(part)) for part in parts):
             raise UserError(f"{name}: its experts have no gate_up and down")
-        width = features(module[0].down)[1]
+        width = features(module.get_submodule("0.down"))[1]
         top_k = model.config.num_experts_per_tok
         return Experts(name, module, None, None, len(module), top_k, width, names["router"], shared)
     gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)

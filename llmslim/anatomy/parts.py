@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 Side = Literal["out", "in"]
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the module is transformers' Conv1D (GPT-2), known by its name: importing it takes seconds."""
+    return type(module).__name__ == "Conv1D"
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a dense matrix: nn.Linear (weight [out, in]) or Conv1D (weight [in, out])."""
-    return isinstance(module, nn.Linear | Conv1D)
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_matrix(module: nn.Module) -> bool:
     """Whether the module maps `in_features` to `out_features`, be it dense, packed or factored."""
-    return isinstance(module, Conv1D) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+    return is_conv1d(module) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -29,8 +33,8 @@ def is_norm(module: nn.Module) -> bool:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """(outputs, inputs) of a matrix."""
-    if isinstance(module, Conv1D):
-        inputs, outputs = module.weight.shape
+    if is_conv1d(module):
+        inputs, outputs = cast(Tensor, module.weight).shape
         return outputs, inputs
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
 
@@ -55,7 +59,7 @@ class Projection:
     @property
     def transposed(self) -> bool:
         """Whether the weight is stored [in, out] (Conv1D)."""
-        return isinstance(self.module, Conv1D)
+        return is_conv1d(self.module)
 
     @property
     def dim(self) -> int:

@@ -12,13 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block, Stack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK_TOKENS = 2048  # enough rows for full GEMM speed; temporaries of one chunk stay small
 
@@ -63,8 +66,8 @@ class BlockStream:
     """One model and the lanes that travel through it; the model's blocks are filled and freed by the caller.
 
     Args:
-        model: a skeleton on meta (or a loaded model) with `use_cache` off in its config; what lies outside the blocks must be filled for `enter`
-            and `outputs`, a block for `forward` and `walk`.
+        model: a skeleton on meta (or a loaded model) with `use_cache` off in its config; what lies
+            outside the blocks must be filled for `enter` and `outputs`, a block for `forward` and `walk`.
         dtype: what hidden states are kept and blocks are computed in.
 
     Attributes:
@@ -72,7 +75,7 @@ class BlockStream:
         tails: by stack already entered, how many values its blocks return beside the hidden states.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
         self.model = model
         self.anatomy = Anatomy.of(model)
         self.device = device
@@ -175,7 +178,7 @@ class BlockStream:
                 greenlet(lambda index=index: self._call(block, lane, index))
                 for index in range(len(lane.hidden))
             ]
-            waiting = {}
+            waiting: dict[int, tuple[str, Tensor]] = {}
 
             def go_on(index: int) -> None:
                 result = chunks[index].switch()

@@ -19,7 +19,6 @@ from llmslim.checkpoint.inventory import dense_tensors, part_of, stored_tensors
 from llmslim.edit import Edit, replay
 from llmslim.errors import UserError
 from llmslim.loaders.models import ModelFiles, place, skeleton, tie
-from llmslim.loaders.safetensors_io import DTYPE_BYTES
 from llmslim.quantization.packed import PackedLinear
 
 
@@ -44,8 +43,7 @@ class CheckpointReader:
 
     @property
     def stored_bytes(self) -> int:
-        entries = self.weights.entries.values()
-        return sum(DTYPE_BYTES.get(e["dtype"], 1) * torch.Size(e["shape"]).numel() for e in entries)
+        return self.weights.stored_bytes
 
     def model_skeleton(self) -> PreTrainedModel:
         """The model on meta, edits replayed, without a KV cache."""

@@ -185,7 +185,7 @@ def _check_output(output: Path, options: dict[str, Any], plan: Plan) -> None:
 
 def plan_line(plan: Plan) -> str:
     """The plan in one line, for the start of a run."""
-    from llmslim.progress import duration
+    from llmslim.work import duration
 
     return (
         f"plan: {plan.blocks} blocks, {plan.linears} edits, {plan.input_bytes / 1e6:,.0f} MB -> "

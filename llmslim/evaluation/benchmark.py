@@ -47,8 +47,13 @@ def benchmark(
         "repeats": repeats,
         "threads": torch.get_num_threads(),
         "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(_computed_dtype(model, prompt)).removeprefix("torch."),
     }
+
+
+def _computed_dtype(model: PreTrainedModel, prompt: torch.Tensor) -> torch.dtype:
+    """What the model's output is in. `model.dtype` is its first parameter's: of a packed model, the scales'."""
+    return model(input_ids=prompt[:, :1])[0].dtype
 
 
 def _generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import importlib.util
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -131,14 +131,14 @@ def _first(error: BaseException) -> str:
     return text.rstrip(".")
 
 
-def model_class(config: transformers.PreTrainedConfig) -> type:
+def model_class(config: transformers.PreTrainedConfig) -> type[transformers.PreTrainedModel]:
     """The class that the config names, for a causal model the CausalLM class when it names none."""
     for name in config.architectures or []:
         if hasattr(transformers, name):
             return getattr(transformers, name)
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
         if type(config) in auto._model_mapping:
-            return auto._model_mapping[type(config)]
+            return cast(type[transformers.PreTrainedModel], auto._model_mapping[type(config)])
     raise UserError(f"transformers {transformers.__version__} has no model class for {config.model_type!r}.")
 
 

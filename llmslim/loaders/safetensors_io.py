@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,12 +120,19 @@ class SafetensorsFolder:
             for key, entry in header(path)[0].items():
                 self.entries[key] = {"dtype": entry["dtype"], "shape": entry["shape"], "file": name}
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors in the files."""
+        return sum(
+            DTYPE_BYTES.get(entry["dtype"], 1) * math.prod(entry["shape"]) for entry in self.entries.values()
+        )
+
     @contextmanager
     def open(self) -> Iterator:
         """A reader `get(name) -> Tensor` whose file maps are closed at the end: copy what must outlive it."""
         from safetensors import safe_open
 
-        handles: dict[str, object] = {}
+        handles: dict[str, Any] = {}
 
         def get(name: str) -> Tensor:
             file = self.entries[name]["file"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmslim.anatomy.parts import features
 from llmslim.edit import Edit, replace_module
@@ -26,7 +26,7 @@ class PackLinear(Edit):
         out_features, in_features = features(linear)
         if in_features % self.scheme.group_width(in_features):
             raise ValueError(f"group size {self.scheme.group_size} does not divide {in_features}")
-        weight = linear.weight
+        weight = cast(Tensor, linear.weight)
         packed = PackedLinear(
             in_features,
             out_features,
@@ -35,7 +35,7 @@ class PackLinear(Edit):
             dtype=weight.dtype,
             device="meta",
         )
-        packed.bias = linear.bias
+        packed.bias = cast(Tensor | None, linear.bias)
         replace_module(model, self.module, packed)
 
 
@@ -66,8 +66,10 @@ class PackEmbedding(Edit):
         replace_module(model, self.module, self._packed_table(table))
         for name in sorted(tied):
             other = model.get_submodule(name)
-            is_table = isinstance(other, nn.Embedding)
-            replace_module(model, name, self._packed_table(other) if is_table else self._packed_head(other))
+            packed = (
+                self._packed_table(other) if isinstance(other, nn.Embedding) else self._packed_head(other)
+            )
+            replace_module(model, name, packed)
             retie(model, self.module, name)
 
     def _packed_table(self, table: nn.Embedding) -> PackedEmbedding:
@@ -79,11 +81,11 @@ class PackEmbedding(Edit):
 
     def _packed_head(self, head: nn.Module) -> PackedLinear:
         out_features, in_features = features(head)
-        dtype = head.weight.dtype
+        dtype = cast(Tensor, head.weight).dtype
         packed = PackedLinear(
             in_features, out_features, self.scheme, head.bias is not None, dtype, device="meta"
         )
-        packed.bias = head.bias
+        packed.bias = cast(Tensor | None, head.bias)
         return packed
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -269,4 +269,4 @@ class GPTQ(Quantizer):
         key = (self.damp_percent, self.act_order)
         if key not in stats.derived:
             stats.derived[key] = factor(stats.hessian, self.damp_percent, self.act_order, stats.cross)
-        return stats.derived[key]
+        return cast(Factor, stats.derived[key])

@@ -132,10 +132,7 @@ def search_grid(
     if importance is None:
         importance = torch.ones(in_features, device=weight.device)
     factors = (importance / importance.mean().clamp_min(1e-30)).expand(out_features, in_features)
-    if rows == 1:
-        factors = factors.reshape(1, 1, width)
-    else:
-        factors = factors[:1].reshape(1, groups, width)
+    factors = factors.reshape(1, 1, width) if rows == 1 else factors[:1].reshape(1, groups, width)
     grouped = weight.reshape(rows, groups, width)
     step = max(1, _SEARCH_CHUNK // (groups * width))
     found = [_search(chunk, factors, scheme, steps) for chunk in grouped.split(step)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, field_validator
@@ -91,7 +91,8 @@ class Quantizer(LinearStep):
             if isinstance(block.mlp, Experts) and self.selects(f"{block.mlp.name}.0.gate_up"):
                 chosen += 1
         for table in self._tables(anatomy):
-            _check_group(table, anatomy.model.get_submodule(table).weight.shape[1], self.group_size)
+            weight = cast(Tensor, anatomy.model.get_submodule(table).weight)
+            _check_group(table, weight.shape[1], self.group_size)
         if not chosen:
             if any(isinstance(module, PackedLinear) for module in anatomy.model.modules()):
                 raise UserError("This model is quantized already: quantize the original one instead.")
@@ -100,13 +101,16 @@ class Quantizer(LinearStep):
             )
 
     def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
-        names = [name for block in anatomy.blocks for name in block.linears() if self.selects(name)]
-        edits: list[Edit] = [PackLinear(module=name, scheme=self.scheme(name)) for name in names]
+        edits: list[Edit] = [*self._outer_edits(anatomy)]
         for block in anatomy.blocks:
+            names = list(block.linears())
             if isinstance(experts := block.mlp, Experts) and self.selects(f"{experts.name}.0.gate_up"):
                 edits.append(UnfuseExperts(module=experts.name))
-        for name in self._tables(anatomy):
-            edits.append(PackEmbedding(module=name, scheme=self.embedding_scheme()))
+                if experts.gate_up is not None:  # fused yet, so that `linears` does not list them
+                    each = [f"{experts.name}.{index}" for index in range(experts.num_experts)]
+                    names += [f"{expert}.{part}" for expert in each for part in ("gate_up", "down")]
+            names = [name for name in names if self.selects(name)]
+            edits += [PackLinear(module=name, scheme=self.scheme(name)) for name in names]
         return edits
 
     def workspace_bytes(self, anatomy: Anatomy) -> int:
@@ -126,27 +130,31 @@ class Quantizer(LinearStep):
             tables.append(anatomy.head[0])
         return [name for name in tables if not matches(name, self.exclude)]
 
-    def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
-        anatomy, model = stream.anatomy, stream.model
+    def _outer_edits(self, anatomy: Anatomy) -> list[PackEmbedding | PackLinear]:
+        """The edits outside the blocks; a tied head is packed with its embedding."""
         tables = self._tables(anatomy)
         head = anatomy.head[0] if anatomy.head is not None else None
         tied = head if anatomy.tied and head in tables else None
+        edits: list[PackEmbedding | PackLinear] = []
         for name in tables:
-            if name == tied:
-                continue
-            module = model.get_submodule(name)
             scheme = self.embedding_scheme()
-            quantized = round_to_grid_by_rows(module.weight, scheme)
-            is_table = isinstance(module, nn.Embedding)
-            edit: Edit = (
-                PackEmbedding(module=name, scheme=scheme, tied_head=tied)
-                if is_table
-                else PackLinear(module=name, scheme=scheme)
-            )
-            record.linears.append(self._row(name, scheme, module.weight, quantized, None))
+            if isinstance(anatomy.model.get_submodule(name), nn.Embedding):
+                edits.append(PackEmbedding(module=name, scheme=scheme, tied_head=tied))
+            elif name != tied:
+                edits.append(PackLinear(module=name, scheme=scheme))
+        return edits
+
+    def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
+        model = stream.model
+        for edit in self._outer_edits(stream.anatomy):
+            weight = cast(Tensor, model.get_submodule(edit.module).weight)
+            quantized = round_to_grid_by_rows(weight, edit.scheme)
+            record.linears.append(self._row(edit.module, edit.scheme, weight, quantized, None))
             edit.apply(model)
-            fill_packed(model.get_submodule(name), quantized)
-            if is_table:
+            packed = model.get_submodule(edit.module)
+            assert isinstance(packed, PackedEmbedding | PackedLinear)  # as the edit made it
+            fill_packed(packed, quantized)
+            if isinstance(edit, PackEmbedding):
                 tie(model)
             record.edits.append(edit)
 
@@ -201,7 +209,11 @@ def round_to_grid_by_rows(weight: Tensor, scheme: Scheme, rows: int = 4096) -> Q
     parts = [
         round_to_grid(part.float(), *search_grid(part.float(), scheme), scheme) for part in weight.split(rows)
     ]
-    zero = None if scheme.symmetric else torch.cat([part.zero_point for part in parts])
+    zero = (
+        None
+        if scheme.symmetric
+        else torch.cat([part.zero_point for part in parts if part.zero_point is not None])
+    )
     return QuantizedWeight(
         scheme, torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]), zero
     )

@@ -74,7 +74,7 @@ def notes(report: dict[str, Any], count: int = 3) -> list[str]:
 
 def run_line(report: dict[str, Any]) -> str:
     """Memory and time of the run."""
-    from llmslim.progress import duration
+    from llmslim.work import duration
 
     run = report["run"]
     cpu = sum(run["cpu_seconds"].values()) if isinstance(run["cpu_seconds"], dict) else run["cpu_seconds"]

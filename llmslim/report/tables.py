@@ -41,7 +41,7 @@ def summary_table(report: dict[str, Any]) -> Group:
 
 def plan_table(plan: Plan) -> Table:
     """The plan of a run as it stands in `--plan`."""
-    from llmslim.progress import duration
+    from llmslim.work import duration
 
     table = Table("plan", "", title_justify="left", show_header=False)
     reading = "one block at a time" if plan.streams else "whole: its files need conversion on load"
