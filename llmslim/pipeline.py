@@ -95,9 +95,6 @@ def compress(
             work.state[f"saved-{number}"] = True
             work.save()
         source = find(str(folder))
-    work.state.setdefault("peak_memory_mb", peak_memory_mb())
-    work.save()
-
     progress("verify", 0, 1)
     verification = verify_in_fresh_process(work.path, work.scratch(f"pass-{len(recipe.steps) - 1}"))
     progress("verify", 1, 1)
@@ -117,7 +114,7 @@ def compress(
         "run": {
             "cpu_seconds": {k: p["seconds"] for k, p in work.state["passes"].items()},
             "wall_seconds": time.time() - started,
-            "peak_memory_mb": work.state["peak_memory_mb"],
+            "peak_memory_mb": peak_memory_mb(),
             "resumed": work.resumed,
         },
         "linears": record.linears,

@@ -73,14 +73,13 @@ def factor(hessian: Tensor, damp_percent: float, act_order: bool, cross: Tensor 
         damped.diagonal()[dead] = 1.0  # an input that is always zero: its column is free
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
+            shift = None
+            if cross is not None:  # solved first: of wide inputs each of these matrices is large
+                shift = torch.cholesky_solve(cross[order], lower)[torch.argsort(order)].T
             torch.cholesky_inverse(lower, out=damped)
+            del lower
             upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
             if not failed and bool(upper.diagonal().isfinite().all()):
-                shift = None
-                if cross is not None:
-                    shift = torch.empty_like(hessian)
-                    shift[order] = torch.cholesky_solve(cross[order], lower)
-                    shift = shift.T
                 return Factor(order, upper, damp, shift)
         damp = damp * 10 if damp * 10 <= 1.0 else None
     return Factor(order, None, None)
@@ -263,10 +262,11 @@ class GPTQ(Quantizer):
         return quantized
 
     def _workspace(self, rows: int, width: int) -> int:
-        return super()._workspace(rows, width) + 6 * 4 * width * width
+        return super()._workspace(rows, width) + (7 if self.needs_reference else 5) * 4 * width * width
 
     def _factor(self, stats: InputStats) -> Factor:
         key = (self.damp_percent, self.act_order)
         if key not in stats.derived:
             stats.derived[key] = factor(stats.hessian, self.damp_percent, self.act_order, stats.cross)
+            stats.cross = None  # it lives on in the factor's shift
         return cast(Factor, stats.derived[key])
