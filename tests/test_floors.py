@@ -134,3 +134,11 @@ def test_importing_llmslim_or_its_doors_imports_neither_torch_nor_transformers()
     code += "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_help_of_a_step_imports_no_transformers() -> None:
+    """The fields of the steps need torch, which is half of the wait already."""
+    code = "import sys; from llmslim.commands.run import step_parser; step_parser('x', 'quantize').format_help(); "
+    code += "print([n for n in ('transformers', 'compressed_tensors', 'datasets') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

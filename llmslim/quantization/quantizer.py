@@ -15,7 +15,6 @@ from llmslim.calibration.stream import BlockStream
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.experts import UnfuseExperts
-from llmslim.loaders.models import tie
 from llmslim.quantization.edits import PackEmbedding, PackLinear
 from llmslim.quantization.grid import GroupSize, QuantizedWeight, Scheme, round_to_grid, search_grid
 from llmslim.quantization.packed import PackedEmbedding, PackedLinear
@@ -145,6 +144,8 @@ class Quantizer(LinearStep):
         return edits
 
     def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
+        from llmslim.loaders.models import tie  # brings transformers, which help must not wait for
+
         model = stream.model
         for edit in self._outer_edits(stream.anatomy):
             weight = cast(Tensor, model.get_submodule(edit.module).weight)
