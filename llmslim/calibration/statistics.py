@@ -16,6 +16,7 @@ class InputStats:
 
     Attributes:
         tokens: how many input rows were added.
+        paired: how many of them came with those of the uncompressed model.
         hessian: X^T X, float32 [in, in].
         cross: X^T (X_ref - X), float32 [in, in], where X_ref are the inputs in the uncompressed model; None
             unless `add` was given them. Where only some rows came with theirs, scaled up to all of them.
@@ -23,7 +24,7 @@ class InputStats:
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.tokens = 0
-        self._paired = 0
+        self.paired = 0
         self.hessian = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.cross: Tensor | None = None
         self.derived: dict[object, object] = {}  # factors of the Hessian, kept by who computes them
@@ -36,7 +37,7 @@ class InputStats:
         if reference is not None:
             if self.cross is None:
                 self.cross = torch.zeros_like(self.hessian)
-            self._paired += rows.shape[0]
+            self.paired += rows.shape[0]
             self.cross.addmm_(rows.T, reference.reshape(rows.shape).float() - rows)
 
     def _add_upper_triangle(self, rows: Tensor) -> None:
@@ -49,7 +50,7 @@ class InputStats:
     def finish(self) -> InputStats:
         """Mirror the upper triangle into the lower one, and scale `cross`; call once, after the last `add`."""
         if self.cross is not None:
-            self.cross *= self.tokens / self._paired
+            self.cross *= self.tokens / self.paired
         upper = self.hessian.triu_()
         upper.add_(upper.triu(1).T)
         return self

@@ -84,11 +84,12 @@ class Quantizer(LinearStep):
             for name, linear in block.linears().items():
                 if self.selects(name):
                     chosen += 1
-                    if isinstance(linear, PackedLinear):
-                        raise UserError(f"{name} is quantized already; quantize the original model instead.")
                     _check_group(name, features(linear)[1], self.scheme(name).group_size)
-            if isinstance(block.mlp, Experts) and self.selects(f"{block.mlp.name}.0.gate_up"):
+            if (experts := self._fused_experts(block)) is not None:
                 chosen += 1
+                size = self.scheme(f"{experts.name}.0.gate_up").group_size
+                _check_group(experts.name, anatomy.model.get_parameter(str(experts.gate_up)).shape[-1], size)
+                _check_group(experts.name, experts.width, size)
         for table in self._tables(anatomy):
             weight = cast(Tensor, anatomy.model.get_submodule(table).weight)
             _check_group(table, weight.shape[1], self.group_size)
@@ -103,14 +104,20 @@ class Quantizer(LinearStep):
         edits: list[Edit] = [*self._outer_edits(anatomy)]
         for block in anatomy.blocks:
             names = list(block.linears())
-            if isinstance(experts := block.mlp, Experts) and self.selects(f"{experts.name}.0.gate_up"):
+            if (experts := self._fused_experts(block)) is not None:
                 edits.append(UnfuseExperts(module=experts.name))
-                if experts.gate_up is not None:  # fused yet, so that `linears` does not list them
-                    each = [f"{experts.name}.{index}" for index in range(experts.num_experts)]
-                    names += [f"{expert}.{part}" for expert in each for part in ("gate_up", "down")]
+                each = [f"{experts.name}.{index}" for index in range(experts.num_experts)]
+                names += [f"{expert}.{part}" for expert in each for part in ("gate_up", "down")]
             names = [name for name in names if self.selects(name)]
             edits += [PackLinear(module=name, scheme=self.scheme(name)) for name in names]
         return edits
+
+    def _fused_experts(self, block: Block) -> Experts | None:
+        """The experts of a block, if they are to be compressed and are fused yet: `linears` lists the others."""
+        experts = block.mlp
+        if not isinstance(experts, Experts) or experts.gate_up is None:
+            return None
+        return experts if self.selects(f"{experts.name}.0.gate_up") else None
 
     def workspace_bytes(self, anatomy: Anatomy) -> int:
         shapes = [features(m) for block in anatomy.blocks for m in block.linears().values()]
@@ -127,7 +134,9 @@ class Quantizer(LinearStep):
         tables = [anatomy.embeddings[0][0]]
         if anatomy.head is not None:
             tables.append(anatomy.head[0])
-        return [name for name in tables if not matches(name, self.exclude)]
+        packed = (PackedEmbedding, PackedLinear)  # by an earlier step
+        dense = [name for name in tables if not isinstance(anatomy.model.get_submodule(name), packed)]
+        return [name for name in dense if not matches(name, self.exclude)]
 
     def _outer_edits(self, anatomy: Anatomy) -> list[PackEmbedding | PackLinear]:
         """The edits outside the blocks; a tied head is packed with its embedding."""
@@ -149,6 +158,7 @@ class Quantizer(LinearStep):
         model = stream.model
         for edit in self._outer_edits(stream.anatomy):
             weight = cast(Tensor, model.get_submodule(edit.module).weight)
+            _check_finite(edit.module, weight)
             quantized = round_to_grid_by_rows(weight, edit.scheme)
             record.linears.append(self._row(edit.module, edit.scheme, weight, quantized, None))
             edit.apply(model)
@@ -160,8 +170,7 @@ class Quantizer(LinearStep):
             record.edits.append(edit)
 
     def prepare_block(self, block: Block, stream: BlockStream, record: StepRecord) -> None:
-        experts = block.mlp
-        if isinstance(experts, Experts) and self.selects(f"{experts.name}.0.gate_up"):
+        if (experts := self._fused_experts(block)) is not None:
             edit = UnfuseExperts(module=experts.name)
             edit.apply(stream.model)
             record.edits.append(edit)
@@ -171,10 +180,7 @@ class Quantizer(LinearStep):
     ) -> tuple[Edit, nn.Module]:
         scheme = self.scheme(name)
         weight = weight.float()
-        if not bool(weight.isfinite().all()):
-            raise UserError(
-                f"{name} has NaN or infinite weights, which cannot be quantized; --exclude it or mend the model."
-            )
+        _check_finite(name, weight)
         quantized = self.quantize(name, weight, scheme, stats, record)
         record.linears.append(self._row(name, scheme, weight, quantized, stats))
         return PackLinear(module=name, scheme=scheme), PackedLinear.from_quantized(quantized, bias=None)
@@ -224,6 +230,13 @@ def fill_packed(module: PackedLinear | PackedEmbedding, quantized: QuantizedWeig
     """Put a quantized weight into an empty packed module."""
     for name, parameter in PackedLinear.from_quantized(quantized, bias=None).named_parameters():
         setattr(module, name, parameter)
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not bool(weight.isfinite().all()):
+        raise UserError(
+            f"{name} has NaN or infinite weights, which cannot be quantized; --exclude it or mend the model."
+        )
 
 
 def _check_group(name: str, width: int, group_size: GroupSize) -> None:
