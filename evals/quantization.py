@@ -34,7 +34,7 @@ SCHEMES = {
     "8-bit-sym": ["--bits", "8", "--symmetric"],
 }
 METHODS = {  # name -> flags and whether it looks at a text; what stands first is run first
-    "rtn-minmax": (["--method", "rtn", "--no-search"], False),
+    "rtn-search": (["--method", "rtn", "--search"], False),
     "rtn": (["--method", "rtn"], False),
     "gptq": (["--method", "gptq"], True),
 }

@@ -20,7 +20,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 FORMATS = {"gptq-3bit": "llmslim", "gptq-4bit": "compressed-tensors", "rtn-8bit": "llmslim"}
 FARTHEST = {3: 1.0, 4: 0.5, 8: 0.08}  # distance of the logits from the base's; sqrt(2) is unrelated
 TINY_RUN = ["evaluation.windows=2", "evaluation.seq_len=32", "evaluation.speed=false"]
-TINY_TEXT = ["calibration.num_samples=4", "calibration.seq_len=32"]
+TINY_TEXT = ["calibration.num_samples=64", "calibration.seq_len=32"]
 
 
 @pytest.fixture(scope="module")

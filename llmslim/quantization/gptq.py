@@ -213,7 +213,8 @@ class GPTQ(Quantizer):
     With `input_correction` = a > 0 the target is W + a W (X_ref - X) X^T H^-1: at a = 1 the weight whose outputs on the
     inputs as they are come closest to the uncompressed model's. That is the objective of GPTAQ (Li et al. 2025,
     arXiv:2504.02692), met by moving the target in closed form instead of inside the column loop. It is estimated
-    from half of the calibration text, and shrunk by n / (n + in) for n tokens of it: few tokens tell little.
+    from half of the calibration text, and shrunk by 1 - in / n for n tokens of it: few tokens tell little, and no
+    more of them than inputs tell nothing.
     """
 
     kind: ClassVar[str] = "gptq"
