@@ -81,6 +81,23 @@ def compress(
     work.save()
     return_freed_memory()  # reading and tokenizing the text left holes
 
+    record, made = run_steps(prepared, work, progress)
+    progress("verify", 0, 1)
+    verification = verify_in_fresh_process(work.path, work.scratch(f"pass-{len(recipe.steps) - 1}"))
+    progress("verify", 1, 1)
+    if not verification["ok"]:
+        failed = next(check for check in verification["checks"] if not check["ok"])
+        raise RuntimeError(f"The saved checkpoint in {work.path} is not what was made: {failed['detail']}")
+    result = ModelFiles(str(work.path), work.path, made.config, files.base)
+    measured = measure(files, result, recipe.evaluation, options.device, options.dtype, progress, work)
+    report = {**_report(prepared, work, record, started), "verification": verification, **measured}
+    write_report(work.path, report, files)
+    return Result(work.publish(), report)
+
+
+def run_steps(prepared: Prepared, work: WorkFolder, progress: Progress) -> tuple[StepRecord, ModelFiles]:
+    """Run all steps in order, each from the checkpoint that the one before left; the last one's is the output."""
+    files, recipe, options = prepared.files, prepared.recipe, prepared.options
     record, source = StepRecord(), files
     for number, step in enumerate(recipe.steps):
         last = number == len(recipe.steps) - 1
@@ -95,36 +112,30 @@ def compress(
             work.state[f"saved-{number}"] = True
             work.save()
         source = find(str(folder))
-    progress("verify", 0, 1)
-    verification = verify_in_fresh_process(work.path, work.scratch(f"pass-{len(recipe.steps) - 1}"))
-    progress("verify", 1, 1)
-    if not verification["ok"]:
-        failed = next(check for check in verification["checks"] if not check["ok"])
-        raise RuntimeError(f"The saved checkpoint in {work.path} is not what was made: {failed['detail']}")
-    result = ModelFiles(str(work.path), work.path, source.config, files.base)
-    measured = measure(files, result, recipe.evaluation, options.device, options.dtype, progress, work)
-    report = {
+    return record, source
+
+
+def _report(prepared: Prepared, work: WorkFolder, record: StepRecord, started: float) -> dict[str, Any]:
+    """What report.json says of the run itself; verification and measurements come on top."""
+    files, options = prepared.files, prepared.options
+    return {
         "schema_version": 1,
         "llmslim": llmslim.__version__,
         "base": {"model": files.base, "spec": files.spec, "revision": files.revision},
-        "recipe": recipe.to_json(),
+        "recipe": prepared.recipe.to_json(),
         "format": prepared.format.name,
         "calibration": _text_record(prepared.text),
         "plan": prepared.plan.to_json(),
         "run": {
-            "cpu_seconds": {k: p["seconds"] for k, p in work.state["passes"].items()},
+            "cpu_seconds": {key: state["seconds"] for key, state in work.state["passes"].items()},
             "wall_seconds": time.time() - started,
             "peak_memory_mb": peak_memory_mb(),
             "resumed": work.resumed,
         },
         "linears": record.linears,
         "notes": record.notes,
-        "verification": verification,
-        **measured,
         "environment": environment(options),
     }
-    write_report(work.path, report, files)
-    return Result(work.publish(), report)
 
 
 @dataclass

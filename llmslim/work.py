@@ -49,7 +49,12 @@ class WorkFolder:
         saved = _read(self.path / "progress.json")
         if saved is not None and saved.get("fingerprint") == fingerprint:
             self.state, self.resumed = saved, True
-        elif self.path.exists() and not overwrite and saved is not None:
+        elif saved is None and self.path.exists() and any(p.suffix != ".tmp" for p in self.path.iterdir()):
+            raise UserError(
+                f"{self.path}, where the output would be made, is there and is not an unfinished run: "
+                "move it away, or name another --output."
+            )
+        elif saved is not None and not overwrite:
             changed = [
                 key for key in fingerprint if saved.get("fingerprint", {}).get(key) != fingerprint[key]
             ]

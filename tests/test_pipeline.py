@@ -273,6 +273,14 @@ def test_an_existing_output_is_never_replaced_unasked(folders: dict[str, Path], 
     assert (tmp_path / "out" / "thesis.txt").read_text() == "ten years of work"
 
 
+def test_a_folder_in_the_way_of_the_work_is_not_thrown_away(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("ten years of work")
+    with pytest.raises(UserError, match="is not an unfinished run"):
+        compress(str(folders["llama"]), [STEP], tmp_path / "out", overwrite=True, **QUICK)
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "ten years of work"
+
+
 def test_a_nan_weight_is_named_and_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
