@@ -15,7 +15,7 @@ from llmslim.quantization.grid import (
     Scheme,
     assemble,
     round_scale,
-    round_to_grid,
+    round_to_nearest,
     search_grid,
 )
 from llmslim.quantization.quantizer import Quantizer
@@ -248,7 +248,7 @@ class GPTQ(Quantizer):
         if stats is None or solved is None or solved.inverse is None:
             if solved is not None:
                 record.note(name, "the Hessian cannot be factorized with any damping: rounded to nearest")
-            return round_to_grid(weight, *search_grid(weight, scheme), scheme)
+            return round_to_nearest(weight, scheme)
         if solved.damp_percent != self.damp_percent:
             record.note(name, f"damping raised from {self.damp_percent:g} to {solved.damp_percent:g}")
         target = (

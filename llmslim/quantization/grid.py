@@ -183,6 +183,12 @@ def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -
     return assemble(codes.reshape(weight.shape), scale, zero, scheme)
 
 
+def round_to_nearest(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    """Round a float32 weight [out, in] to the grid that just covers each group."""
+    rows, groups = scheme.scale_shape(*weight.shape)
+    return round_to_grid(weight, *min_max_grid(weight.reshape(rows, groups, -1), scheme), scheme)
+
+
 def assemble(codes: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> QuantizedWeight:
     zero_point = None if scheme.symmetric else zero.to(torch.uint8)
     return QuantizedWeight(scheme, codes.to(torch.uint8), scale, zero_point)

@@ -16,7 +16,7 @@ from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.experts import UnfuseExperts
 from llmslim.quantization.edits import PackEmbedding, PackLinear
-from llmslim.quantization.grid import GroupSize, QuantizedWeight, Scheme, round_to_grid, search_grid
+from llmslim.quantization.grid import GroupSize, QuantizedWeight, Scheme, round_to_nearest
 from llmslim.quantization.packed import PackedEmbedding, PackedLinear
 from llmslim.step import LinearStep, StepRecord, matches
 
@@ -159,7 +159,7 @@ class Quantizer(LinearStep):
         for edit in self._outer_edits(stream.anatomy):
             weight = cast(Tensor, model.get_submodule(edit.module).weight)
             _check_finite(edit.module, weight)
-            quantized = round_to_grid_by_rows(weight, edit.scheme)
+            quantized = round_table(weight, edit.scheme)
             record.linears.append(self._row(edit.module, edit.scheme, weight, quantized, None))
             edit.apply(model)
             packed = model.get_submodule(edit.module)
@@ -209,20 +209,17 @@ def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) ->
     return float((difference @ hessian).mul_(difference).sum() / power.clamp_min(1e-30))
 
 
-def round_to_grid_by_rows(weight: Tensor, scheme: Scheme, rows: int = 4096) -> QuantizedWeight:
+def round_table(weight: Tensor, scheme: Scheme, rows: int = 4096) -> QuantizedWeight:
     """Round a big table to nearest in slices of rows, so that its float32 copy is never whole."""
     if scheme.group_size == "tensor":
-        return round_to_grid(weight.float(), *search_grid(weight.float(), scheme), scheme)
-    parts = [
-        round_to_grid(part.float(), *search_grid(part.float(), scheme), scheme) for part in weight.split(rows)
-    ]
-    zero = (
-        None
-        if scheme.symmetric
-        else torch.cat([part.zero_point for part in parts if part.zero_point is not None])
-    )
+        return round_to_nearest(weight.float(), scheme)
+    parts = [round_to_nearest(part.float(), scheme) for part in weight.split(rows)]
+    zeros = [part.zero_point for part in parts if part.zero_point is not None]
     return QuantizedWeight(
-        scheme, torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]), zero
+        scheme,
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat(zeros) if zeros else None,
     )
 
 

@@ -8,7 +8,13 @@ from pydantic import Field
 from torch import Tensor
 
 from llmslim.calibration.statistics import InputStats
-from llmslim.quantization.grid import QuantizedWeight, Scheme, min_max_grid, round_to_grid, search_grid
+from llmslim.quantization.grid import (
+    QuantizedWeight,
+    Scheme,
+    round_to_grid,
+    round_to_nearest,
+    search_grid,
+)
 from llmslim.quantization.quantizer import Quantizer
 from llmslim.step import StepRecord
 
@@ -31,8 +37,5 @@ class RTN(Quantizer):
         self, name: str, weight: Tensor, scheme: Scheme, stats: InputStats | None, record: StepRecord
     ) -> QuantizedWeight:
         if self.search:
-            scale, zero = search_grid(weight, scheme)
-        else:
-            rows, groups = scheme.scale_shape(*weight.shape)
-            scale, zero = min_max_grid(weight.reshape(rows, groups, -1), scheme)
-        return round_to_grid(weight, scale, zero, scheme)
+            return round_to_grid(weight, *search_grid(weight, scheme), scheme)
+        return round_to_nearest(weight, scheme)
