@@ -16,7 +16,7 @@ from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.checkpoint.formats import Format
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.writer import CheckpointWriter
-from llmslim.edit import parse_edit
+from llmslim.edit import DropBlocks, parse_edit
 from llmslim.loaders.models import ModelFiles, place, release, tie
 from llmslim.step import BlockStep, StepRecord
 from llmslim.work import Progress, WorkFolder, load_tensors, save_tensors
@@ -46,6 +46,7 @@ class BlockPass:
     Args:
         base: the uncompressed model that the run started from, for steps that compare with it.
         number: which pass of the run this is; names its state in the work folder.
+        survey: what the step found out beforehand.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class BlockPass:
         options: PassOptions,
         work: WorkFolder,
         number: int,
+        survey: dict[str, Tensor],
     ) -> None:
         self.step, self.options, self.work = step, options, work
         self.reader = CheckpointReader(files)
@@ -85,8 +87,9 @@ class BlockPass:
             },
         )
         self.record = StepRecord(
-            [parse_edit(edit) for edit in self.state["edits"]], self.state["linears"], self.state["notes"]
+            [parse_edit(edit) for edit in self.state["edits"]], self.state["linears"], self.state["notes"], survey
         )
+        self.dropped = frozenset(step.dropped_blocks(self.stream.anatomy, self.record))
         self._streams = [self.stream, *([self.reference] if self.reference else [])]
 
     def run(self, progress: Progress) -> StepRecord:
@@ -114,6 +117,8 @@ class BlockPass:
             done += count
         progress(self.step.kind, done, done)
         self._probe_outputs()
+        self.record.edits += self._drops()
+        self.state["edits"] = [edit.to_json() for edit in self.record.edits]
         self.state["finished"] = True
         self.work.save()
         return self.record
@@ -137,14 +142,31 @@ class BlockPass:
     def _block(self, block: Block) -> None:
         if block.index > 0:  # the first one was filled to enter the stack
             self._fill(block.name, forget=True)
-        self.step.compress_block(block, self.stream, self.reference, self.record)
-        probe = self.stream.lanes["probe"]
-        self.stream.forward(block, probe)
-        hidden = torch.cat(probe.hidden).cpu()
-        save_tensors(self.scratch / f"block-{block.name}.safetensors", {"hidden": hidden})
-        self.writer.write_block(self.model, block.name)
+        if block.name not in self.dropped:
+            self.step.compress_block(block, self.stream, self.reference, self.record)
+            probe = self.stream.lanes["probe"]
+            self.stream.forward(block, probe)
+            hidden = torch.cat(probe.hidden).cpu()
+            name = self._new_name(block)
+            save_tensors(self.scratch / f"block-{name}.safetensors", {"hidden": hidden})
+            self.writer.write_block(self.model, block.name, name)
         for stream in self._streams:
             release(stream.model, block.name)
+
+    def _new_name(self, block: Block) -> str:
+        """What the block is called when the dropped ones before it are gone."""
+        stack = block.name.rpartition(".")[0]
+        before = sum(f"{stack}.{index}" in self.dropped for index in range(block.index))
+        return f"{stack}.{block.index - before}"
+
+    def _drops(self) -> list[DropBlocks]:
+        """The dropped blocks as edits, made last: until then every block has its place in the files."""
+        edits = []
+        for stack in self.stream.anatomy.stacks:
+            keep = tuple(block.index for block in stack.blocks if block.name not in self.dropped)
+            if len(keep) < len(stack.blocks):
+                edits.append(DropBlocks(stack=stack.name, keep=keep))
+        return edits
 
     def _fill(self, prefix: str | None, forget: bool = False) -> None:
         """Read a part; of a model that had to be loaded whole, `forget` drops what a shared reader holds of it."""

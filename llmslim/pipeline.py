@@ -28,6 +28,7 @@ from llmslim.plan import Plan, make_plan
 from llmslim.recipe import Recipe
 from llmslim.report import write_report
 from llmslim.step import BlockStep, Step, StepRecord
+from llmslim.survey import run_survey
 from llmslim.work import Progress, WorkFolder
 
 
@@ -203,7 +204,8 @@ def run_step(
 ) -> StepRecord:
     """Run one step from a checkpoint to the parts of the next one."""
     if isinstance(step, BlockStep):
-        return BlockPass(step, source, base, folder, form, options, work, number).run(progress)
+        survey = run_survey(step, source, options, work.scratch(f"pass-{number}"), progress)
+        return BlockPass(step, source, base, folder, form, options, work, number, survey).run(progress)
     raise UserError(f"The step {step.kind!r} does not work on blocks, and nothing else can run it yet.")
 
 

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "llmslim"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__", "cli", "commands", "flags", "generation", "inspection", "progress"),
-    ("pipeline", "plan", "recipe", "report", "hub", "passes", "work", "measure", "size"),
+    ("pipeline", "plan", "recipe", "report", "hub", "passes", "survey", "work", "measure", "size"),
     ("evaluation", "checkpoint", "plugin"),
     ("quantization", "pruning", "sharing", "factorization", "kvcache", "recovery", "distillation"),
     ("step", "edit", "experts"),
@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 ORDERED = {
     # Rooms of one floor that are no alternatives to each other: the earlier may use the later.
     "cli": ("__main__", "cli", "commands", "inspection", "generation", "flags", "progress"),
-    "pipeline": ("pipeline", "measure", "report", "hub", "plan", "passes", "recipe", "size", "work"),
+    "pipeline": ("pipeline", "measure", "report", "hub", "plan", "survey", "passes", "recipe", "size", "work"),
     "evaluation": ("evaluation", "plugin", "checkpoint"),
     "step": ("step", "experts", "edit"),
 }

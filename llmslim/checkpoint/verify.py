@@ -27,8 +27,9 @@ from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.checkpoint.formats import formats
 from llmslim.checkpoint.inventory import stored_tensors
 from llmslim.checkpoint.reader import CheckpointReader
+from llmslim.checkpoint.walk import walk_blocks
 from llmslim.errors import UserError
-from llmslim.loaders.models import ModelFiles, find, release
+from llmslim.loaders.models import ModelFiles, find
 from llmslim.memory import available_memory
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -132,16 +133,9 @@ def _streamed(files: ModelFiles, probe: Path, dtype: torch.dtype) -> Check:
     lane = Lane.of_tokens("probe", _kept(probe, "tokens"), bool(model.config.is_encoder_decoder))
     stream.add(lane)
     errors: dict[str, float] = {}
-    reader.fill([model], None, dtype)
-    for stack in stream.anatomy.stacks:
-        for block in stack.blocks:
-            reader.fill([model], block.name, dtype)
-            if block.index == 0:
-                stream.enter(stack)
-            stream.forward(block, lane)
-            release(model, block.name)
-            errors[block.name] = _error(torch.cat(lane.hidden), _kept(probe, f"block-{block.name}", "hidden"))
-        stream.leave(stack)
+    for block in walk_blocks(reader, stream):
+        stream.forward(block, lane)
+        errors[block.name] = _error(torch.cat(lane.hidden), _kept(probe, f"block-{block.name}", "hidden"))
     _, output = next(stream.outputs(lane))
     errors["logits"] = _error(output[0], _kept(probe, "logits"))
     worst, tolerance = max(errors.values()), TOLERANCE[dtype]

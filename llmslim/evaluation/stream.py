@@ -9,8 +9,9 @@ from torch import Tensor
 
 from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.checkpoint.reader import CheckpointReader
+from llmslim.checkpoint.walk import walk_blocks
 from llmslim.evaluation.scores import Scores, TokenScores
-from llmslim.loaders.models import ModelFiles, release
+from llmslim.loaders.models import ModelFiles
 
 
 def streamed_outputs(
@@ -29,18 +30,10 @@ def streamed_outputs(
     stream = BlockStream(model, device, dtype)
     lane = Lane.of_tokens("evaluation", tokens, bool(model.config.is_encoder_decoder), windows_per_chunk=1)
     stream.add(lane)
-    total, done = len(stream.anatomy.blocks), 0
-    reader.fill([model], None, dtype)
-    for stack in stream.anatomy.stacks:
-        for block in stack.blocks:
-            reader.fill([model], block.name, dtype)
-            if block.index == 0:
-                stream.enter(stack)
-            stream.forward(block, lane)
-            release(model, block.name)
-            done += 1
-            progress(done, total)
-        stream.leave(stack)
+    total = len(stream.anatomy.blocks)
+    for done, block in enumerate(walk_blocks(reader, stream), 1):
+        stream.forward(block, lane)
+        progress(done, total)
     for _, output in stream.outputs(lane):
         yield output[0][0]
 

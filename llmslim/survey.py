@@ -1,0 +1,62 @@
+"""A step's look at the whole model before its pass: streamed block by block, or loaded for gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmslim.anatomy import Anatomy, Block
+from llmslim.calibration.stream import BlockStream, Lane
+from llmslim.checkpoint.load import load_model
+from llmslim.checkpoint.reader import CheckpointReader
+from llmslim.checkpoint.walk import walk_blocks
+from llmslim.loaders.models import ModelFiles
+from llmslim.passes import PassOptions
+from llmslim.step import BlockStep
+from llmslim.work import Progress, load_tensors, save_tensors
+
+
+class Look:
+    """What `llmslim.step.Survey` promises, for a model in its files."""
+
+    def __init__(self, files: ModelFiles, options: PassOptions, progress: Progress) -> None:
+        self.files, self.options, self.progress = files, options, progress
+        self.seed = options.seed
+        self.reader = CheckpointReader(files)
+        self.anatomy = Anatomy.of(self.reader.model_skeleton())
+
+    @property
+    def tokens(self) -> Tensor:
+        assert self.options.tokens is not None, "the step's needs_calibration says that it needs no text"
+        return self.options.tokens
+
+    def blocks(self) -> Iterator[tuple[Block, BlockStream]]:
+        model = self.reader.model_skeleton()
+        stream = BlockStream(model, self.options.device, self.options.dtype)
+        if self.options.tokens is not None:
+            two_sided = bool(model.config.is_encoder_decoder)
+            stream.add(Lane.of_tokens("calibration", self.options.tokens, two_sided))
+        total = len(self.anatomy.blocks)
+        for done, block in enumerate(walk_blocks(self.reader, stream)):
+            self.progress("survey", done, total)
+            yield block, stream
+        self.progress("survey", total, total)
+
+    def loaded(self) -> PreTrainedModel:
+        return load_model(self.files, torch.float32, self.options.device)
+
+
+def run_survey(
+    step: BlockStep, files: ModelFiles, options: PassOptions, scratch: Path, progress: Progress
+) -> dict[str, Tensor]:
+    """The step's survey, from the scratch folder if an earlier run finished it."""
+    if not step.needs_survey:
+        return {}
+    path = scratch / "survey.safetensors"
+    if not path.exists():
+        save_tensors(path, step.survey(Look(files, options, progress)))
+    return load_tensors(path)
