@@ -56,14 +56,19 @@ class DropBlocks(Edit):
 
     def apply(self, model: nn.Module) -> None:
         blocks = model.get_submodule(self.stack)
+        if not isinstance(blocks, nn.ModuleList):
+            raise ValueError(f"{self.stack} is no list of blocks")
         if not self.keep or max(self.keep) >= len(blocks) or list(self.keep) != sorted(set(self.keep)):
-            raise ValueError(f"{self.stack} has {len(blocks)} blocks, of which {list(self.keep)} cannot be kept")
+            raise ValueError(
+                f"{self.stack} has {len(blocks)} blocks, of which {list(self.keep)} cannot be kept"
+            )
         self.configure(model.config, len(blocks))
-        replace_module(model, self.stack, nn.ModuleList(blocks[index] for index in self.keep))
-        for index, block in enumerate(model.get_submodule(self.stack)):
+        kept = nn.ModuleList(blocks[index] for index in self.keep)
+        replace_module(model, self.stack, kept)
+        for index, block in enumerate(kept):
             for module in block.modules():  # a block's place in the KV cache
                 if isinstance(getattr(module, "layer_idx", None), int):
-                    module.layer_idx = index
+                    module.layer_idx = index  # type: ignore[assignment]
 
     def configure(self, config: Any, count: int) -> None:
         """Change a config that has `count` blocks in this stack."""

@@ -87,7 +87,10 @@ class BlockPass:
             },
         )
         self.record = StepRecord(
-            [parse_edit(edit) for edit in self.state["edits"]], self.state["linears"], self.state["notes"], survey
+            [parse_edit(edit) for edit in self.state["edits"]],
+            self.state["linears"],
+            self.state["notes"],
+            survey,
         )
         self.dropped = frozenset(step.dropped_blocks(self.stream.anatomy, self.record))
         self._streams = [self.stream, *([self.reference] if self.reference else [])]

@@ -88,11 +88,14 @@ class Survey(Protocol):
     Attributes:
         anatomy: of a skeleton on meta.
         tokens: calibration windows, int64 [windows, seq].
+        seed: of the run.
     """
 
     anatomy: Anatomy
-    tokens: Tensor
     seed: int
+
+    @property
+    def tokens(self) -> Tensor: ...
 
     def blocks(self) -> Iterator[tuple[Block, BlockStream]]:
         """Each block, filled, with the lane "calibration" in front of it; the consumer passes the lane."""

@@ -33,7 +33,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 ORDERED = {
     # Rooms of one floor that are no alternatives to each other: the earlier may use the later.
     "cli": ("__main__", "cli", "commands", "inspection", "generation", "flags", "progress"),
-    "pipeline": ("pipeline", "measure", "report", "hub", "plan", "survey", "passes", "recipe", "size", "work"),
+    "pipeline": (
+        "pipeline",
+        "measure",
+        "report",
+        "hub",
+        "plan",
+        "survey",
+        "passes",
+        "recipe",
+        "size",
+        "work",
+    ),
     "evaluation": ("evaluation", "plugin", "checkpoint"),
     "step": ("step", "experts", "edit"),
 }
