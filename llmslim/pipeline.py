@@ -14,7 +14,7 @@ import torch
 import llmslim
 from llmslim.anatomy import Anatomy
 from llmslim.checkpoint.formats import Format, choose
-from llmslim.checkpoint.reader import CheckpointReader
+from llmslim.checkpoint.reader import CheckpointReader, plain_config, read_edits
 from llmslim.checkpoint.verify import verify_in_fresh_process
 from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.errors import UserError
@@ -175,7 +175,8 @@ def prepare(
     for step in recipe.steps:
         step.check(anatomy)
     edits = [edit for step in recipe.steps for edit in step.planned_edits(anatomy)]
-    form = choose(recipe.format, edits, reader_model, stored)
+    plain = plain_config(files)  # in front of the edits that the model comes with
+    form = choose(recipe.format, [*read_edits(files)[1], *edits], skeleton(plain), stored)
     text = None
     if any(step.needs_calibration for step in recipe.steps):
         choice = recipe.calibration
