@@ -23,7 +23,7 @@ FIELDS = {
     "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
     "expert_width": ("moe_intermediate_size", "intermediate_size"),
 }
-"""Size -> the fields that families state it in; the first that a config has (GPT-2's, T5's ... aliases count)."""
+"""Size -> the fields that families state it in; the first that a config declares, as a field or an alias of one."""
 
 
 def absorb(config: Any, edits: Sequence[Edit], model: PreTrainedModel) -> tuple[Any, list[Edit]]:
@@ -55,7 +55,7 @@ def _fitted(config: Any, model: PreTrainedModel, edited: PreTrainedModel) -> Any
     for size, values in after.items():
         if values == before[size]:
             continue
-        field = next((name for name in FIELDS[size] if hasattr(changed, name)), None)
+        field = next((name for name in FIELDS[size] if _declares(config, name)), None)
         if len(values) != 1 or field is None:
             if size == "kv_heads" and field is None:  # as many as query heads
                 continue
@@ -64,6 +64,11 @@ def _fitted(config: Any, model: PreTrainedModel, edited: PreTrainedModel) -> Any
             changed.head_dim = Anatomy(edited).blocks[0].attention.head_dim
         setattr(changed, field, next(iter(values)))
     return changed
+
+
+def _declares(config: Any, field: str) -> bool:
+    """Whether the family knows the field; a config.json may bring others along, which nothing reads."""
+    return field in config.attribute_map or hasattr(type(config), field)
 
 
 def _sizes(model: PreTrainedModel) -> dict[str, set[int]]:
@@ -93,9 +98,7 @@ def _makes(config: Any, edited: PreTrainedModel) -> bool:
 
 def _description(model: PreTrainedModel) -> dict[str, Any]:
     """Shapes of parameters, and class and numbers of every module in the blocks, among them those of heads."""
-    found: dict[str, Any] = {
-        name: p.shape for name, p in model.named_parameters(remove_duplicate=False)
-    }
+    found: dict[str, Any] = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
     for block in Anatomy(model).blocks:
         for name, module in block.module.named_modules(prefix=block.name):
             numbers = {key: value for key, value in vars(module).items() if type(value) in (int, float)}

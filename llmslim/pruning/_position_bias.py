@@ -22,7 +22,7 @@ def choose_bias_columns(module: nn.Module, heads: tuple[int, ...], before: int) 
     columns = getattr(module, "bias_columns", range(before))
     if not hasattr(module, "bias_columns"):
         module.all_heads = before  # type: ignore[assignment]
-        module.__class__ = _narrowed(type(module))
+        module.__class__ = _narrowed(type(module))  # type: ignore[arg-type]
     module.bias_columns = [columns[head] for head in heads]  # type: ignore[assignment]
 
 
@@ -39,7 +39,7 @@ def _narrowed(cls: Any) -> type[nn.Module]:
             own = None if position_bias is None else position_bias[:, self.bias_columns]
             output, own, *rest = super().forward(*args, position_bias=own, **kwargs)
             if position_bias is None:  # made here: from the table, or zeros where there is none
-                position_bias = vars(self).pop("whole_bias", None)
+                position_bias = self.__dict__.pop("whole_bias", None)
             if position_bias is None:
                 position_bias = own.new_zeros(1, self.all_heads, *own.shape[2:])
             return output, position_bias, *rest

@@ -34,7 +34,7 @@ class NarrowMLP(Edit):
     width: int = Field(gt=0)
 
     def apply(self, model: nn.Module) -> None:
-        narrow_mlp(_block(model, self.block), torch.arange(self.width))
+        narrow_mlp(_block(model, self.block), _first(self.width))
 
 
 class NarrowAttention(Edit):
@@ -58,9 +58,11 @@ class NarrowAttention(Edit):
         _check_count(f"{attention.name}: KV heads", self.kv_heads, attention.num_kv_heads)
         run = attention.num_heads // attention.num_kv_heads
         if self.heads % self.kv_heads or self.heads // self.kv_heads > run:
-            raise ValueError(f"{self.heads} heads cannot read {self.kv_heads} KV heads in runs of at most {run}")
-        heads = torch.arange(self.kv_heads)[:, None] * run + torch.arange(self.heads // self.kv_heads)
-        kept = heads.reshape(-1) if self.kept is None else torch.tensor(self.kept)
+            raise ValueError(
+                f"{self.heads} heads cannot read {self.kv_heads} KV heads in runs of at most {run}"
+            )
+        heads = _first(self.kv_heads)[:, None] * run + _first(self.heads // self.kv_heads)
+        kept = heads.reshape(-1) if self.kept is None else torch.tensor(self.kept, device="cpu")
         if narrow_attention(block, kept, self.cross) != self:
             raise ValueError(f"heads {self.kept} are not {self.heads} with {self.kv_heads} KV heads")
 
@@ -75,10 +77,10 @@ class NarrowExperts(Edit):
 
     def apply(self, model: nn.Module) -> None:
         block = _block(model, self.block)
-        stay = None if self.experts is None else torch.arange(self.experts)
+        stay = None if self.experts is None else _first(self.experts)
         channels = None
         if self.width is not None:
-            channels = [torch.arange(self.width)] * (self.experts or _experts(block).num_experts)
+            channels = [_first(self.width)] * (self.experts or _experts(block).num_experts)
         narrow_experts(block, stay, channels)
 
 
@@ -131,7 +133,10 @@ def narrow_attention(block: Block, heads: Tensor, cross: bool = False) -> Narrow
     stay = {"q": heads, "k": kv_heads, "v": kv_heads, "o": heads}
     _slice(
         [
-            (getattr(attention, role), torch.cat([attention.head_rows(role, head) for head in chosen.tolist()]))  # type: ignore[arg-type]
+            (
+                getattr(attention, role),
+                torch.cat([attention.head_rows(role, head) for head in chosen.tolist()]),
+            )  # type: ignore[arg-type]
             for role, chosen in stay.items()
         ]
     )
@@ -140,9 +145,7 @@ def narrow_attention(block: Block, heads: Tensor, cross: bool = False) -> Narrow
     if takes_position_bias(attention.module):
         kept = tuple(heads.tolist())
         choose_bias_columns(attention.module, kept, attention.num_heads)
-    return NarrowAttention(
-        block=block.name, heads=len(heads), kv_heads=len(kv_heads), cross=cross, kept=kept
-    )
+    return NarrowAttention(block=block.name, heads=len(heads), kv_heads=len(kv_heads), cross=cross, kept=kept)
 
 
 @torch.no_grad()
@@ -160,7 +163,7 @@ def narrow_experts(
         ValueError: the block has no experts, fewer would stay than a token goes to, or it does not fit.
     """
     before = _experts(block)
-    stay = torch.arange(before.num_experts) if experts is None else experts
+    stay = _first(before.num_experts) if experts is None else experts
     stay = _checked(f"{before.name}: experts", stay, before.num_experts)
     if len(stay) < before.top_k:
         raise ValueError(f"{before.name}: each token goes to {before.top_k} experts, {len(stay)} are too few")
@@ -194,7 +197,9 @@ def _narrow_fused(experts: Experts, stay: Tensor, channels: list[Tensor] | None)
     else:
         pairs = list(zip(stay.tolist(), channels, strict=True))
         both = [torch.cat([keep, keep + experts.width]) for keep in channels]
-        gate_up = torch.stack([_select(gate_up[e], 0, rows) for (e, _), rows in zip(pairs, both, strict=True)])
+        gate_up = torch.stack(
+            [_select(gate_up[e], 0, rows) for (e, _), rows in zip(pairs, both, strict=True)]
+        )
         down = torch.stack([_select(down[e], 1, keep) for e, keep in pairs])
         _set_numbers(experts.module, ("intermediate_dim", "intermediate_size"), len(channels[0]))
     _put(experts.module, "gate_up_proj", gate_up)
@@ -300,6 +305,10 @@ def _experts(block: Block) -> Experts:
     return experts
 
 
+def _first(count: int) -> Tensor:
+    return torch.arange(count, device="cpu")  # numbers, also while from_pretrained makes all tensors on meta
+
+
 def _checked(what: str, keep: Tensor, count: int) -> Tensor:
     """The indices on the CPU, or a ValueError when they do not choose some of `count`."""
     keep = keep.cpu()
@@ -316,9 +325,7 @@ def _check_count(what: str, stay: int, count: int) -> None:
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: t for name, t in {**module._parameters, **module._buffers}.items() if isinstance(t, Tensor)
-    }
+    return {name: t for name, t in {**module._parameters, **module._buffers}.items() if isinstance(t, Tensor)}
 
 
 def _select(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
