@@ -1,12 +1,14 @@
 """Fewer channels, heads and experts: the same as masking, replayed on meta, saved, loaded, generated with."""
 
 import json
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModel
 
+import llmslim.step
 from llmslim.anatomy import MLP, Anatomy, Experts
 from llmslim.checkpoint.load import load
 from llmslim.checkpoint.plain import absorb
@@ -14,6 +16,7 @@ from llmslim.edit import parse_edit, replace_module, replay
 from llmslim.errors import UserError
 from llmslim.experts import UnfuseExperts
 from llmslim.loaders.models import skeleton
+from llmslim.pipeline import compress
 from llmslim.pruning.edits import (
     NarrowAttention,
     NarrowMLP,
@@ -24,6 +27,7 @@ from llmslim.pruning.edits import (
 from llmslim.quantization.edits import PackLinear
 from llmslim.quantization.grid import Scheme
 from llmslim.quantization.rtn import RTN
+from llmslim.step import STEPS as STEPS_KNOWN
 from llmslim.step import BlockStep
 from tests.checkpoints import inputs_of, load_elsewhere, logits_of, make
 from tests.tiny import DECODERS, FAMILIES, meta_model, save_tiny, tiny_config, tiny_model
@@ -306,6 +310,21 @@ def test_a_pruned_checkpoint_is_quantized_on_either_road(made, tmp_path):
         )
         again, _ = load(str(folder), dtype=torch.float32)
         assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_the_whole_road_narrows_then_quantizes(tmp_path, monkeypatch):
+    """Experts go first, so the later step must plan for those that are left; both run, saved and verified."""
+    monkeypatch.setattr(llmslim.step, "STEPS", dict(STEPS_KNOWN))  # the class below is for here alone
+
+    class Narrow(_Narrow):
+        kind: ClassVar[str] = "narrow"
+        verb: ClassVar[str] = "prune"
+
+    steps = [Narrow(heads=2, width=96, experts=3), RTN(bits=4, group_size=16)]
+    result = compress(str(save_tiny("mixtral", tmp_path / "base")), steps, tmp_path / "out", evaluation=None)
+    assert result.report["verification"]["ok"] and result.report["verification"]["max_error"] == 0
+    model, _ = load(str(result.folder))
+    assert model.config.num_local_experts == 3 and model.config.num_attention_heads == 2
 
 
 @pytest.mark.parametrize("family", DIVIDES_HIDDEN)

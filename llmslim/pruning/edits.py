@@ -130,16 +130,8 @@ def narrow_attention(block: Block, heads: Tensor, cross: bool = False) -> Narrow
             f"{kv_heads.tolist()}; each KV head that stays needs equally many"
         )
     _check_parameters(attention)
-    stay = {"q": heads, "k": kv_heads, "v": kv_heads, "o": heads}
-    _slice(
-        [
-            (
-                getattr(attention, role),
-                torch.cat([attention.head_rows(role, head) for head in chosen.tolist()]),
-            )  # type: ignore[arg-type]
-            for role, chosen in stay.items()
-        ]
-    )
+    stay = ((attention.q, heads), (attention.k, kv_heads), (attention.v, kv_heads), (attention.o, heads))
+    _slice([(part, part.rows.reshape(-1, attention.head_dim)[chosen].reshape(-1)) for part, chosen in stay])
     _set_heads(attention, len(heads), len(kv_heads))
     kept = None
     if takes_position_bias(attention.module):
