@@ -274,7 +274,7 @@ def load_steps() -> None:
                 importlib.import_module(f"llmslim.{room}.{module.name}")
 
 
-ROOMS = ("quantization",)
+ROOMS = ("quantization", "pruning")
 
 
 def build_step(kind: str, fields: dict[str, Any]) -> Step:
