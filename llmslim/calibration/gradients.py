@@ -21,7 +21,7 @@ Reduce = Callable[[Tensor, Tensor], Tensor]
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
 
-STEP = 1e-3  # of a finite difference, relative to the norm of the weights; see `hessian_gradient`
+STEP = 2e-5  # of a finite difference, relative to the norm of the weights; see `hessian_gradient`
 
 
 def accumulate(
@@ -185,7 +185,7 @@ def _moved(model: PreTrainedModel, direction: dict[str, Tensor], eps: float) -> 
 def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
     """|w g|, the first-order change of a window's loss when a single weight is set to 0; a `Reduce` to sum up.
 
-    Keep the highest. Molchanov et al. 2019, arXiv:1906.10771, eq. 8 without the square: |.| per window, so that
+    Keep the highest. Molchanov et al. 2019, arXiv:1906.10771, without their square: |.| per window, so that
     windows that a weight helps and windows that it harms do not cancel.
     """
     return (weight * gradient).abs()
@@ -201,7 +201,7 @@ def grasp(weight: Tensor, hessian_gradient: Tensor) -> Tensor:
 
     Remove the HIGHEST, keep the lowest (the opposite of the other scores): a high score is a weight without which
     the gradient grows, a low one a weight that the flow of gradients needs. Wang et al. 2020, arXiv:2002.07376,
-    eq. 8 and algorithm 1 (mask = S < tau), without the temperature that it divides an untrained network's logits by.
+    algorithm 1 (mask = S < tau), without the temperature that it divides an untrained network's logits by.
     """
     return -weight * hessian_gradient
 
@@ -225,7 +225,7 @@ def group_taylor(projection: Projection, size: int = 1) -> Reduce:
 def head_taylor(attention: Attention) -> Reduce:
     """A `Reduce` for the weight of `attention.o`: [heads], the importance of each query head.
 
-    |dL / d gate| of each head, summed over windows: Michel et al. 2019, arXiv:1905.10650, eq. 2, without their
+    |dL / d gate| of each head, summed over windows: Michel et al. 2019, arXiv:1905.10650, without their
     division by the norm over a layer's heads.
     """
     return group_taylor(attention.o, attention.head_dim)
