@@ -48,8 +48,8 @@ def masked_tokens(
     """-log p of the tokens at 15% of the positions (one at least), in nats, given the others."""
     length = window.shape[1]
     positions = torch.randperm(length, generator=generator)[: max(1, round(MASKED * length))]
-    vocabulary = model.get_input_embeddings().num_embeddings
-    tokens = torch.randint(vocabulary, positions.shape, generator=generator)
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    tokens = torch.randint(0, vocabulary, positions.shape, generator=generator)
     if mask_token is not None:
         tokens.fill_(mask_token)
     positions, tokens = positions.to(window.device), tokens.to(window.device)
