@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from llmslim.edit import Edit, replace_module
 from llmslim.errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from llmslim.calibration.statistics import InputStats
     from llmslim.calibration.stream import BlockStream
 
@@ -34,11 +37,13 @@ class StepRecord:
         edits: the changes of structure, in order.
         linears: one row per weight: name, bits, error, ...
         notes: every fallback and anomaly: (where, what).
+        survey: what the step's survey found, by name; empty for a step without one.
     """
 
     edits: list[Edit] = field(default_factory=list)
     linears: list[dict[str, Any]] = field(default_factory=list)
     notes: list[dict[str, str]] = field(default_factory=list)
+    survey: dict[str, Tensor] = field(default_factory=dict)
 
     def note(self, where: str, what: str) -> None:
         self.notes.append({"where": where, "what": what})
@@ -77,8 +82,40 @@ class Step(BaseModel):
         return 0
 
 
+class Survey(Protocol):
+    """The model as it is before a step, for steps that must see all of it before they decide on a part.
+
+    Attributes:
+        anatomy: of a skeleton on meta.
+        tokens: calibration windows, int64 [windows, seq].
+    """
+
+    anatomy: Anatomy
+    tokens: Tensor
+    seed: int
+
+    def blocks(self) -> Iterator[tuple[Block, BlockStream]]:
+        """Each block, filled, with the lane "calibration" in front of it; the consumer passes the lane."""
+
+    def loaded(self) -> PreTrainedModel:
+        """The whole model in float32, for gradients; takes the memory that this needs."""
+
+
 class BlockStep(Step):
     """A step that decides block by block, in order, with the inputs that earlier decisions produce."""
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether the step looks at the whole model once, before it decides on the first block."""
+        return False
+
+    def survey(self, look: Survey) -> dict[str, Tensor]:
+        """What the step must know of the whole model; `StepRecord.survey` has it from then on."""
+        return {}
+
+    def dropped_blocks(self, anatomy: Anatomy, record: StepRecord) -> list[str]:
+        """Names of the blocks that the step takes out; they are neither passed nor written."""
+        return []
 
     def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
         """Change what lies outside the blocks (embeddings, head), which is filled; runs first."""
@@ -234,7 +271,7 @@ def load_steps() -> None:
                 importlib.import_module(f"llmslim.{room}.{module.name}")
 
 
-ROOMS = ("quantization",)
+ROOMS = ("quantization", "pruning")
 
 
 def build_step(kind: str, fields: dict[str, Any]) -> Step:
