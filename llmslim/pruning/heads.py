@@ -36,15 +36,17 @@ class PruneHeads(Structured):
     )
 
     def sites(self, block: Block, removes: dict[str, int] | None = None) -> list[Site]:
-        sites = []
+        sites: list[Site] = []
         for attention in (block.attention, block.cross_attention):
             if attention is not None:
                 units = self._units(attention, block.model.config.hidden_size)
                 remove = _count(self.ratio, units.shape[1])
                 if removes is not None:
                     remove = removes[attention.o.name]
+                whole = units.shape[0] == 1 and attention.num_heads > attention.num_kv_heads
+                what = "KV groups" if whole else "heads"
                 together = "cross" if attention is not block.attention and sites else "self"
-                sites.append(Site(attention.o.name, units, remove, together=together))
+                sites.append(Site(attention.o.name, units, remove, what=what, together=together))
         return sites
 
     def _units(self, attention: Attention, hidden: int) -> Tensor:
@@ -73,10 +75,9 @@ class PruneHeads(Structured):
                 if self.ratio and not _fits(self.ratio, size):
                     run = "" if site.units.shape[0] == 1 else " of every group"
                     fitting = ", ".join(f"{n / size:.3g}" for n in range(1, size)) or "none"
-                    what = "KV groups" if self.unit == "group" else "heads"
                     taken = _count(self.ratio, size)
                     raise UserError(
-                        f"ratio {self.ratio} takes {taken} of the {size} {what}{run} of {block.name}, "
+                        f"ratio {self.ratio} takes {taken} of the {size} {site.what}{run} of {block.name}, "
                         f"which is none or all; ratios that fit: {fitting}."
                     )
         if self.allocation == "sensitivity" and _shares_bias(anatomy):
@@ -127,8 +128,8 @@ class PruneHeads(Structured):
     def forced(self, block: Block, site: Site, record: StepRecord) -> Tensor | None:
         if not _reads_bias(block) or _attention_of(block, site.name).name != block.attention.name:
             return None
-        first = f"{block.name.rpartition('.')[0]}.0"
-        row = next(row for row in record.linears if row["block"] == first and row["what"] == "heads")
+        first = _first(block).attention.o.name
+        row = next(row for row in record.linears if row["name"] == first)
         keep = torch.zeros(site.units.shape[:2], dtype=torch.bool)
         keep.view(-1)[row["units"]] = True
         return keep
@@ -159,8 +160,12 @@ def _edit(block: Block, attention: Attention, site: Site, remove: int, cross: bo
 
 def _reads_bias(block: Block) -> bool:
     """Whether the block is given its position biases by the first one of its stack."""
-    first = Block(block.model, block._family, block.name.rpartition(".")[0], 0)
-    return first.attention.position_bias is not None and block.attention.position_bias is None
+    return _first(block).attention.position_bias is not None and block.attention.position_bias is None
+
+
+def _first(block: Block) -> Block:
+    """The first block of the same stack."""
+    return Block(block.model, block._family, block.name.rpartition(".")[0], 0)
 
 
 def _shares_bias(anatomy: Anatomy) -> bool:
@@ -171,7 +176,7 @@ def _narrow_biases(block: Block, stream: BlockStream, record: StepRecord) -> Non
     """Cut the biases that the block's recorded calls bring along to the heads that stayed."""
     attentions = {"position_bias": block.attention, "encoder_decoder_position_bias": block.cross_attention}
     names = [name for name in inspect.signature(type(block.module).forward).parameters if name != "self"]
-    units = {row["name"]: row["units"] for row in record.linears if row["block"] == block.name}
+    units = {row["name"]: row["units"] for row in record.linears if row.get("block") == block.name}
 
     def cut(name: str, value: Any) -> Any:
         attention = attentions.get(name)

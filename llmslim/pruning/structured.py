@@ -34,6 +34,7 @@ class Site:
         units: int64 [pools, size, width], its columns by unit; every pool loses equally many units.
         remove: units to remove from every pool.
         least: units of every pool that must stay.
+        what: what a unit is called in the report.
         together: sites of a block with the same word here keep equally many units.
     """
 
@@ -41,6 +42,7 @@ class Site:
     units: Tensor
     remove: int
     least: int = 1
+    what: str = "channels"
     together: str = ""
 
 
@@ -116,7 +118,7 @@ class Structured(BlockStep):
         widths = [site.units.numel() for block in anatomy.blocks for site in self.sites(block)]
         hidden = anatomy.model.config.get_text_config().hidden_size
         # the Hessian and its damped copy, inverse and factor; the weight, its copy and the moved one
-        return max((width * (40 * width + 24 * hidden) for width in widths), default=0)
+        return max((width * (64 * width + 24 * hidden) for width in widths), default=0)
 
     def survey(self, look: Survey) -> dict[str, Tensor]:
         """Scores of all units of the uncompressed model: matrix name -> [pools, size]."""
@@ -257,7 +259,7 @@ class Structured(BlockStep):
         row: dict[str, Any] = {
             "name": site.name,
             "block": block.name,
-            "what": self.kind,
+            "what": site.what,
             "kept": int(keep.sum()),
             "total": keep.numel(),
         }
