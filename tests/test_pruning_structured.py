@@ -281,6 +281,7 @@ def test_sensitivity_keeps_the_budget_and_the_experts_of_a_block_together(
     removes = step._removes(look.anatomy, scores)
     uniform = {site.name: site.remove for block in look.anatomy.blocks for site in step.sites(block)}
     assert removes.keys() == uniform.keys() and sum(removes.values()) == sum(uniform.values())
-    assert kind == "heads" or len(set(removes.values())) > 1
+    if kind == "mlp" and criterion != "magnitude":  # norms of random weights are alike in all blocks
+        assert len(set(removes.values())) > 1
     for block in look.anatomy.blocks:
         assert len({site.remove for site in step.sites(block, removes)}) == 1
