@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import llmslim
 from llmslim.anatomy import Anatomy
 from llmslim.checkpoint.formats import Format, choose
-from llmslim.checkpoint.reader import CheckpointReader
+from llmslim.checkpoint.reader import CheckpointReader, plain_config, read_edits
 from llmslim.checkpoint.verify import verify_in_fresh_process
 from llmslim.checkpoint.writer import CheckpointWriter
+from llmslim.edit import Edit, replay
 from llmslim.errors import UserError
 from llmslim.evaluation.benchmark import peak_memory_mb
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find, skeleton
@@ -29,6 +31,9 @@ from llmslim.recipe import Recipe
 from llmslim.report import write_report
 from llmslim.step import BlockStep, Step, StepRecord
 from llmslim.work import Progress, WorkFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -171,11 +176,9 @@ def prepare(
     )
     reader = None if plan_only else CheckpointReader(files)
     reader_model = reader.model_skeleton() if reader else skeleton(files.config)
-    anatomy = Anatomy.of(reader_model)
-    for step in recipe.steps:
-        step.check(anatomy)
-    edits = [edit for step in recipe.steps for edit in step.planned_edits(anatomy)]
-    form = choose(recipe.format, edits, reader_model, stored)
+    edits = _planned_edits(recipe, reader_model)
+    plain = plain_config(files)  # in front of the edits that the model comes with
+    form = choose(recipe.format, [*read_edits(files)[1], *edits], skeleton(plain), stored)
     text = None
     if any(step.needs_calibration for step in recipe.steps):
         choice = recipe.calibration
@@ -188,6 +191,19 @@ def prepare(
         _check_length(recipe.evaluation.seq_len, files)
     plan = make_plan(files, reader_model, recipe, options, form, edits, reader.streams if reader else True)
     return Prepared(files, recipe, options, form, text, plan)
+
+
+def _planned_edits(recipe: Recipe, model: PreTrainedModel) -> list[Edit]:
+    """The edits of all steps; each step is checked on, and plans for, what those before it leave of the model."""
+    edits: list[Edit] = []
+    staged = copy.deepcopy(model)
+    for step in recipe.steps:
+        anatomy = Anatomy.of(staged)
+        step.check(anatomy)
+        planned = step.planned_edits(anatomy)
+        replay(staged, planned)
+        edits += planned
+    return edits
 
 
 def run_step(

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmslim.checkpoint.plain import absorb
 from llmslim.edit import Edit
 from llmslim.errors import UserError
+from llmslim.loaders.models import skeleton
 from llmslim.quantization.edits import PackLinear
 from llmslim.quantization.grid import QuantizedWeight, Scheme
 from llmslim.quantization.packed import PackedEmbedding, PackedLinear
@@ -87,7 +89,8 @@ def choose(
     """The format of that name, or for "auto" compressed-tensors where it can hold the result, else llmslim.
 
     Args:
-        model: a skeleton in front of the edits; None when there are no edits.
+        model: a skeleton of the plain config, in front of the edits; None when there are no edits. Edits that a
+            plain config can express do not count.
         dtype: what dense tensors will be stored in; the config's when None.
 
     Raises:
@@ -96,6 +99,9 @@ def choose(
     known = formats()
     if name != "auto" and name not in known:
         raise UserError(f"Unknown format {name!r}{nearest(name, known)}; there are auto, {', '.join(known)}.")
+    if model is not None and edits:
+        config, edits = absorb(model.config, edits, model)
+        model = model if config is model.config else skeleton(config)
     if model is None or not edits:
         return known["llmslim" if name == "auto" else name]
     stored = dtype or stored_dtype(model)

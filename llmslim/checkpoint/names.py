@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from llmslim.edit import Edit
 
-MODULE_FIELDS = ("module", "tied_head")
+MODULE_FIELDS = ("module", "block", "tied_head")
 """Fields of edits that hold the name of a module."""
 
 
@@ -33,7 +33,9 @@ def absolute(edits: Sequence[Edit], model: PreTrainedModel) -> list[Edit]:
         return None if partial and not hasattr(model, first) else name
 
     renamed = [_renamed(edit, full) for edit in edits]
-    return [edit for edit in renamed if getattr(edit, "module", "") is not None]
+    return [
+        edit for edit in renamed if all(getattr(edit, field, "") is not None for field in ("module", "block"))
+    ]
 
 
 def _prefix(model: PreTrainedModel) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llmslim.anatomy import Anatomy
 from llmslim.checkpoint.formats import Format
 from llmslim.checkpoint.inventory import stored_tensors
+from llmslim.checkpoint.plain import absorb
 from llmslim.checkpoint.reader import plain_config, read_edits
 from llmslim.edit import Edit
 from llmslim.errors import UserError
@@ -102,7 +103,9 @@ class CheckpointWriter:
         config.dtype = self.dtype
         config.architectures = [model_class(config).__name__]
         if edits:
-            config.quantization_config = self.form.config(edits, skeleton(config), self.dtype)
+            config, rest = absorb(config, edits, skeleton(config))
+            if rest:
+                config.quantization_config = self.form.config(rest, skeleton(config), self.dtype)
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             config.save_pretrained(scratch)
             os.replace(Path(scratch) / "config.json", self.folder / "config.json")

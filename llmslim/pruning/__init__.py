@@ -1,6 +1,6 @@
-"""Prune a model: take out heads, channels, experts, layers or single weights.
+"""Prune a model: take out single weights, MLP channels, attention heads, experts or whole blocks.
 
-What matters least is chosen by what it adds to a layer's output on a calibration text, and the weights that stay
-are refitted to make good what they can. The result is saved, verified in a fresh process and measured against the
-base.
+What counts least for the output by the chosen importance goes, the rest is mended where the method can. Heads,
+channels, experts and blocks make the model smaller and faster as it is; where a plain config can express the
+result (the same widths everywhere), the checkpoint needs no llmslim to load. Verified and measured like any other.
 """
