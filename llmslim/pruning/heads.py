@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from llmslim.anatomy import Anatomy, Attention, Block
-from llmslim.calibration.stream import BlockStream
 from llmslim.edit import Edit
 from llmslim.errors import UserError
+from llmslim.pruning._position_bias import takes_position_bias
 from llmslim.pruning.edits import NarrowAttention, narrow_attention
 from llmslim.pruning.structured import Choice, Site, Structured, row_power
 from llmslim.step import StepRecord
@@ -23,8 +22,7 @@ class PruneHeads(Structured):
     """Remove attention heads: rows of q, k and v with the columns of o that read them.
 
     A head matters by what its removal adds to ||(W - W') X||^2, W the o matrix and X its inputs: tr(W_h H_hh W_h^T)
-    before the others are refitted, tr(W_h [H^-1]_hh^-1 W_h^T) after (`obs`). Cross-attention is pruned too. Where
-    blocks share a table of position biases by head (T5), all keep the heads that the first one keeps.
+    before the others are refitted, tr(W_h [H^-1]_hh^-1 W_h^T) after (`obs`). Cross-attention is pruned too.
     """
 
     kind: ClassVar[str] = "heads"
@@ -80,11 +78,6 @@ class PruneHeads(Structured):
                         f"ratio {self.ratio} takes {taken} of the {size} {site.what}{run} of {block.name}, "
                         f"which is none or all; ratios that fit: {fitting}."
                     )
-        if self.allocation == "sensitivity" and _shares_bias(anatomy):
-            raise UserError(
-                "allocation 'sensitivity' gives blocks different heads, but this model's blocks share one table of "
-                "position biases by head; use 'uniform'."
-            )
 
     def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
         edits: list[Edit] = []
@@ -111,12 +104,6 @@ class PruneHeads(Structured):
         power[attention.o.rows] = rows
         return power[site.units].sum(2)
 
-    def compress_block(
-        self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
-    ) -> None:
-        super().compress_block(block, stream, reference, record)
-        _narrow_biases(block, stream, record)
-
     def narrow(self, block: Block, choices: dict[str, Choice], record: StepRecord) -> None:
         for name, choice in choices.items():
             if choice.keep.all():
@@ -124,15 +111,6 @@ class PruneHeads(Structured):
             attention = _attention_of(block, name)
             heads = (choice.columns.view(-1, attention.head_dim)[:, 0] // attention.head_dim).to(torch.int64)
             record.edits.append(narrow_attention(block, heads, cross=attention.name != block.attention.name))
-
-    def forced(self, block: Block, site: Site, record: StepRecord) -> Tensor | None:
-        if not _reads_bias(block) or _attention_of(block, site.name).name != block.attention.name:
-            return None
-        first = _first(block).attention.o.name
-        row = next(row for row in record.linears if row["name"] == first)
-        keep = torch.zeros(site.units.shape[:2], dtype=torch.bool)
-        keep.view(-1)[row["units"]] = True
-        return keep
 
 
 def _count(ratio: float, size: int) -> int:
@@ -151,42 +129,12 @@ def _attention_of(block: Block, name: str) -> Attention:
 
 
 def _edit(block: Block, attention: Attention, site: Site, remove: int, cross: bool) -> NarrowAttention:
-    queries, groups = attention.num_heads, attention.num_kv_heads
+    """The edit as it will be, except for which heads stay: the first ones, where the edit notes that."""
+    run, groups = attention.num_heads // attention.num_kv_heads, attention.num_kv_heads
     if site.units.shape[0] == 1:  # whole groups
-        run, groups = queries // groups, groups - remove
-        return NarrowAttention(block=block.name, heads=run * groups, kv_heads=groups, cross=cross)
-    return NarrowAttention(block=block.name, heads=queries - groups * remove, kv_heads=groups, cross=cross)
-
-
-def _reads_bias(block: Block) -> bool:
-    """Whether the block is given its position biases by the first one of its stack."""
-    return _first(block).attention.position_bias is not None and block.attention.position_bias is None
-
-
-def _first(block: Block) -> Block:
-    """The first block of the same stack."""
-    return Block(block.model, block._family, block.name.rpartition(".")[0], 0)
-
-
-def _shares_bias(anatomy: Anatomy) -> bool:
-    return any(_reads_bias(block) for block in anatomy.blocks)
-
-
-def _narrow_biases(block: Block, stream: BlockStream, record: StepRecord) -> None:
-    """Cut the biases that the block's recorded calls bring along to the heads that stayed."""
-    attentions = {"position_bias": block.attention, "encoder_decoder_position_bias": block.cross_attention}
-    names = [name for name in inspect.signature(type(block.module).forward).parameters if name != "self"]
-    units = {row["name"]: row["units"] for row in record.linears if row.get("block") == block.name}
-
-    def cut(name: str, value: Any) -> Any:
-        attention = attentions.get(name)
-        if attention is None or not isinstance(value, Tensor) or attention.num_heads == value.shape[1]:
-            return value
-        return value[:, units[attention.o.name]]
-
-    for lane in stream.lanes.values():
-        for calls in {id(calls): calls for calls in lane.calls}.values():
-            args, kwargs = calls[block.index]
-            # the hidden states, the first argument, are not recorded
-            args = tuple(cut(name, value) for name, value in zip(names[1:], args, strict=False))
-            calls[block.index] = args, {name: cut(name, value) for name, value in kwargs.items()}
+        groups -= remove
+    else:
+        run -= remove
+    heads = run * groups
+    kept = tuple(range(heads)) if takes_position_bias(attention.module) else None
+    return NarrowAttention(block=block.name, heads=heads, kv_heads=groups, cross=cross, kept=kept)

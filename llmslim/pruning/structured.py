@@ -95,10 +95,6 @@ class Structured(BlockStep):
         """[pools, size], the squared norm of all weights that a unit takes with it."""
         raise TypeError(f"{type(self).__name__} does not define power()")
 
-    def forced(self, block: Block, site: Site, record: StepRecord) -> Tensor | None:
-        """bool [pools, size], where an earlier block has decided what stays."""
-        return None
-
     def opened(self, block: Block) -> AbstractContextManager[None]:
         """Has the block's sites as Linears meanwhile."""
         return nullcontext()
@@ -246,9 +242,7 @@ class Structured(BlockStep):
         linear = stream.model.get_submodule(site.name)
         view = dense_weight(linear)
         weight = view.detach().float()
-        keep = self.forced(block, site, record)
-        if keep is None:
-            keep = self._keep(block, site, weight, stats, surveyed)
+        keep = self._keep(block, site, weight, stats, surveyed)
         columns = site.units[keep].reshape(-1).sort().values
         new = torch.zeros_like(weight)
         if self.refit and stats is not None and site.remove:
