@@ -1,0 +1,281 @@
+"""What pruning of heads and of channels share: a matrix whose inputs go in units, which stay, and its refit."""
+
+from __future__ import annotations
+
+import zlib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmslim.anatomy import Anatomy, Block
+from llmslim.anatomy.parts import Projection, is_conv1d, is_linear
+from llmslim.calibration.statistics import InputStats
+from llmslim.calibration.stream import BlockStream
+from llmslim.errors import UserError
+from llmslim.pruning import importance
+from llmslim.step import BlockStep, StepRecord, Survey, dense_weight
+
+_LOOKS = 64  # how often the costs of what is left are looked at anew while channels are removed
+
+
+_LISTED = 256  # so many units, and the report names those that stay
+
+
+@dataclass
+class Site:
+    """One matrix whose inputs are pruned.
+
+    Attributes:
+        name: dotted name of the matrix (o, down) that reads what is pruned.
+        units: int64 [pools, size, width], its columns by unit; every pool loses equally many units.
+        remove: units to remove from every pool.
+        least: units of every pool that must stay.
+        what: what a unit is called in the report.
+        together: sites of a block with the same word here keep equally many units.
+    """
+
+    name: str
+    units: Tensor
+    remove: int
+    least: int = 1
+    what: str = "channels"
+    together: str = ""
+
+
+@dataclass
+class Choice:
+    """What stays at a site: `keep` bool [pools, size], and the columns of the matrix that stay, ascending."""
+
+    keep: Tensor
+    columns: Tensor
+
+
+class Structured(BlockStep):
+    """A step that removes units of a block's inner width. Subclasses say which (`sites`) and do it (`narrow`)."""
+
+    verb = "prune"
+
+    ratio: float = Field(0.25, ge=0, lt=1, description="share of the heads or channels to remove")
+    criterion: Literal["obs", "output", "magnitude", "taylor", "random"] = Field(
+        "obs",
+        description="what matters least: obs, output error after refit; output, before it; magnitude; "
+        "taylor, gradient x weight; random",
+    )
+    refit: bool = Field(True, description="refit the weights that read what stays")
+    refit_damping: float = Field(
+        1e-4, gt=0, le=1, description="pull to the old weights, x the mean square input"
+    )
+    allocation: Literal["uniform", "sensitivity"] = Field(
+        "uniform",
+        description="the same width in every block, or more removed where it costs least",
+    )
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.refit or self.criterion in ("obs", "output", "taylor") or self.needs_survey
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether the uncompressed model is looked at before the first block is changed."""
+        return self.allocation == "sensitivity" or self.criterion == "taylor"
+
+    def sites(self, block: Block, removes: dict[str, int] | None = None) -> list[Site]:
+        """What is pruned in a block, in order of execution.
+
+        Args:
+            removes: by matrix, how many units to remove from every pool; the same share everywhere when None.
+        """
+        raise TypeError(f"{type(self).__name__} does not define sites()")
+
+    def power(self, block: Block, site: Site) -> Tensor:
+        """[pools, size], the squared norm of all weights that a unit takes with it."""
+        raise TypeError(f"{type(self).__name__} does not define power()")
+
+    def opened(self, block: Block) -> AbstractContextManager[None]:
+        """Has the block's sites as Linears meanwhile."""
+        return nullcontext()
+
+    def narrow(self, block: Block, choices: dict[str, Choice], record: StepRecord) -> None:
+        """Take out of a block what does not stay; `choices` by matrix, in the order of `sites`."""
+        raise TypeError(f"{type(self).__name__} does not define narrow()")
+
+    def check_dense(self, anatomy: Anatomy) -> None:
+        """Refuse a model that an earlier step has packed: packed weights cannot be cut."""
+        for block in anatomy.blocks:
+            for module in block.module.modules():
+                if hasattr(module, "in_features") and not is_linear(module):
+                    raise UserError(f"{block.name} is quantized already: prune before you quantize.")
+
+    def workspace_bytes(self, anatomy: Anatomy) -> int:
+        widths = [site.units.numel() for block in anatomy.blocks for site in self.sites(block)]
+        hidden = anatomy.model.config.get_text_config().hidden_size
+        # the Hessian and its damped copy, inverse and factor; the weight, its copy and the moved one
+        return max((width * (64 * width + 24 * hidden) for width in widths), default=0)
+
+    def survey(self, look: Survey) -> dict[str, Tensor]:
+        """Scores of all units of the uncompressed model: matrix name -> [pools, size]."""
+        if self.criterion == "taylor":
+            return self._taylor(look)
+        scores: dict[str, Tensor] = {}
+        for block, stream in look.blocks():
+            sites = {site.name: site for site in self.sites(block)}
+
+            def visit(name: str, inputs: list[Tensor], block=block, stream=stream, sites=sites) -> None:
+                site, stats = sites[name], _statistics(inputs)
+                weight = dense_weight(stream.model.get_submodule(name)).float()
+                cost = self._scores(block, site, weight, stats, None)
+                # an error counts by its share of the output, so that blocks of any scale compare
+                power = (weight @ stats.hessian).mul_(weight).sum().clamp_min(1e-30)
+                scores[name] = cost / power if self.criterion in ("obs", "output") else cost / cost.mean()
+
+            with self.opened(block):
+                stream.walk(block, stream.lanes["calibration"], list(sites), visit)
+                for name in sites.keys() - scores.keys():  # an expert that no token reached: nothing lost
+                    scores[name] = torch.zeros(sites[name].units.shape[:2])
+        return scores
+
+    def _taylor(self, look: Survey) -> dict[str, Tensor]:
+        """(sum of gradient x weight over a unit's columns)^2, summed over windows (Molchanov et al. 2019)."""
+        from llmslim.calibration.gradients import accumulate  # type: ignore
+
+        model, scores = look.anatomy.model, {}
+        reduces: dict[str, Any] = {}
+        sites = [site for block in look.anatomy.blocks for site in self.sites(block)]
+        modules = dict(model.named_modules())
+        for site in sites:
+            if site.name in modules:
+                transposed = is_conv1d(modules[site.name])
+                reduces[f"{site.name}.weight"] = lambda weight, gradient, site=site, t=transposed: (
+                    (weight * gradient).sum(1 if t else 0)[site.units].sum(2).square()
+                )
+            else:  # one of fused experts, [experts, out, in]
+                fused = site.name.rsplit(".", 2)[0]
+                reduces[f"{fused}.down_proj"] = lambda weight, gradient: (weight * gradient).sum(1).square()
+        sums = accumulate(look.loaded(), look.tokens, reduces, look.seed)
+        for site in sites:
+            if site.name in modules:
+                scores[site.name] = sums[f"{site.name}.weight"]
+            else:
+                fused, index, _ = site.name.rsplit(".", 2)
+                scores[site.name] = sums[f"{fused}.down_proj"][int(index)][None]
+        return scores
+
+    def compress_block(
+        self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
+    ) -> None:
+        survey = record.survey
+        removes = self._removes(stream.anatomy, survey) if self.allocation == "sensitivity" else None
+        sites = {site.name: site for site in self.sites(block, removes)}
+        choices: dict[str, Choice] = {}
+
+        def visit(name: str, inputs: list[Tensor]) -> None:
+            stats = _statistics(inputs) if inputs else None
+            choices[name] = self._choose(block, sites[name], stats, survey.get(name), stream, record)
+
+        with self.opened(block):
+            if self.needs_calibration:  # the lane goes on through weights that do not read what will go
+                stream.walk(block, stream.lanes["calibration"], list(sites), visit)
+            for name in [name for name in sites if name not in choices]:
+                if self.needs_calibration:
+                    record.note(name, "no calibration token reached it: chosen by magnitude, not refitted")
+                visit(name, [])
+        self.narrow(block, {name: choices[name] for name in sites}, record)
+
+    def _removes(self, anatomy: Anatomy, survey: dict[str, Tensor]) -> dict[str, int]:
+        """Widths by one ranking of all blocks' scores: matrix -> units to remove from every pool."""
+        together: dict[str, list[Site]] = {}  # the experts of a block keep one width
+        for block in anatomy.blocks:
+            for site in self.sites(block):
+                together.setdefault(f"{block.name} {site.together}", []).append(site)
+        costs = [
+            torch.stack([survey[site.name].sort(dim=1).values.sum(0) for site in sites]).mean(0)
+            for sites in together.values()
+        ]
+        budget = sum(sites[0].remove for sites in together.values())
+        counts = importance.allocate(costs, budget, [sites[0].least for sites in together.values()])
+        return {
+            site.name: count for sites, count in zip(together.values(), counts, strict=True) for site in sites
+        }
+
+    def _keep(
+        self, block: Block, site: Site, weight: Tensor, stats: InputStats | None, surveyed: Tensor | None
+    ) -> Tensor:
+        """bool [pools, size]: the units that stay."""
+        if self.criterion == "obs" and stats is not None:
+            hessian = importance.damped(stats.hessian, self.refit_damping)
+            at_once = -(-site.remove // _LOOKS)
+            return importance.eliminate(weight, hessian, site.units, site.remove, at_once)
+        return importance.keep_best(self._scores(block, site, weight, stats, surveyed), site.remove)
+
+    def _scores(
+        self, block: Block, site: Site, weight: Tensor, stats: InputStats | None, surveyed: Tensor | None
+    ) -> Tensor:
+        """[pools, size]: how much each unit matters."""
+        if self.criterion == "taylor":
+            assert surveyed is not None
+            return surveyed
+        if self.criterion == "random":  # of the matrix's name: the same in every run
+            generator = torch.Generator().manual_seed(zlib.crc32(site.name.encode()))
+            return torch.rand(site.units.shape[:2], generator=generator)
+        if self.criterion == "magnitude" or stats is None:
+            return self.power(block, site)
+        if self.criterion == "output":
+            return importance.output_increase(weight, stats.hessian, site.units)
+        hessian = importance.damped(stats.hessian, self.refit_damping)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).to(weight.dtype)
+        return importance.refit_increase(weight, inverse, site.units)
+
+    def _choose(
+        self,
+        block: Block,
+        site: Site,
+        stats: InputStats | None,
+        surveyed: Tensor | None,
+        stream: BlockStream,
+        record: StepRecord,
+    ) -> Choice:
+        """Decide what stays, and put weights in place that read nothing else."""
+        linear = stream.model.get_submodule(site.name)
+        view = dense_weight(linear)
+        weight = view.detach().float()
+        keep = self._keep(block, site, weight, stats, surveyed)
+        columns = site.units[keep].reshape(-1).sort().values
+        new = torch.zeros_like(weight)
+        if self.refit and stats is not None and site.remove:
+            hessian = importance.damped(stats.hessian, self.refit_damping)
+            new[:, columns] = importance.refit(weight, hessian, columns)
+        else:
+            new[:, columns] = weight[:, columns]
+        row: dict[str, Any] = {
+            "name": site.name,
+            "block": block.name,
+            "what": site.what,
+            "kept": int(keep.sum()),
+            "total": keep.numel(),
+        }
+        if keep.numel() <= _LISTED:
+            row["units"] = keep.view(-1).nonzero()[:, 0].tolist()
+        if stats is not None:
+            row["output_error"] = importance.output_error(weight - new, weight, stats.hessian)
+            row["tokens"] = stats.tokens
+        record.linears.append(row)
+        with torch.no_grad():
+            view.copy_(new)
+        return Choice(keep, columns)
+
+
+def _statistics(inputs: list[Tensor]) -> InputStats:
+    stats = InputStats(inputs[0].shape[-1], inputs[0].device)
+    for chunk in inputs:
+        stats.add(chunk)
+    return stats.finish()
+
+
+def row_power(projection: Projection) -> Tensor:
+    """Squared norm of the weights of each row (for o and down: column) of a projection, in its order."""
+    weight = dense_weight(projection.module).detach().float()
+    return weight.square().sum(1 if projection.side == "out" else 0)[projection.rows]
