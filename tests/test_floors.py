@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("pipeline", "plan", "recipe", "report", "hub", "passes", "work", "measure", "size"),
     ("evaluation", "checkpoint", "plugin"),
     ("quantization", "pruning", "sharing", "factorization", "kvcache", "recovery", "distillation"),
-    ("step", "edit", "experts"),
+    ("step", "edit", "experts", "sparse"),
     ("calibration",),
     ("anatomy", "loaders"),
     ("errors", "memory"),
@@ -35,7 +35,7 @@ ORDERED = {
     "cli": ("__main__", "cli", "commands", "inspection", "generation", "flags", "progress"),
     "pipeline": ("pipeline", "measure", "report", "hub", "plan", "passes", "recipe", "size", "work"),
     "evaluation": ("evaluation", "plugin", "checkpoint"),
-    "step": ("step", "experts", "edit"),
+    "step": ("step", "experts", "sparse", "edit"),
 }
 
 
