@@ -157,4 +157,3 @@ def unpack_mask(bitmap: Tensor, width: int) -> Tensor:
     """The inverse of `pack_mask`, for rows of `width`."""
     bits = bitmap.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=bitmap.device) & 1
     return bits.reshape(bitmap.shape[0], -1)[:, :width].bool()
-

@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import llmslim.plugin  # noqa: F401
 from llmslim.anatomy import Anatomy
 from llmslim.checkpoint import writer
-from llmslim.checkpoint.formats import formats, compact_modules
+from llmslim.checkpoint.formats import compact_modules, formats
 from llmslim.checkpoint.load import load
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.errors import UserError

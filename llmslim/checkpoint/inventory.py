@@ -33,7 +33,9 @@ def dense_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def stored_tensors(model: nn.Module, form: Format, prefix: str | None = "") -> dict[str, tuple[Tensor, bool]]:
-    """On-disk name -> (tensor, whether its floats are of the checkpoint's type) below `prefix` ("": all; None: outside the blocks).
+    """On-disk name -> (tensor, whether its floats are to be of the checkpoint's type) below `prefix`.
+
+    `prefix`: "" takes all; None takes what is outside the blocks.
 
     Tied tensors appear once, under the name that transformers keeps. Packed ones are as on disk already;
     dense ones and the values of sparse ones are yet to be cast.
