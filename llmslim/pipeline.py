@@ -14,7 +14,7 @@ import torch
 import llmslim
 from llmslim.anatomy import Anatomy
 from llmslim.checkpoint.formats import Format, choose
-from llmslim.checkpoint.reader import CheckpointReader
+from llmslim.checkpoint.reader import CheckpointReader, plain_config, read_edits
 from llmslim.checkpoint.verify import verify_in_fresh_process
 from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.errors import UserError
@@ -175,7 +175,9 @@ def prepare(
     for step in recipe.steps:
         step.check(anatomy)
     edits = [edit for step in recipe.steps for edit in step.planned_edits(anatomy)]
-    form = choose(recipe.format, edits, reader_model, stored)
+    before = read_edits(files)[1]  # a format must hold what was done to the model earlier, too
+    origin = skeleton(plain_config(files)) if before else reader_model
+    form = choose(recipe.format, [*before, *edits], origin, stored)
     text = None
     if any(step.needs_calibration for step in recipe.steps):
         choice = recipe.calibration

@@ -117,7 +117,7 @@ def test_more_knowledge_of_the_inputs_costs_less_output(pattern: Any) -> None:
         row = record.linears[-1]
         assert row["sparsity"] == 0.5 and row["shape"] == [32, 128] and row["tokens"] == len(inputs)
         errors[kind.kind] = row["output_error"]
-    assert 0 < errors["sparsegpt"] < 0.7 * errors["wanda"]
+    assert 0 < errors["sparsegpt"] < 0.9 * errors["wanda"]
     assert errors["wanda"] < 0.7 * errors["magnitude"]
     assert errors["magnitude"] < errors["random"]
     assert record.notes == []
@@ -140,7 +140,7 @@ def test_sparsegpt_without_a_usable_hessian_says_that_it_fell_back() -> None:
     stats = InputStats(64, torch.device("cpu"))
     stats.add(torch.full_like(inputs, float("nan")))
     record = StepRecord()
-    pruned, mask = SparseGPT().prune("x", weight, 0.5, stats.finish(), record)
+    _, mask = SparseGPT().prune("x", weight, 0.5, stats.finish(), record)
     assert "by magnitude" in record.notes[0]["what"]
     assert torch.equal(mask, per_layer(weight.abs(), 0.5))
 

@@ -18,27 +18,28 @@ class Magnitudes:
     """
 
     def __init__(self) -> None:
-        self._counts: dict[str, Tensor] = {}
+        self._counts: dict[str, tuple[Tensor, Tensor]] = {}  # the bins that occur, and how often
 
     def add(self, name: str, weight: Tensor) -> None:
         bins, counts = (weight.float().abs().view(torch.int32) >> _SHIFT).unique(return_counts=True)
-        self._counts[name] = torch.sparse_coo_tensor(bins.long().unsqueeze(0), counts, (_BINS,)).cpu()
+        self._counts[name] = (bins.long().cpu(), counts.cpu())
 
     def sparsities(self, sparsity: float) -> dict[str, float]:
         """The share of each weight that lies below the magnitude under which `sparsity` of all weights lie.
 
         The bin that the threshold falls into goes in the same part from each.
         """
-        total = sum(counts.to_dense() for counts in self._counts.values())
-        below = torch.as_tensor(total).cumsum(0)
+        total = torch.zeros(_BINS, dtype=torch.int64)
+        for bins, counts in self._counts.values():
+            total[bins] += counts
+        below = total.cumsum(0)
         target = sparsity * float(below[-1])
-        bin_ = int(torch.searchsorted(below.double(), target))
-        under = int(below[bin_ - 1]) if bin_ else 0
-        part = (target - under) / max(1, int(below[bin_]) - under)
+        edge = int(torch.searchsorted(below.double(), target))
+        part = 1 - (float(below[edge]) - target) / float(total[edge])
         shares = {}
-        for name, sparse in self._counts.items():
-            counts = sparse.to_dense()
-            shares[name] = float(counts[:bin_].sum() + part * counts[bin_]) / float(counts.sum())
+        for name, (bins, counts) in self._counts.items():
+            gone = counts[bins < edge].sum() + part * counts[bins == edge].sum()
+            shares[name] = float(gone) / float(counts.sum())
         return shares
 
 
