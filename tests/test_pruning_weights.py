@@ -424,10 +424,17 @@ def test_quantizing_keeps_zeros(
         other = packed.get_submodule(name)
         assert isinstance(other, PackedLinear)
         assert bool((other.dequantize()[~module.mask] == 0).all())
-    once = compress(str(folders[family]), [SparseGPT(), step], tmp_path / "once", **QUICK)
-    assert (once.folder / "model.safetensors").read_bytes() == (
-        both.folder / "model.safetensors"
-    ).read_bytes()
+
+
+def test_pruning_and_quantizing_in_one_run_is_the_same_as_in_two(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    first, second = Wanda(), RTN(bits=4, group_size=32)
+    pruned = compress(str(folders["llama"]), [first], tmp_path / "pruned", **QUICK)
+    both = compress(str(pruned.folder), [second], tmp_path / "both", **QUICK)
+    once = compress(str(folders["llama"]), [first, second], tmp_path / "once", **QUICK)
+    files = [result.folder / "model.safetensors" for result in (both, once)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_pruning_again_prunes_further(folders: dict[str, Path], tmp_path: Path) -> None:

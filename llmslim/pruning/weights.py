@@ -38,10 +38,10 @@ class WeightPruner(LinearStep):
         "uniform", description="owl: blocks with more outliers lose less (arXiv:2310.05175)"
     )
     owl_outlier: float = Field(
-        5.0, gt=1, description="owl: a weight is an outlier above so many times the mean score of its block"
+        5.0, gt=0, description="owl: a weight is an outlier above so many times the mean score of its block"
     )
     owl_range: float = Field(
-        0.08, gt=0, lt=0.5, description="owl: how far a block's sparsity may be from the mean"
+        0.08, gt=0, le=0.5, description="owl: how far a block's sparsity may be from the mean"
     )
 
     @model_validator(mode="after")
