@@ -437,6 +437,27 @@ def test_pruning_and_quantizing_in_one_run_is_the_same_as_in_two(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "mixtral"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "sparsegpt" and done == 2:
+            raise Stop
+
+    whole = compress(str(folders[family]), [SparseGPT()], tmp_path / "whole", **QUICK)
+    with pytest.raises(Stop):
+        compress(str(folders[family]), [SparseGPT()], tmp_path / "out", progress=stop, **QUICK)
+    resumed = compress(str(folders[family]), [SparseGPT()], tmp_path / "out", **QUICK)
+    assert resumed.report["run"]["resumed"]
+    files = [result.folder / "model.safetensors" for result in (whole, resumed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_pruning_again_prunes_further(folders: dict[str, Path], tmp_path: Path) -> None:
     first = compress(str(folders["llama"]), [Magnitude()], tmp_path / "first", **QUICK)
     second = compress(str(first.folder), [Magnitude(sparsity=0.75)], tmp_path / "second", **QUICK)
