@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmslim.anatomy import Block
 from llmslim.calibration.stream import BlockStream, Lane
-from llmslim.checkpoint.formats import Format
+from llmslim.checkpoint.formats import Format, Packed
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import DropBlocks, parse_edit
@@ -147,6 +147,7 @@ class BlockPass:
             self._fill(block.name, forget=True)
         if block.name not in self.dropped:
             self.step.compress_block(block, self.stream, self.reference, self.record)
+            self._round(block)
             probe = self.stream.lanes["probe"]
             self.stream.forward(block, probe)
             hidden = torch.cat(probe.hidden).cpu()
@@ -170,6 +171,15 @@ class BlockPass:
             if len(keep) < len(stack.blocks):
                 edits.append(DropBlocks(stack=stack.name, keep=keep))
         return edits
+
+    @torch.no_grad()
+    def _round(self, block: Block) -> None:
+        """Round what a step computed to what the checkpoint can hold, so that the probe sees what is saved."""
+        for module in block.module.modules():
+            for leaf, parameter in module._parameters.items():
+                grid = isinstance(module, Packed) and leaf != "bias"  # packed weights are stored as they are
+                if parameter is not None and parameter.is_floating_point() and not grid:
+                    parameter.copy_(parameter.to(self.options.stored))
 
     def _fill(self, prefix: str | None, forget: bool = False) -> None:
         """Read a part; of a model that had to be loaded whole, `forget` drops what a shared reader holds of it."""

@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block, Experts
-from llmslim.anatomy.parts import is_conv1d
+from llmslim.anatomy.parts import features, is_conv1d
 from llmslim.edit import Edit, replace_module
 from llmslim.errors import UserError
+from llmslim.experts import UnfuseExperts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -171,8 +172,26 @@ class LinearStep(BlockStep):
         """
         raise TypeError(f"{type(self).__name__} does not define compress_linear()")
 
+    def unfusing(self, block: Block) -> list[Edit]:
+        """What brings the block into the shape that this step's Linears need: experts one by one."""
+        experts = block.mlp
+        if not isinstance(experts, Experts) or experts.gate_up is None:  # none, or unfused already
+            return []
+        chosen = any(self.selects(name) for name in _expert_shapes(block, experts))
+        return [UnfuseExperts(module=experts.name)] if chosen else []
+
+    def targets(self, block: Block) -> dict[str, tuple[int, int]]:
+        """Name -> (out, in) of every Linear that the step compresses, as they are after `unfusing`."""
+        shapes = {name: features(linear) for name, linear in block.linears().items()}
+        if self.unfusing(block):
+            shapes.update(_expert_shapes(block, cast(Experts, block.mlp)))
+        return {name: shape for name, shape in shapes.items() if self.selects(name)}
+
     def prepare_block(self, block: Block, stream: BlockStream, record: StepRecord) -> None:
         """Bring the block into the shape that this step's Linears need, before they are listed."""
+        for edit in self.unfusing(block):
+            edit.apply(stream.model)
+            record.edits.append(edit)
 
     def compress_block(
         self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
@@ -230,6 +249,16 @@ class _Visitor:
         replace_module(model, name, module)
         self.record.edits.append(edit)
         self.done.add(name)
+
+
+def _expert_shapes(block: Block, experts: Experts) -> dict[str, tuple[int, int]]:
+    """Name -> (out, in) of the Linears that fused experts become."""
+    fused = block.model.get_parameter(str(experts.gate_up)).shape  # [E, 2I, H]
+    names = [f"{experts.name}.{index}" for index in range(experts.num_experts)]
+    gate_up, down = (fused[1], fused[2]), (fused[2], experts.width)
+    return {
+        f"{name}.{part}": shape for name in names for part, shape in (("gate_up", gate_up), ("down", down))
+    }
 
 
 def dense_weight(linear: nn.Module) -> Tensor:

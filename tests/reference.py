@@ -47,3 +47,33 @@ def gptq_words(values: list[int], bits: int) -> list[int]:
     stream = sum(value << (index * bits) for index, value in enumerate(values))
     words = [(stream >> shift) & 0xFFFFFFFF for shift in range(0, len(values) * bits, 32)]
     return [word - 2**32 if word >= 2**31 else word for word in words]  # as int32
+
+
+def sparsegpt(weight, hessian, sparsity: float, pattern: str, damp: float, columns: int = 128):
+    """Pruned weight and mask by optimal brain surgery, column by column, in float64.
+
+    What taking out w_j costs, all columns before it fixed, is w_j^2 / inv(H[j:, j:])[0, 0]. The mask of `columns`
+    columns (of M columns for "N:M") is chosen when the first of them is reached.
+    """
+    work, hessian = weight.double().clone(), hessian.double().clone()
+    hessian.diagonal().add_(damp * hessian.diagonal().mean())
+    rows, width = weight.shape
+    mask = torch.ones(rows, width, dtype=torch.bool)
+    costs = [float(torch.linalg.inv(hessian[j:, j:])[0, 0]) for j in range(width)]
+    kept, group = (int(part) for part in pattern.split(":")) if ":" in pattern else (0, columns)
+    for j in range(width):
+        if j % group == 0:
+            block = range(j, min(j + group, width))
+            cells = [(float(work[row, k]) ** 2 / costs[k], row, k) for row in range(rows) for k in block]
+            if kept:
+                for row in range(rows):
+                    for _, _, k in sorted(cell for cell in cells if cell[1] == row)[: group - kept]:
+                        mask[row, k] = False
+            else:
+                for _, row, k in sorted(cells)[: round(len(cells) * sparsity)]:
+                    mask[row, k] = False
+        inverse = torch.linalg.inv(hessian[j:, j:])
+        error = torch.where(mask[:, j], 0.0, work[:, j]) / inverse[0, 0]
+        work[:, j:] -= error[:, None] * inverse[0]
+        work[:, j] *= mask[:, j]
+    return work, mask

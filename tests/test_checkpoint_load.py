@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import llmslim.plugin  # noqa: F401
 from llmslim.anatomy import Anatomy
 from llmslim.checkpoint import writer
-from llmslim.checkpoint.formats import formats, packed_modules
+from llmslim.checkpoint.formats import compact_modules, formats
 from llmslim.checkpoint.load import load
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.errors import UserError
@@ -103,7 +103,7 @@ def test_asymmetric_compressed_tensors_of_others_are_read(tmp_path):
     tensors = {
         n: t for n, t in load_file(tmp_path / "made" / "model.safetensors").items() if ".weight_" not in n
     }
-    for name, module in packed_modules(model).items():
+    for name, module in compact_modules(model).items():
         tensors |= form.stored(name, module)
     edits = CheckpointReader(find(str(tmp_path / "made"))).edits
     save_file(tensors, tmp_path / "made" / "model.safetensors", metadata={"format": "pt"})

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llmslim.calibration.factor import factor
 from llmslim.calibration.statistics import InputStats
-from llmslim.quantization.gptq import GPTQ, descend, factor, gptq, refit_scales
+from llmslim.quantization.gptq import GPTQ, descend, gptq, refit_scales
 from llmslim.quantization.grid import Scheme, min_max_grid, round_to_grid, search_grid
 from llmslim.quantization.rtn import RTN
 from llmslim.step import StepRecord

@@ -24,9 +24,8 @@ import yaml
 import llmslim
 from llmslim import cli
 from llmslim.anatomy.family import TESTED
-from llmslim.calibration.statistics import InputStats
+from llmslim.calibration.statistics import InputStats, output_error
 from llmslim.checkpoint.formats import formats
-from llmslim.quantization.quantizer import output_error
 from llmslim.quantization.rtn import RTN
 from llmslim.step import STEPS, StepRecord, load_steps
 from tests.tiny import save_tiny
@@ -209,7 +208,7 @@ def test_the_example_does_what_it_says(example: Any) -> None:
     errors = []
     for step in (example.WeightedRTN(bits=3), RTN(bits=3)):
         quantized = step.quantize("w", weight, step.scheme("w"), stats, StepRecord())
-        errors.append(output_error(weight, quantized, stats.hessian))
+        errors.append(output_error(weight, quantized.dequantize(), stats.hessian))
     assert errors[0] < 0.9 * errors[1]
 
 

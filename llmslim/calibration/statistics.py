@@ -54,3 +54,10 @@ class InputStats:
         upper = self.hessian.triu_()
         upper.add_(upper.triu(1).T)
         return self
+
+
+def output_error(weight: Tensor, result: Tensor, hessian: Tensor) -> float:
+    """||(W - W') X||^2 / ||W X||^2 for float32 weights [out, in], from X^T X [in, in]."""
+    difference = weight - result
+    power = (weight @ hessian).mul_(weight).sum()
+    return float((difference @ hessian).mul_(difference).sum() / power.clamp_min(1e-30))

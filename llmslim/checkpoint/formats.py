@@ -22,9 +22,12 @@ from llmslim.loaders.models import skeleton
 from llmslim.quantization.edits import PackLinear
 from llmslim.quantization.grid import QuantizedWeight, Scheme
 from llmslim.quantization.packed import PackedEmbedding, PackedLinear
+from llmslim.sparse import SparseLinear, SparseWeight
 from llmslim.step import nearest
 
 Packed = PackedLinear | PackedEmbedding
+Compact = Packed | SparseLinear
+"""Modules whose weight lies in a file in other tensors than a dense one's."""
 Get = Callable[[str], Tensor]
 
 
@@ -43,15 +46,17 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def stored(self, name: str, module: Packed) -> dict[str, Tensor]:
-        """The tensors on disk, by full name, of the packed weight of the module `name`; without its bias.
+    def stored(self, name: str, module: Any) -> dict[str, Tensor]:
+        """The tensors on disk, by full name, of the compact weight of the module `name`; without its bias.
+
+        Only llmslim's own format has to do with a `SparseLinear`: others refuse its edit.
 
         Works on meta as well, for names, shapes and types.
         """
 
     @abstractmethod
-    def read(self, name: str, module: Packed, get: Get) -> QuantizedWeight:
-        """The inverse of `stored`.
+    def read(self, name: str, module: Any, get: Get) -> QuantizedWeight | SparseWeight:
+        """The inverse of `stored`: what the module's `store` takes.
 
         Args:
             module: a skeleton, for shape and scheme; not changed.
@@ -120,9 +125,9 @@ def stored_dtype(model: PreTrainedModel) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def packed_modules(model: nn.Module) -> dict[str, Packed]:
-    """The packed modules by their full name, a tied one under each of its names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
+def compact_modules(model: nn.Module) -> dict[str, Compact]:
+    """The compact modules by their full name, a tied one under each of its names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Compact)}
 
 
 def pack_linears(edits: Sequence[Edit]) -> dict[str, Scheme] | None:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
-from llmslim.checkpoint.formats import Format, Packed
+from llmslim.checkpoint.formats import Compact, Format
+from llmslim.sparse import SparseLinear
 
 
 def part_of(model: nn.Module, prefix: str | None) -> Iterator[tuple[str, nn.Module]]:
@@ -20,10 +21,11 @@ def part_of(model: nn.Module, prefix: str | None) -> Iterator[tuple[str, nn.Modu
 
 
 def dense_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters and stored buffers by full name; of a packed one the bias only."""
+    """A module's own parameters and stored buffers by full name; of a compact one the bias only."""
     own = {leaf: p.detach() for leaf, p in module._parameters.items() if p is not None}
-    if isinstance(module, Packed):
+    if isinstance(module, Compact):
         own = {leaf: tensor for leaf, tensor in own.items() if leaf == "bias"}
+        return {f"{name}.{leaf}": tensor for leaf, tensor in own.items()}
     for leaf, buffer in module._buffers.items():
         if buffer is not None and leaf not in module._non_persistent_buffers_set:
             own[leaf] = buffer
@@ -31,10 +33,12 @@ def dense_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def stored_tensors(model: nn.Module, form: Format, prefix: str | None = "") -> dict[str, tuple[Tensor, bool]]:
-    """On-disk name -> (tensor, whether it is dense) below `prefix` ("": all; None: outside the blocks).
+    """On-disk name -> (tensor, whether its floats are to be of the checkpoint's type) below `prefix`.
+
+    `prefix`: "" takes all; None takes what is outside the blocks.
 
     Tied tensors appear once, under the name that transformers keeps. Packed ones are as on disk already;
-    dense ones are yet to be cast.
+    dense ones and the values of sparse ones are yet to be cast.
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     modules = model.named_modules() if prefix == "" else part_of(model, prefix)
@@ -42,6 +46,7 @@ def stored_tensors(model: nn.Module, form: Format, prefix: str | None = "") -> d
     for name, module in modules:
         dense = dense_tensors(name, module)
         found.update({full: (tensor, True) for full, tensor in dense.items() if full not in tied})
-        if isinstance(module, Packed) and f"{name}.weight_packed" not in tied:
-            found.update({full: (tensor, False) for full, tensor in form.stored(name, module).items()})
+        if isinstance(module, Compact) and f"{name}.weight_packed" not in tied:
+            cast = isinstance(module, SparseLinear)
+            found.update({full: (tensor, cast) for full, tensor in form.stored(name, module).items()})
     return found

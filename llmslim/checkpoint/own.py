@@ -1,4 +1,4 @@
-"""llmslim's own format: the packed modules' own parameters, and every edit in config.json.
+"""llmslim's own format: packed modules' own parameters, sparse ones' bitmap and values, every edit in config.json.
 
     "quantization_config": {"quant_method": "llmslim", "format_version": 1, "edits": [{"edit": ...}, ...]}
 
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmslim.checkpoint.formats import Format, Get, Packed, exact_scale, expect
+from llmslim.checkpoint.formats import Compact, Format, Get, exact_scale, expect
 from llmslim.checkpoint.names import absolute, relative
 from llmslim.edit import Edit, parse_edit
 from llmslim.errors import UserError
 from llmslim.quantization import packing
 from llmslim.quantization.grid import QuantizedWeight
+from llmslim.sparse import SparseLinear, SparseWeight
 
 FORMAT_VERSION = 1
 
@@ -31,15 +32,24 @@ class Own(Format):
     def refusal(self, edits: Sequence[Edit], model: PreTrainedModel, dtype: torch.dtype) -> str | None:
         return None
 
-    def stored(self, name: str, module: Packed) -> dict[str, Tensor]:
+    def stored(self, name: str, module: Compact) -> dict[str, Tensor]:
+        if isinstance(module, SparseLinear):
+            return {f"{name}.{part}": tensor for part, tensor in module.stored().items()}
         parts = {
             part: getattr(module, part) for part in ("weight_packed", "weight_scale", "weight_zero_point")
         }
         return {f"{name}.{part}": tensor.detach() for part, tensor in parts.items() if tensor is not None}
 
-    def read(self, name: str, module: Packed, get: Get) -> QuantizedWeight:
+    def read(self, name: str, module: Compact, get: Get) -> QuantizedWeight | SparseWeight:
         like = self.stored(name, module)
         tensors = {full: expect(full, get(full), tensor) for full, tensor in like.items()}
+        if isinstance(module, SparseLinear):
+            sparse = SparseWeight(*tensors.values())
+            try:
+                module.check(sparse)
+            except ValueError as error:
+                raise UserError(f"The checkpoint's {name} is damaged: {error}.") from error
+            return sparse
         scheme = module.scheme
         codes = packing.unpack(tensors[f"{name}.weight_packed"], scheme.bits, module.shape[1])
         scale = exact_scale(name, tensors[f"{name}.weight_scale"], scheme)

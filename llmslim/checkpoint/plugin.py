@@ -1,9 +1,9 @@
 """The transformers plug-in: `from_pretrained` and `save_pretrained` of compressed checkpoints.
 
 Loading builds the model on meta, replays the edits, and lets transformers read the tensors. For llmslim's own
-format these are the packed modules' own parameters. For another format each packed module waits as a
-`StoredWeight`, whose parameters have the names and types on disk, and is decoded when all are read, one
-module at a time.
+format these are the packed modules' own parameters. A sparse module, and with another format each packed one,
+waits as a `StoredWeight`, whose parameters have the names and types on disk, and is decoded when all are read,
+one module at a time.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmslim.checkpoint.formats import Format, Packed, formats, packed_modules
+from llmslim.checkpoint.formats import Compact, Format, compact_modules, formats
 from llmslim.checkpoint.inventory import stored_tensors
 from llmslim.checkpoint.names import absolute
 from llmslim.checkpoint.own import parse_edits
 from llmslim.edit import replace_module, replay
 from llmslim.errors import UserError
+from llmslim.sparse import SparseLinear
 
 
 @register_quantization_config("llmslim")
@@ -59,16 +60,16 @@ class LlmslimConfig(QuantizationConfigMixin):
 
 
 class StoredWeight(nn.Module):
-    """Stands for a packed module while its tensors are read as another format stores them."""
+    """Stands for a compact module while its tensors are read as the format stores them."""
 
-    def __init__(self, name: str, packed: Packed, form: Format) -> None:
+    def __init__(self, name: str, module: Compact, form: Format) -> None:
         super().__init__()
-        self.__dict__["packed"] = packed  # not a child: its parameters are not in the files
-        for full, tensor in form.stored(name, packed).items():
+        self.__dict__["module"] = module  # not a child: its parameters are not in the files
+        for full, tensor in form.stored(name, module).items():
             self.register_parameter(
                 full.removeprefix(f"{name}."), nn.Parameter(tensor.to("meta"), requires_grad=False)
             )
-        self.register_parameter("bias", getattr(packed, "bias", None))
+        self.register_parameter("bias", getattr(module, "bias", None))
 
     @property
     def weight(self) -> Tensor:
@@ -77,65 +78,67 @@ class StoredWeight(nn.Module):
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         return weight
 
-    def decode(self, name: str, form: Format) -> Packed:
-        """The packed module with the weight that was read; frees what was read."""
-        packed: Packed = self.__dict__["packed"]
+    def decode(self, name: str, form: Format) -> Compact:
+        """The compact module with the weight that was read; frees what was read."""
+        module: Any = self.__dict__["module"]
         first = next(iter(self._parameters.values()))
         assert first is not None
         if first.is_meta:
             raise UserError(
-                f"{name} was offloaded to disk, which works for llmslim's own format only: convert it first."
+                f"{name} was offloaded to disk, which works only for packed weights in llmslim's own format."
             )
 
         def get(full: str) -> Tensor:
             return self._parameters[full.removeprefix(f"{name}.")].detach()  # type: ignore[union-attr]
 
-        quantized = form.read(name, packed, get)
+        weight = form.read(name, module, get)
         bias, device = self.bias, first.device
         self._parameters.clear()
-        packed.to_empty(device=device)
-        packed.store(quantized)
+        module.to_empty(device=device)
+        module.store(weight)
         if bias is not None:
-            packed.bias = bias
-        return packed
+            module.bias = bias
+        return module
 
 
 @register_quantizer("llmslim")
 class LlmslimQuantizer(HfQuantizer):
-    """Replays the edits before the weights are read, and decodes foreign formats after."""
+    """Replays the edits before the weights are read, and decodes what waits as a `StoredWeight` after."""
 
     requires_calibration = True
     quantization_config: LlmslimConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         replay(model, absolute(self.quantization_config.edits, model))
-        if self._foreign is not None:
-            for name, packed in packed_modules(model).items():
-                replace_module(model, name, StoredWeight(name, packed, self._foreign))
+        for name, module in compact_modules(model).items():
+            if self._waits(module):
+                replace_module(model, name, StoredWeight(name, module, self._form))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         waiting = [
             (name, module) for name, module in model.named_modules() if isinstance(module, StoredWeight)
         ]
         for name, stored in waiting:
-            assert self._foreign is not None
-            packed = stored.decode(name, self._foreign)
+            module = stored.decode(name, self._form)
             if hasattr(stored, "_hf_hook"):  # placed on a device by accelerate
                 from accelerate.hooks import add_hook_to_module
 
-                add_hook_to_module(packed, stored._hf_hook)
-            replace_module(model, name, packed)
+                add_hook_to_module(module, stored._hf_hook)
+            replace_module(model, name, module)
 
     @property
-    def _foreign(self) -> Format | None:
-        storage = self.quantization_config.storage
-        return None if storage == "llmslim" else formats()[storage]
+    def _form(self) -> Format:
+        return formats()[self.quantization_config.storage]
+
+    def _waits(self, module: Compact) -> bool:
+        """Whether what the files hold of a module is not its own parameters."""
+        return self._form.name != "llmslim" or isinstance(module, SparseLinear)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
         """For saving: tensors as the format of the files stores them."""
-        if self._foreign is None:
+        if not any(self._waits(module) for module in compact_modules(model).values()):
             return None, {}
-        return {name: tensor for name, (tensor, _) in stored_tensors(model, self._foreign).items()}, {}
+        return {name: tensor for name, (tensor, _) in stored_tensors(model, self._form).items()}, {}
 
     def is_serializable(self) -> bool:
         return True

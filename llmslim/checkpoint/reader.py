@@ -14,12 +14,14 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from llmslim.checkpoint.formats import Format, Packed, expect, formats
+from llmslim.checkpoint.formats import Compact, Format, Packed, expect, formats
 from llmslim.checkpoint.inventory import dense_tensors, part_of, stored_tensors
 from llmslim.edit import Edit, replay
 from llmslim.errors import UserError
 from llmslim.loaders.models import ModelFiles, place, skeleton, tie
+from llmslim.quantization.grid import QuantizedWeight
 from llmslim.quantization.packed import PackedLinear
+from llmslim.sparse import SparseLinear, SparseWeight
 
 
 class CheckpointReader:
@@ -83,10 +85,11 @@ class CheckpointReader:
                 for full, tensor in self._dense(name, module, models[0], get, dtype, round_to).items():
                     for model in models:
                         place(model, full, tensor.to(device))
-                if isinstance(module, Packed) and not self._is_tied(models[0], f"{name}.weight_packed"):
-                    for full, tensor in self._packed(name, module, get).items():
+                if isinstance(module, Compact) and not self._is_tied(models[0], f"{name}.weight_packed"):
+                    for full, tensor in self._compact(name, module, get, dtype, round_to).items():
                         for model in models:
                             place(model, full, tensor.to(device))
+                if isinstance(module, Packed):
                     for model in models:
                         model.get_submodule(name).int4pack = None  # type: ignore[assignment]
         if prefix is None:
@@ -125,15 +128,29 @@ class CheckpointReader:
             placed[full] = tensor.clone() if tensor.data_ptr() == stored.data_ptr() else tensor
         return placed
 
-    def _packed(self, name: str, module: Packed, get: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """A packed module's own parameters, by full name."""
+    def _compact(
+        self,
+        name: str,
+        module: Compact,
+        get: Callable[[str], Tensor],
+        dtype: torch.dtype,
+        round_to: torch.dtype | None,
+    ) -> dict[str, Tensor]:
+        """A compact module's own parameters and buffers without its bias, by full name."""
+        if isinstance(module, SparseLinear):
+            sparse = self._storage.read(name, module, get)
+            assert isinstance(sparse, SparseWeight)  # as for every SparseLinear
+            dense = module.dense(sparse, round_to or sparse.values.dtype).to(dtype)
+            return {f"{name}.weight": dense, f"{name}.weight_bitmap": sparse.bitmap.clone()}
         if self._storage.name == "llmslim":  # they are what is stored
             like = self._storage.stored(name, module)
             return {
                 full: expect(full, get(full), tensor).to(tensor.dtype).clone()
                 for full, tensor in like.items()
             }
-        filled = PackedLinear.from_quantized(self._storage.read(name, module, get))
+        quantized = self._storage.read(name, module, get)
+        assert isinstance(quantized, QuantizedWeight)
+        filled = PackedLinear.from_quantized(quantized)
         return {f"{name}.{leaf}": tensor.detach() for leaf, tensor in filled.named_parameters()}
 
     @property

@@ -206,10 +206,15 @@ def place(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def release(model: nn.Module, prefix: str) -> None:
-    """Send the parameters below `prefix` back to meta."""
-    for name, parameter in list(model.get_submodule(prefix).named_parameters(remove_duplicate=False)):
+    """Send the parameters and stored buffers below `prefix` back to meta."""
+    part = model.get_submodule(prefix)
+    for name, parameter in list(part.named_parameters(remove_duplicate=False)):
         full = f"{prefix}.{name}" if prefix else name
         place(model, full, torch.empty_like(parameter, device="meta"))
+    for module in part.modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and leaf not in module._non_persistent_buffers_set:
+                module._buffers[leaf] = torch.empty_like(buffer, device="meta")
 
 
 def tie(model: nn.Module) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from llmslim.calibration.factor import Factor, factor_of
 from llmslim.calibration.statistics import InputStats
 from llmslim.quantization.grid import (
     QuantizedWeight,
@@ -24,68 +24,14 @@ from llmslim.step import StepRecord
 _COLUMNS = 128  # columns whose updates are applied at once to the rest
 
 
-@dataclass
-class Factor:
-    """What GPTQ needs of a Hessian, computed once for all weights that share it.
-
-    Attributes:
-        order: column order, most excited first when `act_order`.
-        inverse: upper Cholesky factor of the damped inverse Hessian in that order, [in, in].
-        damp_percent: the damping that it took, as a share of the mean diagonal; None when none sufficed.
-        shift: D^T H^-1 [in, in] for D = X^T (X_ref - X), or None: W + W shift is what comes closest to the
-            uncompressed model's outputs W X_ref from the inputs X as they are.
-    """
-
-    order: Tensor
-    inverse: Tensor | None
-    damp_percent: float | None
-    shift: Tensor | None = None
-
-    @property
-    def importance(self) -> Tensor:
-        """What a unit of squared rounding error costs in each column [in], later columns making good what they can.
-
-        GPTQ's loss is sum_j (w_j - q_j)^2 / U[j, j]^2: the right weights for choosing scales beforehand.
-        """
-        assert self.inverse is not None
-        cost = torch.empty_like(self.inverse.diagonal())
-        cost[self.order] = self.inverse.diagonal().square().reciprocal()
-        return cost
-
-
-def factor(hessian: Tensor, damp_percent: float, act_order: bool, cross: Tensor | None = None) -> Factor:
-    """Permute, damp and factorize a Hessian; damping rises tenfold until the factorization succeeds.
-
-    Args:
-        hessian: X^T X, float32 [in, in].
-        cross: X^T (X_ref - X), when calibration is asymmetric.
-    """
-    diagonal = hessian.diagonal()
-    order = (
-        torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
-    )
-    order = order.to(hessian.device)
-    damp: float | None = damp_percent
-    while damp is not None:
-        damped = hessian[order][:, order]
-        damped.diagonal().add_(damp * diagonal.mean())
-        dead = damped.diagonal() == 0
-        damped.diagonal()[dead] = 1.0  # an input that is always zero: its column is free
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            shift = None
-            if cross is not None:  # solved first: of wide inputs each of these matrices is large
-                shift = torch.cholesky_solve(cross[order], lower)[torch.argsort(order)].T
-            torch.cholesky_inverse(lower, out=damped)
-            del lower
-            upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
-            if not failed and bool(upper.diagonal().isfinite().all()):
-                return Factor(order, upper, damp, shift)
-        damp = damp * 10 if damp * 10 <= 1.0 else None
-    return Factor(order, None, None)
-
-
-def gptq(weight: Tensor, factor: Factor, scale: Tensor, zero: Tensor, scheme: Scheme) -> QuantizedWeight:
+def gptq(
+    weight: Tensor,
+    factor: Factor,
+    scale: Tensor,
+    zero: Tensor,
+    scheme: Scheme,
+    pruned: Tensor | None = None,
+) -> QuantizedWeight:
     """Quantize `weight` onto a fixed grid with error feedback (Frantar et al. 2023, arXiv:2210.17323).
 
     In the order of `factor`, column j is rounded to its grid, and its error e = (w - q) / U[j, j] is spread over
@@ -96,6 +42,7 @@ def gptq(weight: Tensor, factor: Factor, scale: Tensor, zero: Tensor, scheme: Sc
     Args:
         weight: float32 [out, in].
         scale, zero: the grid, float32 of `Scheme.scale_shape`.
+        pruned: bool [out, in], weights that get the code of exactly zero whatever errors reach them.
     """
     assert factor.inverse is not None
     out_features, in_features = weight.shape
@@ -106,6 +53,7 @@ def gptq(weight: Tensor, factor: Factor, scale: Tensor, zero: Tensor, scheme: Sc
     zeros = zero.expand(out_features, -1).T.contiguous()[groups]
     inverse_scales = scales.reciprocal()
     codes = torch.empty_like(work)
+    pinned = None if pruned is None else pruned.T[order]
     errors = torch.empty(_COLUMNS, out_features, dtype=work.dtype, device=work.device)
     for start in range(0, in_features, _COLUMNS):
         stop = min(start + _COLUMNS, in_features)
@@ -113,6 +61,8 @@ def gptq(weight: Tensor, factor: Factor, scale: Tensor, zero: Tensor, scheme: Sc
             column, error = work[j], errors[j - start]
             code = torch.mul(column, inverse_scales[j], out=codes[j])
             code.add_(zeros[j]).round_().clamp_(0, scheme.max_code)
+            if pinned is not None:
+                code.copy_(torch.where(pinned[j], zeros[j], code))
             torch.sub(code, zeros[j], out=error).mul_(scales[j]).sub_(column).div_(-upper[j, j])
             if j + 1 < stop:
                 work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
@@ -123,7 +73,9 @@ def gptq(weight: Tensor, factor: Factor, scale: Tensor, zero: Tensor, scheme: Sc
     return assemble(original.T.contiguous(), scale, zero, scheme)
 
 
-def descend(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
+def descend(
+    weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, pruned: Tensor | None = None
+) -> QuantizedWeight:
     """One sweep of coordinate descent on the codes: each goes to the level that is best given all others.
 
     GPTQ decides each column once, knowing nothing of the roundings to come. With E = W_q - W and G = E H, the
@@ -133,6 +85,7 @@ def descend(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> Quan
     Args:
         weight: float32 [out, in].
         hessian: float32 [in, in].
+        pruned: bool [out, in], weights whose codes stay.
     """
     scheme, in_features = quantized.scheme, weight.shape[1]
     grid = _Grid(quantized, weight.shape)
@@ -151,6 +104,8 @@ def descend(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> Quan
         for k in range(len(columns)):
             move = torch.div(targets[k], steps[k], out=moves[k]).round_()
             move.clamp_(lowest[k], highest[k])
+            if pruned is not None:
+                move.masked_fill_(pruned[:, columns[k]], 0)
             codes[columns[k]] += move
             move.mul_(steps[k])
             if k + 1 < len(columns):
@@ -215,6 +170,8 @@ class GPTQ(Quantizer):
     arXiv:2504.02692), met by moving the target in closed form instead of inside the column loop. It is estimated
     from half of the calibration text, and shrunk by 1 - in / n for n tokens of it: few tokens tell little, and no
     more of them than inputs tell nothing.
+
+    Weights that are exactly zero were pruned, here or elsewhere: they stay exactly zero.
     """
 
     kind: ClassVar[str] = "gptq"
@@ -244,7 +201,7 @@ class GPTQ(Quantizer):
     def quantize(
         self, name: str, weight: Tensor, scheme: Scheme, stats: InputStats | None, record: StepRecord
     ) -> QuantizedWeight:
-        solved = self._factor(stats) if stats is not None else None
+        solved = factor_of(stats, self.damp_percent, self.act_order) if stats is not None else None
         if stats is None or solved is None or solved.inverse is None:
             if solved is not None:
                 record.note(name, "the Hessian cannot be factorized with any damping: rounded to nearest")
@@ -256,19 +213,14 @@ class GPTQ(Quantizer):
             if solved.shift is None
             else weight.addmm(weight, solved.shift, alpha=self.input_correction)
         )
-        scale, zero = search_grid(target, scheme, solved.importance)
-        quantized = gptq(target, solved, scale, zero, scheme)
+        zeros = weight == 0
+        pruned = zeros if bool(zeros.any()) else None
+        grid = search_grid(target.masked_fill(zeros, 0), scheme, solved.importance)
+        quantized = gptq(target, solved, *grid, scheme, pruned)
         for _ in range(self.refine):
-            quantized = descend(target, quantized, stats.hessian)
+            quantized = descend(target, quantized, stats.hessian, pruned)
             quantized = refit_scales(target, quantized, stats.hessian)
         return quantized
 
     def _workspace(self, rows: int, width: int) -> int:
         return super()._workspace(rows, width) + (7 if self.needs_reference else 5) * 4 * width * width
-
-    def _factor(self, stats: InputStats) -> Factor:
-        key = (self.damp_percent, self.act_order)
-        if key not in stats.derived:
-            stats.derived[key] = factor(stats.hessian, self.damp_percent, self.act_order, stats.cross)
-            stats.cross = None  # it lives on in the factor's shift
-        return cast(Factor, stats.derived[key])

@@ -8,13 +8,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from llmslim.anatomy import Anatomy, Block, Experts
+from llmslim.anatomy import Anatomy
 from llmslim.anatomy.parts import features
-from llmslim.calibration.statistics import InputStats
+from llmslim.calibration.statistics import InputStats, output_error
 from llmslim.calibration.stream import BlockStream
 from llmslim.edit import Edit
 from llmslim.errors import UserError
-from llmslim.experts import UnfuseExperts
 from llmslim.quantization.edits import PackEmbedding, PackLinear
 from llmslim.quantization.grid import GroupSize, QuantizedWeight, Scheme, round_to_nearest
 from llmslim.quantization.packed import PackedEmbedding, PackedLinear
@@ -79,17 +78,9 @@ class Quantizer(LinearStep):
         return self.scheme("").model_copy(update={"bits": self.embeddings_bits})
 
     def check(self, anatomy: Anatomy) -> None:
-        chosen = 0
-        for block in anatomy.blocks:
-            for name, linear in block.linears().items():
-                if self.selects(name):
-                    chosen += 1
-                    _check_group(name, features(linear)[1], self.scheme(name).group_size)
-            if (experts := self._fused_experts(block)) is not None:
-                chosen += 1
-                size = self.scheme(f"{experts.name}.0.gate_up").group_size
-                _check_group(experts.name, anatomy.model.get_parameter(str(experts.gate_up)).shape[-1], size)
-                _check_group(experts.name, experts.width, size)
+        chosen = {name: shape for block in anatomy.blocks for name, shape in self.targets(block).items()}
+        for name, (_, width) in chosen.items():
+            _check_group(name, width, self.scheme(name).group_size)
         for table in self._tables(anatomy):
             weight = cast(Tensor, anatomy.model.get_submodule(table).weight)
             _check_group(table, weight.shape[1], self.group_size)
@@ -103,21 +94,9 @@ class Quantizer(LinearStep):
     def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
         edits: list[Edit] = [*self._outer_edits(anatomy)]
         for block in anatomy.blocks:
-            names = list(block.linears())
-            if (experts := self._fused_experts(block)) is not None:
-                edits.append(UnfuseExperts(module=experts.name))
-                each = [f"{experts.name}.{index}" for index in range(experts.num_experts)]
-                names += [f"{expert}.{part}" for expert in each for part in ("gate_up", "down")]
-            names = [name for name in names if self.selects(name)]
-            edits += [PackLinear(module=name, scheme=self.scheme(name)) for name in names]
+            edits += self.unfusing(block)
+            edits += [PackLinear(module=name, scheme=self.scheme(name)) for name in self.targets(block)]
         return edits
-
-    def _fused_experts(self, block: Block) -> Experts | None:
-        """The experts of a block, if they are to be compressed and are fused yet: `linears` lists the others."""
-        experts = block.mlp
-        if not isinstance(experts, Experts) or experts.gate_up is None:
-            return None
-        return experts if self.selects(f"{experts.name}.0.gate_up") else None
 
     def workspace_bytes(self, anatomy: Anatomy) -> int:
         shapes = [features(m) for block in anatomy.blocks for m in block.linears().values()]
@@ -169,12 +148,6 @@ class Quantizer(LinearStep):
                 tie(model)
             record.edits.append(edit)
 
-    def prepare_block(self, block: Block, stream: BlockStream, record: StepRecord) -> None:
-        if (experts := self._fused_experts(block)) is not None:
-            edit = UnfuseExperts(module=experts.name)
-            edit.apply(stream.model)
-            record.edits.append(edit)
-
     def compress_linear(
         self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord
     ) -> tuple[Edit, nn.Module]:
@@ -197,16 +170,9 @@ class Quantizer(LinearStep):
         """What the report says of one weight; errors are relative to the weight's (output's) own power."""
         row = {"name": name, "bits": scheme.bits, "shape": list(weight.shape)}
         if stats is not None:
-            row["output_error"] = output_error(weight, quantized, stats.hessian)
+            row["output_error"] = output_error(weight, quantized.dequantize(), stats.hessian)
             row["tokens"] = stats.tokens
         return row
-
-
-def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> float:
-    """||(W - W_q) X||^2 / ||W X||^2, from the Hessian X^T X alone."""
-    difference = weight - quantized.dequantize()
-    power = (weight @ hessian).mul_(weight).sum()
-    return float((difference @ hessian).mul_(difference).sum() / power.clamp_min(1e-30))
 
 
 def round_table(weight: Tensor, scheme: Scheme, rows: int = 4096) -> QuantizedWeight:

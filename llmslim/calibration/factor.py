@@ -1,0 +1,81 @@
+"""The damped, factorized inverse Hessian that error feedback (GPTQ, SparseGPT) spreads errors by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from llmslim.calibration.statistics import InputStats
+
+
+@dataclass
+class Factor:
+    """What error feedback needs of a Hessian, computed once for all weights that share it.
+
+    Attributes:
+        order: column order, most excited first when `act_order`.
+        inverse: upper Cholesky factor of the damped inverse Hessian in that order, [in, in].
+        damp_percent: the damping that it took, as a share of the mean diagonal; None when none sufficed.
+        shift: D^T H^-1 [in, in] for D = X^T (X_ref - X), or None: W + W shift is what comes closest to the
+            uncompressed model's outputs W X_ref from the inputs X as they are.
+    """
+
+    order: Tensor
+    inverse: Tensor | None
+    damp_percent: float | None
+    shift: Tensor | None = None
+
+    @property
+    def importance(self) -> Tensor:
+        """What a unit of squared rounding error costs in each column [in], later columns making good what they can.
+
+        GPTQ's loss is sum_j (w_j - q_j)^2 / U[j, j]^2: the right weights for choosing scales beforehand.
+        """
+        assert self.inverse is not None
+        cost = torch.empty_like(self.inverse.diagonal())
+        cost[self.order] = self.inverse.diagonal().square().reciprocal()
+        return cost
+
+
+def factor(hessian: Tensor, damp_percent: float, act_order: bool, cross: Tensor | None = None) -> Factor:
+    """Permute, damp and factorize a Hessian; damping rises tenfold until the factorization succeeds.
+
+    Args:
+        hessian: X^T X, float32 [in, in].
+        cross: X^T (X_ref - X), when calibration is asymmetric.
+    """
+    diagonal = hessian.diagonal()
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+    )
+    order = order.to(hessian.device)
+    damp: float | None = damp_percent
+    while damp is not None:
+        damped = hessian[order][:, order]
+        damped.diagonal().add_(damp * diagonal.mean())
+        dead = damped.diagonal() == 0
+        damped.diagonal()[dead] = 1.0  # an input that is always zero: its column is free
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            shift = None
+            if cross is not None:  # solved first: of wide inputs each of these matrices is large
+                shift = torch.cholesky_solve(cross[order], lower)[torch.argsort(order)].T
+            torch.cholesky_inverse(lower, out=damped)
+            del lower
+            upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
+            if not failed and bool(upper.diagonal().isfinite().all()):
+                return Factor(order, upper, damp, shift)
+        damp = damp * 10 if damp * 10 <= 1.0 else None
+    return Factor(order, None, None)
+
+
+def factor_of(stats: InputStats, damp_percent: float, act_order: bool) -> Factor:
+    """The factor of the statistics' Hessian, kept with them for the next weight that reads the same inputs."""
+    key = (damp_percent, act_order)
+    if key not in stats.derived:
+        stats.derived[key] = factor(stats.hessian, damp_percent, act_order, stats.cross)
+        stats.cross = None  # it lives on in the factor's shift
+    return cast(Factor, stats.derived[key])

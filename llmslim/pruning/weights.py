@@ -1,0 +1,302 @@
+"""Pruning of single weights: which of them stay, and what the ones that stay become."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from llmslim.anatomy import Anatomy, Block
+from llmslim.calibration.factor import factor_of
+from llmslim.calibration.statistics import InputStats, output_error
+from llmslim.calibration.stream import BlockStream
+from llmslim.edit import Edit
+from llmslim.errors import UserError
+from llmslim.pruning.allocation import Magnitudes, outlier_ratio, outlier_weighed
+from llmslim.pruning.masks import Pattern, Scope, choose, nonzeros, parse
+from llmslim.pruning.sparsegpt import COLUMNS, sparsegpt
+from llmslim.sparse import SparseLinear, SparsifyLinear
+from llmslim.step import LinearStep, StepRecord, dense_weight
+
+
+class WeightPruner(LinearStep):
+    """A step that takes out single weights. Subclasses define `score`, or `prune` if they change what stays.
+
+    The result is a `SparseLinear`: smaller on disk, and neither smaller in memory nor faster.
+    """
+
+    verb = "prune"
+
+    sparsity: float = Field(0.5, gt=0, lt=1, description="share of the weights that goes")
+    pattern: Pattern = Field(
+        "unstructured", description="2:4 and 4:8: of each 4 (8) consecutive inputs 2 (4) stay"
+    )
+    allocation: Literal["uniform", "owl"] = Field(
+        "uniform", description="owl: blocks with more outliers lose less (arXiv:2310.05175)"
+    )
+    owl_outlier: float = Field(
+        5.0, gt=0, description="owl: a weight is an outlier above so many times the mean score of its block"
+    )
+    owl_range: float = Field(
+        0.08, gt=0, le=0.5, description="owl: how far a block's sparsity may be from the mean"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> WeightPruner:
+        if self.pattern != "unstructured":
+            if self.sparsity != 0.5:
+                raise ValueError(f"pattern {self.pattern} keeps half of the weights: leave sparsity at 0.5")
+            if self.needs_survey:
+                raise ValueError(
+                    f"pattern {self.pattern} takes the same from every weight; use pattern unstructured"
+                )
+        unused = {"owl_outlier", "owl_range"} & self.model_fields_set
+        if unused and self.allocation != "owl":
+            raise ValueError(f"{min(unused)} is an option of allocation owl only")
+        return self
+
+    @property
+    def scope(self) -> Scope:
+        """Where weights are compared with each other, for patterns without one of their own."""
+        return "layer"
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.allocation == "owl"
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether sparsities are settled in a look at the whole model before the first block is pruned."""
+        return self.allocation == "owl"
+
+    def check(self, anatomy: Anatomy) -> None:
+        chosen = {name: shape for block in anatomy.blocks for name, shape in self.targets(block).items()}
+        for block in anatomy.blocks:
+            for path, module in block.module.named_modules():
+                if hasattr(module, "weight_packed") and self.selects(f"{block.name}.{path}"):
+                    raise UserError(
+                        f"{block.name}.{path} is quantized, and packed weights cannot be pruned: "
+                        "prune before quantizing."
+                    )
+        if not chosen:
+            raise UserError(
+                f"Nothing to prune: include={list(self.include)} and exclude={list(self.exclude)} leave no Linear."
+            )
+        for name, (rows, width) in chosen.items():
+            if self.pattern != "unstructured" and width % parse(self.pattern)[1]:
+                raise UserError(
+                    f"pattern {self.pattern} does not fit the {width} inputs of {name}, which are not divisible "
+                    f"by {parse(self.pattern)[1]}; --exclude it or use pattern unstructured."
+                )
+            if not self._nonzeros(rows, width):
+                raise UserError(
+                    f"sparsity {self.sparsity:g} leaves nothing of {name}, which is {rows} x {width}; use less."
+                )
+
+    def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
+        edits: list[Edit] = []
+        for block in anatomy.blocks:
+            edits += self.unfusing(block)
+            for name, shape in self.targets(block).items():
+                edits.append(SparsifyLinear(module=name, nonzeros=self._nonzeros(*shape)))
+        return edits
+
+    def _nonzeros(self, rows: int, width: int) -> int:
+        return nonzeros(rows, width, self.sparsity, self.pattern, self.scope)
+
+    def workspace_bytes(self, anatomy: Anatomy) -> int:
+        shapes = [shape for block in anatomy.blocks for shape in self.targets(block).values()]
+        return max((self._workspace(*shape) for shape in shapes), default=0)
+
+    def _workspace(self, rows: int, width: int) -> int:
+        """Bytes that deciding on one weight [rows, width] takes: scores and their int64 order above all."""
+        return 28 * rows * width
+
+    def survey(self, look: Any) -> dict[str, Tensor]:
+        """The sparsity of each weight by name, float64 [], decided from the whole uncompressed model."""
+        ratios, sizes, names = [], [], []
+        for block, stream in look.blocks():
+            self.prepare_block(block, stream, StepRecord())
+            targets = self.targets(block)
+            scores = wanda_scores(block, stream, list(targets))
+            ratios.append(outlier_ratio(scores, self.owl_outlier) if scores else 0.0)
+            sizes.append(sum(rows * width for rows, width in targets.values()))
+            names.append(list(targets))
+        used = [index for index, size in enumerate(sizes) if size]
+        shares = outlier_weighed(
+            [ratios[index] for index in used],
+            [sizes[index] for index in used],
+            self.sparsity,
+            self.owl_range,
+        )
+        return {
+            name: torch.tensor(share, dtype=torch.float64)
+            for index, share in zip(used, shares, strict=True)
+            for name in names[index]
+        }
+
+    def compress_linear(
+        self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord
+    ) -> tuple[Edit, nn.Module]:
+        full = weight.float()
+        if not bool(full.isfinite().all()):
+            raise UserError(
+                f"{name} has NaN or infinite weights, which cannot be ranked; --exclude it or mend the model."
+            )
+        sparsity = float(record.survey[name]) if self.needs_survey else self.sparsity  # type: ignore[attr-defined]
+        pruned, mask = self.prune(name, full, sparsity, stats, record)
+        if not bool(mask.any()):  # of a global threshold
+            mask.view(-1)[full.abs().argmax()] = True
+            pruned = torch.where(mask, full, 0)
+            record.note(name, f"sparsity {sparsity:g} leaves nothing: the largest weight was kept")
+        sparse = SparseLinear.from_dense(pruned.to(weight.dtype), mask)
+        row = {"name": name, "sparsity": 1 - sparse.nonzeros / mask.numel(), "shape": list(mask.shape)}
+        if stats is not None:
+            row["output_error"] = output_error(full, sparse.weight.detach().float(), stats.hessian)
+            row["tokens"] = stats.tokens
+        record.linears.append(row)
+        return SparsifyLinear(module=name, nonzeros=sparse.nonzeros), sparse
+
+    def prune(
+        self, name: str, weight: Tensor, sparsity: float, stats: InputStats | None, record: StepRecord
+    ) -> tuple[Tensor, Tensor]:
+        """The new weight and the bool mask of what stays, for a float32 weight [out, in]."""
+        return weight, choose(self.score(name, weight, stats, record), sparsity, self.pattern, self.scope)
+
+    def score(self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord) -> Tensor:
+        """What each weight is worth, float [out, in]."""
+        raise TypeError(f"{type(self).__name__} does not define score()")
+
+
+class Magnitude(WeightPruner):
+    """Magnitude pruning: the smallest weights go (Han et al. 2015, arXiv:1506.02626); needs no calibration.
+
+    `threshold` says among which weights: of each row, of each matrix, or of all matrices of the model, whose
+    sparsities then differ and are `sparsity` on the whole.
+    """
+
+    kind: ClassVar[str] = "magnitude"
+
+    threshold: Literal["row", "layer", "global"] = Field(
+        "layer", description="where the smallest weights are sought: in each row, each matrix, or all of them"
+    )
+
+    @model_validator(mode="after")
+    def _one_allocation(self) -> Magnitude:
+        if self.threshold == "global" and self.allocation == "owl":
+            raise ValueError("threshold global and allocation owl both say how much a weight loses; use one")
+        return self
+
+    @property
+    def scope(self) -> Scope:
+        return "row" if self.threshold == "row" else "layer"
+
+    @property
+    def needs_survey(self) -> bool:
+        return self.threshold == "global" or super().needs_survey
+
+    def survey(self, look: Any) -> dict[str, Tensor]:
+        if self.threshold != "global":
+            return super().survey(look)
+        magnitudes = Magnitudes()
+        for block, stream in look.blocks():
+            self.prepare_block(block, stream, StepRecord())
+            for name in self.targets(block):
+                magnitudes.add(name, dense_weight(stream.model.get_submodule(name)))
+        shares = magnitudes.sparsities(self.sparsity)
+        return {name: torch.tensor(share, dtype=torch.float64) for name, share in shares.items()}
+
+    def score(self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord) -> Tensor:
+        return weight.abs()
+
+
+class Wanda(WeightPruner):
+    """Wanda: in each row the weights of least |W_ij| ||X_j||_2 go (Sun et al. 2023, arXiv:2306.11695).
+
+    X_j is input j over the calibration tokens, as it arrives through the already pruned part of the model. The
+    weights that stay are not changed.
+    """
+
+    kind: ClassVar[str] = "wanda"
+
+    @property
+    def scope(self) -> Scope:
+        return "row"
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+    def score(self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord) -> Tensor:
+        return weight.abs() if stats is None else wanda_score(weight, stats)
+
+
+class SparseGPT(WeightPruner):
+    """SparseGPT: error feedback through the inverse Hessian (Frantar & Alistarh 2023, arXiv:2301.00774).
+
+    min ||(W - W_s) X||^2 per Linear over mask and values, X the calibration inputs as they arrive through the
+    already pruned part of the model: of every 128 columns, the weights of least w^2 / U[j, j]^2 go, and the
+    columns to come make good what they can. Columns are taken in their natural order.
+    """
+
+    kind: ClassVar[str] = "sparsegpt"
+
+    damp_percent: float = Field(
+        0.01, gt=0, le=1, description="damping as a share of the Hessian's mean diagonal"
+    )
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+    def _nonzeros(self, rows: int, width: int) -> int:
+        widths = [min(COLUMNS, width - start) for start in range(0, width, COLUMNS)]
+        return sum(nonzeros(rows, part, self.sparsity, self.pattern, self.scope) for part in widths)
+
+    def _workspace(self, rows: int, width: int) -> int:
+        return 4 * 5 * rows * width + 5 * 4 * width * width
+
+    def prune(
+        self, name: str, weight: Tensor, sparsity: float, stats: InputStats | None, record: StepRecord
+    ) -> tuple[Tensor, Tensor]:
+        solved = factor_of(stats, self.damp_percent, act_order=False) if stats is not None else None
+        if solved is None or solved.inverse is None:
+            if solved is not None:
+                record.note(name, "the Hessian cannot be factorized with any damping: pruned by magnitude")
+            return weight, choose(weight.abs(), sparsity, self.pattern, self.scope)
+        if solved.damp_percent != self.damp_percent:
+            record.note(name, f"damping raised from {self.damp_percent:g} to {solved.damp_percent:g}")
+        return sparsegpt(weight, solved, sparsity, self.pattern)
+
+
+class Random(WeightPruner):
+    """Random pruning: the floor that every other choice must beat; needs no calibration."""
+
+    kind: ClassVar[str] = "random"
+
+    draw: int = Field(0, ge=0, description="seed of the choice; each Linear has its own draw")
+
+    def score(self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.draw} {name}".encode()))
+        return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+
+def wanda_score(weight: Tensor, stats: InputStats) -> Tensor:
+    """|W_ij| ||X_j||_2 [out, in]."""
+    return weight.abs() * stats.hessian.diagonal().sqrt()
+
+
+def wanda_scores(block: Block, stream: BlockStream, names: list[str]) -> dict[str, Tensor]:
+    """Wanda's score of each named Linear of a block that tokens reach; passes the lane through the block."""
+    scores = {}
+
+    def visit(name: str, inputs: list[Tensor]) -> None:
+        power = sum(chunk.reshape(-1, chunk.shape[-1]).float().square().sum(0) for chunk in inputs)
+        weight = dense_weight(stream.model.get_submodule(name)).float()
+        scores[name] = weight.abs() * torch.as_tensor(power).sqrt()
+
+    stream.walk(block, stream.lanes["calibration"], names, visit)
+    return scores
