@@ -140,7 +140,7 @@ class Structured(BlockStep):
 
     def _taylor(self, look: Survey) -> dict[str, Tensor]:
         """(sum of gradient x weight over a unit's columns)^2, summed over windows (Molchanov et al. 2019)."""
-        from llmslim.calibration.gradients import accumulate  # type: ignore
+        from llmslim.calibration.gradients import accumulate
 
         model, scores = look.anatomy.model, {}
         reduces: dict[str, Any] = {}

@@ -146,7 +146,7 @@ class WeightPruner(LinearStep):
             raise UserError(
                 f"{name} has NaN or infinite weights, which cannot be ranked; --exclude it or mend the model."
             )
-        sparsity = float(record.survey[name]) if self.needs_survey else self.sparsity  # type: ignore[attr-defined]
+        sparsity = float(record.survey[name]) if self.needs_survey else self.sparsity
         pruned, mask = self.prune(name, full, sparsity, stats, record)
         if not bool(mask.any()):  # of a global threshold
             mask.view(-1)[full.abs().argmax()] = True
