@@ -37,7 +37,7 @@ def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
         ("heads", {"ratio": 0.5, "criterion": "taylor"}),
         ("mlp", {"ratio": 0.5, "allocation": "sensitivity", "multiple_of": 8}),
         ("magnitude", {"sparsity": 0.5, "threshold": "global"}),
-        ("wanda", {"sparsity": 0.5, "allocation": "owl"}),
+        ("wanda", {"sparsity": 0.5, "layer_sparsity": "owl"}),
     ],
     ids=["taylor-mlp", "taylor-heads", "sensitivity", "global", "owl"],
 )

@@ -232,7 +232,7 @@ def test_the_outlier_ratio_counts_over_the_whole_block() -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "t5"])
 def test_owl_surveys_every_selected_weight(family: str) -> None:
     look = FakeLook(family)
-    step = Magnitude(sparsity=0.6, allocation="owl", owl_outlier=2.0)
+    step = Magnitude(sparsity=0.6, layer_sparsity="owl", owl_outlier=2.0)
     assert step.needs_survey and step.needs_calibration
     survey = step.survey(look)
     blocks: dict[str, set[float]] = {}
@@ -489,10 +489,10 @@ def test_other_formats_refuse(form: str, folders: dict[str, Path], tmp_path: Pat
         ("magnitude", {"sparsity": 1.0}, "less than 1"),
         ("wanda", {"pattern": "3:4"}, "pattern = '3:4'"),
         ("wanda", {"pattern": "2:4", "sparsity": 0.6}, "keeps half"),
-        ("wanda", {"pattern": "2:4", "allocation": "owl"}, "the same from every weight"),
+        ("wanda", {"pattern": "2:4", "layer_sparsity": "owl"}, "the same from every weight"),
         ("magnitude", {"threshold": "global", "pattern": "4:8"}, "the same from every weight"),
-        ("magnitude", {"threshold": "global", "allocation": "owl"}, "use one"),
-        ("sparsegpt", {"owl_range": 0.1}, "allocation owl only"),
+        ("magnitude", {"threshold": "global", "layer_sparsity": "owl"}, "use one"),
+        ("sparsegpt", {"owl_range": 0.1}, "layer_sparsity owl only"),
         ("random", {"threshold": "row"}, "Unknown option"),
     ],
 )

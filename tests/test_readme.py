@@ -53,6 +53,7 @@ METHOD = next(snippet for snippet in SNIPPETS if "(Quantizer)" in snippet)
 FAMILY = next(snippet for snippet in SNIPPETS if "Family(" in snippet)
 SHORT = {
     "quantize": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
+    "prune": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
     "compress": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed --plan",
     "evaluate": "--seq-len 32 --windows 2",
     "generate": "--max-new-tokens 4",

@@ -34,7 +34,7 @@ class WeightPruner(LinearStep):
     pattern: Pattern = Field(
         "unstructured", description="2:4 and 4:8: of each 4 (8) consecutive inputs 2 (4) stay"
     )
-    allocation: Literal["uniform", "owl"] = Field(
+    layer_sparsity: Literal["uniform", "owl"] = Field(
         "uniform", description="owl: blocks with more outliers lose less (arXiv:2310.05175)"
     )
     owl_outlier: float = Field(
@@ -54,8 +54,8 @@ class WeightPruner(LinearStep):
                     f"pattern {self.pattern} takes the same from every weight; use pattern unstructured"
                 )
         unused = {"owl_outlier", "owl_range"} & self.model_fields_set
-        if unused and self.allocation != "owl":
-            raise ValueError(f"{min(unused)} is an option of allocation owl only")
+        if unused and self.layer_sparsity != "owl":
+            raise ValueError(f"{min(unused)} is an option of layer_sparsity owl only")
         return self
 
     @property
@@ -65,12 +65,12 @@ class WeightPruner(LinearStep):
 
     @property
     def needs_calibration(self) -> bool:
-        return self.allocation == "owl"
+        return self.layer_sparsity == "owl"
 
     @property
     def needs_survey(self) -> bool:
         """Whether sparsities are settled in a look at the whole model before the first block is pruned."""
-        return self.allocation == "owl"
+        return self.layer_sparsity == "owl"
 
     def check(self, anatomy: Anatomy) -> None:
         chosen = {name: shape for block in anatomy.blocks for name, shape in self.targets(block).items()}
@@ -186,8 +186,10 @@ class Magnitude(WeightPruner):
 
     @model_validator(mode="after")
     def _one_allocation(self) -> Magnitude:
-        if self.threshold == "global" and self.allocation == "owl":
-            raise ValueError("threshold global and allocation owl both say how much a weight loses; use one")
+        if self.threshold == "global" and self.layer_sparsity == "owl":
+            raise ValueError(
+                "threshold global and layer_sparsity owl both say how much a weight loses; use one"
+            )
         return self
 
     @property
