@@ -226,6 +226,28 @@ def test_a_ratio_that_leaves_nothing_is_refused(folders: dict[str, Path], tmp_pa
         build_step("mlp", {"ratio": 1})
 
 
+@pytest.mark.parametrize("kind", ["heads", "mlp"])
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [
+        (("rtn", {"group_size": 16}), "prune before you quantize"),
+        (("magnitude", {}), "first, then single weights"),
+    ],
+    ids=["quantized", "sparse"],
+)
+def test_what_cannot_be_cut_is_refused_in_order(
+    kind: str, first: tuple[str, dict[str, Any]], words: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """In one recipe and from a saved folder alike, before anything is written."""
+    steps = [build_step(*first), build_step(kind, {"ratio": 0.5})]
+    with pytest.raises(UserError, match=words):
+        compress(str(folders["llama"]), steps, tmp_path / "out", **QUICK)
+    compress(str(folders["llama"]), steps[:1], tmp_path / "first", **QUICK)
+    with pytest.raises(UserError, match=words):
+        compress(str(tmp_path / "first"), steps[1:], tmp_path / "out", **QUICK)
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize(("width", "kept"), [(128, 96), (64, 32), (1536, 1152), (100, 64)])
 def test_the_width_that_stays_is_a_multiple(width: int, kept: int) -> None:
     assert width - PruneMLP(ratio=0.25)._remove(width) == kept

@@ -17,6 +17,7 @@ from llmslim.calibration.statistics import InputStats
 from llmslim.calibration.stream import BlockStream
 from llmslim.errors import UserError
 from llmslim.pruning import importance
+from llmslim.sparse import SparseLinear
 from llmslim.step import BlockStep, StepRecord, Survey, dense_weight
 
 _LOOKS = 64  # how often the costs of what is left are looked at anew while channels are removed
@@ -109,12 +110,21 @@ class Structured(BlockStep):
             for module in block.module.modules():
                 if hasattr(module, "in_features") and not is_linear(module):
                     raise UserError(f"{block.name} is quantized already: prune before you quantize.")
+                if isinstance(module, SparseLinear):
+                    raise UserError(
+                        f"{block.name} has pruned single weights, whose mask cannot be cut: prune {self.kind} first, "
+                        "then single weights."
+                    )
 
     def workspace_bytes(self, anatomy: Anatomy) -> int:
         widths = [site.units.numel() for block in anatomy.blocks for site in self.sites(block)]
         hidden = anatomy.model.config.get_text_config().hidden_size
         # the Hessian and its damped copy, inverse and factor; the weight, its copy and the moved one
-        return max((width * (64 * width + 24 * hidden) for width in widths), default=0)
+        deciding = max((width * (64 * width + 24 * hidden) for width in widths), default=0)
+        if self.criterion != "taylor":
+            return deciding
+        whole = sum(parameter.numel() for parameter in anatomy.model.parameters())
+        return max(deciding, 4 * whole + 8 * hidden * max(widths))  # in float32, and a gradient
 
     def survey(self, look: Survey) -> dict[str, Tensor]:
         """Scores of all units of the uncompressed model: matrix name -> [pools, size]."""
