@@ -50,5 +50,8 @@ def test_a_step_that_surveys_runs_and_verifies(
     if kept:
         assert kept < sum(row["total"] for row in report["linears"])
     else:
+        assert (
+            "of the weights" in (tmp_path / "out/README.md").read_text()
+        )  # the card says what zeros do not gain
         shares = [row["sparsity"] for row in report["linears"]]
         assert 0.3 < sum(shares) / len(shares) < 0.7 and len({round(share, 3) for share in shares}) > 1

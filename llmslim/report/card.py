@@ -130,7 +130,9 @@ def _measurements(report: dict[str, Any]) -> str:
         lines.append(
             f"Perplexity: {quality['perplexity']['protocol']}; ± is the standard error over windows."
         )
-    lines += [f"{reason[0].upper()}{reason[1:]}." for reason in figures.skipped(report)]
+    lines += [
+        f"{reason[0].upper()}{reason[1:]}." for reason in (*figures.zeros(report), *figures.skipped(report))
+    ]
     if worst := figures.worst_linears(report):
         lines += ["", "Largest relative output errors on the calibration text:", ""]
         lines += [f"- `{name}`: {error:.3g}" for name, error in worst]

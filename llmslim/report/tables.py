@@ -29,7 +29,9 @@ def summary_table(report: dict[str, Any]) -> Group:
         lines.append(
             "Largest output errors: " + ", ".join(f"{name} {error:.2g}" for name, error in worst) + "."
         )
-    lines += [f"{reason[0].upper()}{reason[1:]}." for reason in figures.skipped(report)]
+    lines += [
+        f"{reason[0].upper()}{reason[1:]}." for reason in (*figures.zeros(report), *figures.skipped(report))
+    ]
     if report["notes"]:
         lines.append(f"{len(report['notes'])} notes (fallbacks and anomalies):")
         lines += [f"  {note}" for note in figures.notes(report)]
