@@ -55,3 +55,14 @@ def test_a_step_that_surveys_runs_and_verifies(
         )  # the card says what zeros do not gain
         shares = [row["sparsity"] for row in report["linears"]]
         assert 0.3 < sum(shares) / len(shares) < 0.7 and len({round(share, 3) for share in shares}) > 1
+
+
+@pytest.mark.parametrize("criterion", ["obs", "output", "magnitude", "taylor"])
+def test_sensitivity_removes_as_much_as_uniform(
+    criterion: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """What a block loses is settled on the model as it was, not on what the blocks before it have become."""
+    fields = {"ratio": 0.5, "criterion": criterion, "allocation": "sensitivity", "multiple_of": 1}
+    report = compress(str(folders["llama"]), [build_step("mlp", fields)], tmp_path / "out", **QUICK).report
+    kept = [row["kept"] for row in report["linears"]]
+    assert sum(kept) == 3 * 128 // 2 and len(set(kept)) > 1

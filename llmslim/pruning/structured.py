@@ -21,8 +21,7 @@ from llmslim.sparse import SparseLinear
 from llmslim.step import BlockStep, StepRecord, Survey, dense_weight
 
 _LOOKS = 64  # how often the costs of what is left are looked at anew while channels are removed
-
-
+_REMOVE = "remove "  # begins the name under which a survey keeps how many units a matrix loses
 _LISTED = 256  # so many units, and the report names those that stay
 
 
@@ -124,12 +123,21 @@ class Structured(BlockStep):
         if self.criterion != "taylor":
             return deciding
         whole = sum(parameter.numel() for parameter in anatomy.model.parameters())
-        return max(deciding, 4 * whole + 8 * hidden * max(widths))  # in float32, and a gradient
+        return max(deciding, 4 * whole + 8 * hidden * max(widths, default=0))  # in float32, and a gradient
 
     def survey(self, look: Survey) -> dict[str, Tensor]:
-        """Scores of all units of the uncompressed model: matrix name -> [pools, size]."""
-        if self.criterion == "taylor":
-            return self._taylor(look)
+        """Scores of all units of the uncompressed model: matrix name -> [pools, size].
+
+        With sensitivity also how many units each matrix loses, settled here, where no block is narrowed yet.
+        """
+        found = self._taylor(look) if self.criterion == "taylor" else self._streamed(look)
+        if self.allocation == "sensitivity":
+            removes = self._removes(look.anatomy, found)
+            found.update({_REMOVE + name: torch.tensor(count) for name, count in removes.items()})
+        return found
+
+    def _streamed(self, look: Survey) -> dict[str, Tensor]:
+        """The scores, block by block."""
         scores: dict[str, Tensor] = {}
         for block, stream in look.blocks():
             sites = {site.name: site for site in self.sites(block)}
@@ -178,7 +186,8 @@ class Structured(BlockStep):
         self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
     ) -> None:
         survey = record.survey
-        removes = self._removes(stream.anatomy, survey) if self.allocation == "sensitivity" else None
+        settled = {name: int(count) for name, count in survey.items() if name.startswith(_REMOVE)}
+        removes = {name.removeprefix(_REMOVE): count for name, count in settled.items()} or None
         sites = {site.name: site for site in self.sites(block, removes)}
         choices: dict[str, Choice] = {}
 
