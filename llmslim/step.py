@@ -233,11 +233,7 @@ class _Visitor:
 
         if self._stats is None or not _same_memory(inputs, self._inputs):
             self._stats = None  # free the last one before the next is made
-            stats = InputStats(inputs[0].shape[-1], inputs[0].device)
-            references = self.reference.get(name, [])  # of the first chunks
-            for index, chunk in enumerate(inputs):
-                stats.add(chunk, references[index] if index < len(references) else None)
-            self._stats, self._inputs = stats.finish(), inputs
+            self._stats, self._inputs = InputStats.of(inputs, self.reference.get(name, ())), inputs
         self.reference.pop(name, None)
         self.decide(name, self._stats)
 

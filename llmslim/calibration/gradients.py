@@ -221,20 +221,27 @@ def grasp(weight: Tensor, hessian_gradient: Tensor) -> Tensor:
     return -weight * hessian_gradient
 
 
-def group_taylor(projection: Projection, size: int = 1) -> Reduce:
-    """A `Reduce` that gives |sum w g| of each run of `size` rows of a projection: [rows / size] per window.
+def unit_taylor(units: Tensor, dim: int) -> Reduce:
+    """A `Reduce` that gives |sum w g| of each unit of rows along `dim` of a weight: [...] per window.
 
     For the inputs of `o` or `down` that is the derivative of the window's loss by a gate on what flows through
     them, exactly: closing the gate (removing the rows) changes the loss so much to first order. Molchanov et al.
     2019, arXiv:1906.10771.
+
+    Args:
+        units: int64 [..., width], the rows of each unit.
     """
 
     def reduce(weight: Tensor, gradient: Tensor) -> Tensor:
-        rows = projection.rows.to(weight.device)
-        influence = (weight * gradient).sum(1 - projection.dim)
-        return influence[rows].view(-1, size).sum(1).abs()
+        influence = (weight * gradient).sum(1 - dim)
+        return influence[units.to(weight.device)].sum(-1).abs()
 
     return reduce
+
+
+def group_taylor(projection: Projection, size: int = 1) -> Reduce:
+    """`unit_taylor` of each run of `size` rows of a projection: [rows / size] per window."""
+    return unit_taylor(projection.rows.view(-1, size), projection.dim)
 
 
 def head_taylor(attention: Attention) -> Reduce:

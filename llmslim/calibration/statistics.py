@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,14 @@ class InputStats:
         self.hessian = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.cross: Tensor | None = None
         self.derived: dict[object, object] = {}  # factors of the Hessian, kept by who computes them
+
+    @classmethod
+    def of(cls, inputs: Sequence[Tensor], references: Sequence[Tensor] = ()) -> InputStats:
+        """Those of chunks [..., in]; `references` are the first chunks as they are in the uncompressed model."""
+        stats = cls(inputs[0].shape[-1], inputs[0].device)
+        for index, chunk in enumerate(inputs):
+            stats.add(chunk, references[index] if index < len(references) else None)
+        return stats.finish()
 
     def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
         """Add input rows [..., in], and optionally the same rows in the uncompressed model."""

@@ -123,11 +123,6 @@ def refit(weight: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
     return (weight[:, keep] + moved).to(weight.dtype)
 
 
-def output_error(difference: Tensor, weight: Tensor, hessian: Tensor) -> float:
-    """||D X||^2 / ||W X||^2 from the Hessian alone, for a difference D of weights."""
-    return float(_trace(difference, hessian) / _trace(weight, hessian).clamp_min(1e-30))
-
-
 def allocate(scores: list[Tensor], remove: int, least: list[int]) -> list[int]:
     """How many rounds of removal each block gets when the cheapest of all blocks come first.
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import zlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmslim.anatomy import Anatomy, Block
+from llmslim.anatomy import Anatomy, Block, Experts
 from llmslim.anatomy.parts import Projection, is_conv1d, is_linear
-from llmslim.calibration.statistics import InputStats
+from llmslim.calibration.statistics import InputStats, output_error
 from llmslim.calibration.stream import BlockStream
 from llmslim.errors import UserError
 from llmslim.pruning import importance
@@ -143,7 +143,7 @@ class Structured(BlockStep):
             sites = {site.name: site for site in self.sites(block)}
 
             def visit(name: str, inputs: list[Tensor], block=block, stream=stream, sites=sites) -> None:
-                site, stats = sites[name], _statistics(inputs)
+                site, stats = sites[name], InputStats.of(inputs)
                 weight = dense_weight(stream.model.get_submodule(name)).float()
                 cost = self._scores(block, site, weight, stats, None)
                 # an error counts by its share of the output, so that blocks of any scale compare
@@ -158,29 +158,33 @@ class Structured(BlockStep):
 
     def _taylor(self, look: Survey) -> dict[str, Tensor]:
         """(sum of gradient x weight over a unit's columns)^2, summed over windows (Molchanov et al. 2019)."""
-        from llmslim.calibration.gradients import accumulate
+        from llmslim.calibration.gradients import Reduce, accumulate, channel_taylor, unit_taylor
 
-        model, scores = look.anatomy.model, {}
-        reduces: dict[str, Any] = {}
-        sites = [site for block in look.anatomy.blocks for site in self.sites(block)]
-        modules = dict(model.named_modules())
-        for site in sites:
-            if site.name in modules:
-                transposed = is_conv1d(modules[site.name])
-                reduces[f"{site.name}.weight"] = lambda weight, gradient, site=site, t=transposed: (
-                    (weight * gradient).sum(1 if t else 0)[site.units].sum(2).square()
-                )
-            else:  # one of fused experts, [experts, out, in]
-                fused = site.name.rsplit(".", 2)[0]
-                reduces[f"{fused}.down_proj"] = lambda weight, gradient: (weight * gradient).sum(1).square()
-        sums = accumulate(look.loaded(), look.tokens, reduces, look.seed)
-        for site in sites:
-            if site.name in modules:
-                scores[site.name] = sums[f"{site.name}.weight"]
-            else:
-                fused, index, _ = site.name.rsplit(".", 2)
-                scores[site.name] = sums[f"{fused}.down_proj"][int(index)][None]
-        return scores
+        modules = dict(look.anatomy.model.named_modules())
+        reduces: dict[str, Reduce] = {}
+        places: dict[
+            str, tuple[str, int | None]
+        ] = {}  # of each matrix: parameter, and expert if they are fused
+        for block in look.anatomy.blocks:
+            for site in self.sites(block):
+                if site.name in modules:
+                    name, expert = f"{site.name}.weight", None
+                    reduces[name] = unit_taylor(site.units, 0 if is_conv1d(modules[site.name]) else 1)
+                else:
+                    experts = block.mlp
+                    assert isinstance(experts, Experts) and experts.down is not None
+                    name, expert = experts.down, int(site.name.rsplit(".", 2)[1])
+                    reduces[name] = channel_taylor(experts)
+                places[site.name] = name, expert
+        squared: dict[str, Reduce] = {
+            name: lambda weight, gradient, reduce=reduce: reduce(weight, gradient).square()  # type: ignore[misc]
+            for name, reduce in reduces.items()
+        }
+        sums = accumulate(look.loaded(), look.tokens, squared, look.seed)
+        return {
+            site: sums[name] if expert is None else sums[name][expert][None]
+            for site, (name, expert) in places.items()
+        }
 
     def compress_block(
         self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
@@ -192,7 +196,7 @@ class Structured(BlockStep):
         choices: dict[str, Choice] = {}
 
         def visit(name: str, inputs: list[Tensor]) -> None:
-            stats = _statistics(inputs) if inputs else None
+            stats = InputStats.of(inputs) if inputs else None
             choices[name] = self._choose(block, sites[name], stats, survey.get(name), stream, record)
 
         with self.opened(block):
@@ -225,7 +229,7 @@ class Structured(BlockStep):
     ) -> Tensor:
         """bool [pools, size]: the units that stay."""
         if self.criterion == "obs" and stats is not None:
-            hessian = importance.damped(stats.hessian, self.refit_damping)
+            hessian = self._damped(stats)
             at_once = -(-site.remove // _LOOKS)
             return importance.eliminate(weight, hessian, site.units, site.remove, at_once)
         return importance.keep_best(self._scores(block, site, weight, stats, surveyed), site.remove)
@@ -244,9 +248,16 @@ class Structured(BlockStep):
             return self.power(block, site)
         if self.criterion == "output":
             return importance.output_increase(weight, stats.hessian, site.units)
-        hessian = importance.damped(stats.hessian, self.refit_damping)
+        hessian = self._damped(stats)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).to(weight.dtype)
         return importance.refit_increase(weight, inverse, site.units)
+
+    def _damped(self, stats: InputStats) -> Tensor:
+        """The damped Hessian, which choosing and refitting share."""
+        key = ("damped", self.refit_damping)
+        if key not in stats.derived:
+            stats.derived[key] = importance.damped(stats.hessian, self.refit_damping)
+        return cast(Tensor, stats.derived[key])
 
     def _choose(
         self,
@@ -265,7 +276,7 @@ class Structured(BlockStep):
         columns = site.units[keep].reshape(-1).sort().values
         new = torch.zeros_like(weight)
         if self.refit and stats is not None and site.remove:
-            hessian = importance.damped(stats.hessian, self.refit_damping)
+            hessian = self._damped(stats)
             new[:, columns] = importance.refit(weight, hessian, columns)
         else:
             new[:, columns] = weight[:, columns]
@@ -279,19 +290,12 @@ class Structured(BlockStep):
         if keep.numel() <= _LISTED:
             row["units"] = keep.view(-1).nonzero()[:, 0].tolist()
         if stats is not None:
-            row["output_error"] = importance.output_error(weight - new, weight, stats.hessian)
+            row["output_error"] = output_error(weight, new, stats.hessian)
             row["tokens"] = stats.tokens
         record.linears.append(row)
         with torch.no_grad():
             view.copy_(new)
         return Choice(keep, columns)
-
-
-def _statistics(inputs: list[Tensor]) -> InputStats:
-    stats = InputStats(inputs[0].shape[-1], inputs[0].device)
-    for chunk in inputs:
-        stats.add(chunk)
-    return stats.finish()
 
 
 def row_power(projection: Projection) -> Tensor:

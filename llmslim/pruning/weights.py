@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -19,7 +19,7 @@ from llmslim.pruning.allocation import Magnitudes, outlier_ratio, outlier_weighe
 from llmslim.pruning.masks import Pattern, Scope, choose, nonzeros, parse
 from llmslim.pruning.sparsegpt import COLUMNS, sparsegpt
 from llmslim.sparse import SparseLinear, SparsifyLinear
-from llmslim.step import LinearStep, StepRecord, dense_weight
+from llmslim.step import LinearStep, StepRecord, Survey, dense_weight
 
 
 class WeightPruner(LinearStep):
@@ -115,7 +115,7 @@ class WeightPruner(LinearStep):
         """Bytes that deciding on one weight [rows, width] takes: scores and their int64 order above all."""
         return 28 * rows * width
 
-    def survey(self, look: Any) -> dict[str, Tensor]:
+    def survey(self, look: Survey) -> dict[str, Tensor]:
         """The sparsity of each weight by name, float64 [], decided from the whole uncompressed model."""
         ratios, sizes, names = [], [], []
         for block, stream in look.blocks():
@@ -200,7 +200,7 @@ class Magnitude(WeightPruner):
     def needs_survey(self) -> bool:
         return self.threshold == "global" or super().needs_survey
 
-    def survey(self, look: Any) -> dict[str, Tensor]:
+    def survey(self, look: Survey) -> dict[str, Tensor]:
         if self.threshold != "global":
             return super().survey(look)
         magnitudes = Magnitudes()
@@ -233,7 +233,7 @@ class Wanda(WeightPruner):
         return True
 
     def score(self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord) -> Tensor:
-        return weight.abs() if stats is None else wanda_score(weight, stats)
+        return weight.abs() if stats is None else wanda_score(weight, stats.hessian.diagonal())
 
 
 class SparseGPT(WeightPruner):
@@ -286,9 +286,9 @@ class Random(WeightPruner):
         return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
-def wanda_score(weight: Tensor, stats: InputStats) -> Tensor:
-    """|W_ij| ||X_j||_2 [out, in]."""
-    return weight.abs() * stats.hessian.diagonal().sqrt()
+def wanda_score(weight: Tensor, power: Tensor) -> Tensor:
+    """|W_ij| ||X_j||_2 [out, in], from the inputs' sums of squares [in]."""
+    return weight.abs() * power.sqrt()
 
 
 def wanda_scores(block: Block, stream: BlockStream, names: list[str]) -> dict[str, Tensor]:
@@ -298,7 +298,7 @@ def wanda_scores(block: Block, stream: BlockStream, names: list[str]) -> dict[st
     def visit(name: str, inputs: list[Tensor]) -> None:
         power = sum(chunk.reshape(-1, chunk.shape[-1]).float().square().sum(0) for chunk in inputs)
         weight = dense_weight(stream.model.get_submodule(name)).float()
-        scores[name] = weight.abs() * torch.as_tensor(power).sqrt()
+        scores[name] = wanda_score(weight, torch.as_tensor(power))
 
     stream.walk(block, stream.lanes["calibration"], names, visit)
     return scores
