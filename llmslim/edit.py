@@ -40,50 +40,6 @@ class Edit(BaseModel):
         return {"edit": self.kind, **self.model_dump(mode="json")}
 
 
-class DropBlocks(Edit):
-    """Leave out blocks of a stack; those that stay keep their order, and the config says how many there are.
-
-    Any plain config can express the result, so that no checkpoint stores this edit.
-
-    Attributes:
-        stack: name of the ModuleList.
-        keep: indices of the blocks that stay, ascending.
-    """
-
-    kind: ClassVar[str] = "drop_blocks"
-    stack: str
-    keep: tuple[int, ...]
-
-    def apply(self, model: nn.Module) -> None:
-        blocks = model.get_submodule(self.stack)
-        if not isinstance(blocks, nn.ModuleList):
-            raise ValueError(f"{self.stack} is no list of blocks")
-        if not self.keep or max(self.keep) >= len(blocks) or list(self.keep) != sorted(set(self.keep)):
-            raise ValueError(
-                f"{self.stack} has {len(blocks)} blocks, of which {list(self.keep)} cannot be kept"
-            )
-        self.configure(model.config, len(blocks))
-        kept = nn.ModuleList(blocks[index] for index in self.keep)
-        replace_module(model, self.stack, kept)
-        for index, block in enumerate(kept):
-            for module in block.modules():  # a block's place in the KV cache
-                if isinstance(getattr(module, "layer_idx", None), int):
-                    module.layer_idx = index  # type: ignore[assignment]
-
-    def configure(self, config: Any, count: int) -> None:
-        """Change a config that has `count` blocks in this stack."""
-        two_sided = getattr(config, "is_encoder_decoder", False)
-        decoder = two_sided and self.stack.startswith("decoder")
-        config = config.get_text_config()
-        for name, value in list(vars(config).items()):  # one entry per block: layer_types and its like
-            if isinstance(value, (list, tuple)) and len(value) == count and name.endswith("layer_types"):
-                setattr(config, name, [value[index] for index in self.keep])
-        if getattr(config, "mlp_only_layers", None):  # Qwen's blocks without experts, by index
-            dense = set(config.mlp_only_layers)
-            config.mlp_only_layers = [new for new, old in enumerate(self.keep) if old in dense]
-        setattr(config, "num_decoder_layers" if decoder else "num_hidden_layers", len(self.keep))
-
-
 def parse_edit(record: Any) -> Edit:
     """An edit from its JSON record, which is untrusted input: unknown kinds and fields are refused."""
     kind = record.get("edit") if isinstance(record, dict) else None

@@ -16,7 +16,7 @@ from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.checkpoint.formats import Format, Packed
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.writer import CheckpointWriter
-from llmslim.edit import DropBlocks, parse_edit
+from llmslim.edit import parse_edit
 from llmslim.loaders.models import ModelFiles, place, release, tie
 from llmslim.step import BlockStep, StepRecord
 from llmslim.work import Progress, WorkFolder, load_tensors, save_tensors
@@ -92,7 +92,6 @@ class BlockPass:
             self.state["notes"],
             survey,
         )
-        self.dropped = frozenset(step.dropped_blocks(self.stream.anatomy, self.record))
         self._streams = [self.stream, *([self.reference] if self.reference else [])]
 
     def run(self, progress: Progress) -> StepRecord:
@@ -120,8 +119,6 @@ class BlockPass:
             done += count
         progress(self.step.kind, done, done)
         self._probe_outputs()
-        self.record.edits += self._drops()
-        self.state["edits"] = [edit.to_json() for edit in self.record.edits]
         self.state["finished"] = True
         self.work.save()
         return self.record
@@ -145,32 +142,15 @@ class BlockPass:
     def _block(self, block: Block) -> None:
         if block.index > 0:  # the first one was filled to enter the stack
             self._fill(block.name, forget=True)
-        if block.name not in self.dropped:
-            self.step.compress_block(block, self.stream, self.reference, self.record)
-            self._round(block)
-            probe = self.stream.lanes["probe"]
-            self.stream.forward(block, probe)
-            hidden = torch.cat(probe.hidden).cpu()
-            name = self._new_name(block)
-            save_tensors(self.scratch / f"block-{name}.safetensors", {"hidden": hidden})
-            self.writer.write_block(self.model, block.name, name)
+        self.step.compress_block(block, self.stream, self.reference, self.record)
+        self._round(block)
+        probe = self.stream.lanes["probe"]
+        self.stream.forward(block, probe)
+        hidden = torch.cat(probe.hidden).cpu()
+        save_tensors(self.scratch / f"block-{block.name}.safetensors", {"hidden": hidden})
+        self.writer.write_block(self.model, block.name)
         for stream in self._streams:
             release(stream.model, block.name)
-
-    def _new_name(self, block: Block) -> str:
-        """What the block is called when the dropped ones before it are gone."""
-        stack = block.name.rpartition(".")[0]
-        before = sum(f"{stack}.{index}" in self.dropped for index in range(block.index))
-        return f"{stack}.{block.index - before}"
-
-    def _drops(self) -> list[DropBlocks]:
-        """The dropped blocks as edits, made last: until then every block has its place in the files."""
-        edits = []
-        for stack in self.stream.anatomy.stacks:
-            keep = tuple(block.index for block in stack.blocks if block.name not in self.dropped)
-            if len(keep) < len(stack.blocks):
-                edits.append(DropBlocks(stack=stack.name, keep=keep))
-        return edits
 
     @torch.no_grad()
     def _round(self, block: Block) -> None:

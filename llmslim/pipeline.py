@@ -178,8 +178,9 @@ def prepare(
     reader = None if plan_only else CheckpointReader(files)
     reader_model = reader.model_skeleton() if reader else skeleton(files.config)
     edits = _planned_edits(recipe, reader_model)
-    plain = plain_config(files)  # in front of the edits that the model comes with
-    form = choose(recipe.format, [*read_edits(files)[1], *edits], skeleton(plain), stored)
+    before = read_edits(files)[1]  # a format must hold what was done to the model earlier, too
+    origin = skeleton(plain_config(files)) if before else reader_model
+    form = choose(recipe.format, [*before, *edits], origin, stored)
     text = None
     if any(step.needs_calibration for step in recipe.steps):
         choice = recipe.calibration

@@ -117,10 +117,6 @@ class BlockStep(Step):
         """What the step must know of the whole model; `StepRecord.survey` has it from then on."""
         return {}
 
-    def dropped_blocks(self, anatomy: Anatomy, record: StepRecord) -> list[str]:
-        """Names of the blocks that the step takes out; they are neither passed nor written."""
-        return []
-
     def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
         """Change what lies outside the blocks (embeddings, head), which is filled; runs first."""
 
