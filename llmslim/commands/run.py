@@ -37,7 +37,8 @@ SECTIONS = {  # flags of the recipe's fields, by where the value goes
 def step_parser(prog: str, verb: str) -> Parser:
     """The parser of a verb that runs one step."""
     methods = methods_of(verb)
-    lines = "\n".join(f"{kind:<8} {_first_sentence(cls)}" for kind, cls in methods.items())
+    width = max(8, *map(len, methods))
+    lines = "\n".join(f"{kind:<{width}} {_first_sentence(cls)}" for kind, cls in methods.items())
     made = Parser(prog, _room_text(methods, verb), _examples(prog, verb, methods))
     made.set_defaults(verb=verb)
     add_model(made)

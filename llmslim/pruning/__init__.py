@@ -1,6 +1,6 @@
-"""Prune a model: take out single weights, MLP channels, attention heads, experts or whole blocks.
+"""Prune a model: take out single weights, MLP channels or attention heads.
 
-What counts least for the output by the chosen importance goes, the rest is mended where the method can. Heads,
-channels, experts and blocks make the model smaller and faster as it is; where a plain config can express the
-result (the same widths everywhere), the checkpoint needs no llmslim to load. Verified and measured like any other.
+What counts least for the output by the chosen importance goes, the rest is mended where the method can. Without
+channels and heads a model is smaller and faster as it is, and where a plain config can say so (the same widths in
+every block) the checkpoint needs no llmslim to load. Zeroed single weights make the file smaller and nothing faster.
 """
