@@ -71,6 +71,26 @@ def quantization(result: Result) -> str:
     return table([*headings, "bits per weight", "CPU s", "CPU s of the command", "peak MB"], rows)
 
 
+def pruning(result: Result) -> str:
+    rows = [
+        [
+            row["name"],
+            f"{100 * row['blocks_left']:.1f} %",
+            f"{row['quality']['perplexity']:.2f}",
+            f"{row['quality']['kl']:.3f}",
+            f"{100 * row['quality']['top1_agreement']:.1f} %",
+            f"{row['cpu_seconds']['steps']:.0f}",
+            f"{row['peak_memory_mb']['process']:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    if rows:
+        base = result["rows"][0]["quality"]["base_perplexity"]
+        rows.insert(0, ["float32", "", f"{base:.2f}", "", "", "", ""])
+    headings = ["what / how much / choice", "bytes left in blocks", "WikiText-2 perplexity", "KL", "top-1"]
+    return table([*headings, "CPU s", "peak MB"], rows)
+
+
 def speed(result: Result) -> str:
     def figure(row: Result, name: str) -> str:
         one = row[name]

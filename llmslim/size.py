@@ -15,6 +15,7 @@ def size_of(files: ModelFiles) -> dict[str, Any]:
 
     `bits_per_weight` counts everything, `bits_per_block_weight` only what lies in the blocks (embeddings and
     head excluded): packed codes, scales, zero points, norms and biases, over the parameters that they stand for.
+    `block_parameters` are those of the plain config, `block_bytes` what is stored in their place.
     """
     anatomy = Anatomy(skeleton(files.config))
     stacks = tuple(f"{stack.name}." for stack in anatomy.stacks)
@@ -35,6 +36,8 @@ def size_of(files: ModelFiles) -> dict[str, Any]:
     return {
         "parameters": total,
         "bytes_on_disk": sum((files.folder / name).stat().st_size for name in weight_files),
+        "block_parameters": in_blocks,
+        "block_bytes": block_bytes,
         "bits_per_weight": 8 * all_bytes / total,
         "bits_per_block_weight": 8 * block_bytes / max(1, in_blocks),
     }

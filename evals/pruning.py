@@ -1,0 +1,216 @@
+"""Quality of pruning SmolLM2-135M: single weights, MLP channels, heads, layers and the width of the residual.
+
+    python evals/pruning.py                           all variants: hours on one core
+    python evals/pruning.py --variants 'single/*'     some of them, by pattern; --list names them
+    python evals/pruning.py --plot                    draw evals/results/pruning.svg from the results, and stop
+
+Each variant is a recipe that runs in a fresh process (32 x 512 calibration tokens of WikiText-2 valid); the saved
+checkpoint is judged in another: perplexity, KL and top-1 agreement against the base in float32, over the first 16
+windows of 512 tokens of WikiText-2 test (rows concatenated as they are, no BOS). Nothing is trained.
+
+A variant that is in the results file with the same options is not run again unless --again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from argparse import Namespace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import record
+import render
+
+Steps = list[dict[str, dict[str, Any]]]
+SHARES = (10, 20, 30)  # percent of the parameters of the blocks
+MLP_SHARE, ATTENTION_SHARE = 0.75, 0.25  # of the parameters of a block of SmolLM2-135M
+HEADS = {"1-of-3": ("query", 1 / 3), "group": ("group", 1 / 3), "2-groups": ("group", 2 / 3)}
+CHOICES: dict[str, dict[str, Any]] = {  # of channels and heads
+    "obs-refit": {"criterion": "obs"},
+    "output-refit": {"criterion": "output"},
+    "output": {"criterion": "output", "refit": False},
+    "magnitude-refit": {"criterion": "magnitude"},
+    "magnitude": {"criterion": "magnitude", "refit": False},
+    "taylor-refit": {"criterion": "taylor"},
+    "random-refit": {"criterion": "random"},
+    "random": {"criterion": "random", "refit": False},
+}
+LAYERS: dict[str, dict[str, Any]] = {
+    f"{criterion}{'-refit' if refit else ''}": {"criterion": criterion, "refit": refit}
+    for criterion in ("influence", "angular", "perplexity", "random")
+    for refit in (True, False)
+}
+
+
+def variants() -> dict[str, Steps]:
+    """Name -> steps. A name is what goes / how much / by which choice."""
+    return {**_single(), **_channels(), **_structured()}
+
+
+def _single() -> dict[str, Steps]:
+    found: dict[str, Steps] = {}
+    for method in ("sparsegpt", "wanda", "magnitude", "random", "taylor", "snip", "grasp"):
+        found[f"single/50%/{method}"] = [{method: {"sparsity": 0.5}}]
+    for threshold in ("row", "global"):
+        found[f"single/50%/magnitude-{threshold}"] = [{"magnitude": {"threshold": threshold}}]
+    for allocation in ("owl", "error"):
+        for method in ("sparsegpt", "wanda"):
+            found[f"single/50%/{method}-{allocation}"] = [{method: {"layer_sparsity": allocation}}]
+    for pattern in ("2:4", "4:8"):
+        for method in ("sparsegpt", "wanda", "magnitude"):
+            found[f"single/{pattern}/{method}"] = [{method: {"pattern": pattern}}]
+    found["single/50%/gptq-4bit"] = [{"gptq": {"bits": 4, "group_size": 64, "sparsity": 0.5}}]
+    found["single/50%/sparsegpt-then-gptq-4bit"] = [
+        {"sparsegpt": {}},
+        {"gptq": {"bits": 4, "group_size": 64}},
+    ]
+    return found
+
+
+def _channels() -> dict[str, Steps]:
+    """A quarter of the channels, 18.7% of the blocks' parameters."""
+    found = {
+        f"channels/25%-of-them/{name}": [{"mlp": {"ratio": 0.25, **choice}}]
+        for name, choice in CHOICES.items()
+    }
+    found["channels/25%-of-them/obs-refit-sensitivity"] = [
+        {"mlp": {"ratio": 0.25, "allocation": "sensitivity"}}
+    ]
+    return found
+
+
+def _structured() -> dict[str, Steps]:
+    found: dict[str, Steps] = {}
+    for share in SHARES:
+        channels = {"ratio": round(share / 100 / MLP_SHARE, 4), "multiple_of": 1}
+        for name in ("obs-refit", "output-refit", "output", "magnitude", "random-refit", "random"):
+            found[f"channels/{share}%/{name}"] = [{"mlp": {**channels, **CHOICES[name]}}]
+        for heads, (unit, ratio) in HEADS.items():
+            rest = share / 100 - ATTENTION_SHARE * ratio * (0.75 if unit == "query" else 1)  # k and v stay
+            if rest < 0.01:
+                continue
+            rest_of = {"ratio": round(rest / MLP_SHARE, 4), "multiple_of": 1}
+            for name in ("obs-refit", "output", "random"):
+                if name == "obs-refit" or heads == "group":
+                    head = {"unit": unit, "ratio": round(ratio, 4), **CHOICES[name]}
+                    found[f"heads+channels/{share}%/{heads}-{name}"] = [
+                        {"heads": head},
+                        {"mlp": {**rest_of, **CHOICES[name]}},
+                    ]
+        for name, choice in LAYERS.items():
+            found[f"layers/{share}%/{name}"] = [{"layers": {"ratio": share / 100, **choice}}]
+    for heads, (unit, ratio) in HEADS.items():
+        for name in ("obs-refit", "output-refit", "output", "magnitude", "random-refit", "random"):
+            head = {"unit": unit, "ratio": round(ratio, 4), **CHOICES[name]}
+            found[f"heads/{heads}/{name}"] = [{"heads": head}]
+    return found
+
+
+def measure(name: str, options: Namespace) -> dict[str, Any]:
+    """Prune one variant and judge it."""
+    folder = options.work / name.replace("/", "-").replace("%", "").replace(":", "-")
+    prefix = f"{Path(options.data).absolute()}/" if options.data else ""
+    text = f"{prefix}Salesforce/wikitext:wikitext-2-raw-v1"
+    recipe = {
+        "steps": variants()[name],
+        "calibration": {
+            "text": f"{text}:validation",
+            "num_samples": options.num_samples,
+            "seq_len": options.seq_len,
+        },
+        "evaluation": None,
+        "seed": options.seed,
+    }
+    options.work.mkdir(parents=True, exist_ok=True)
+    path = options.work / f"{folder.name}.yaml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    report, cost = record.quantized(record.llmslim("compress", options.model, str(path)), folder)
+    quality = judge(folder, f"{text}:test", options)
+    shutil.rmtree(folder)
+    path.unlink()
+    return {
+        "name": name,
+        "options": settings(options),
+        **cost,
+        "size": report["size"]["result"],
+        "format": report["format"],
+        "compute_dtype": report["environment"]["compute_dtype"],
+        "notes": len(report["notes"]),
+        "steps": variants()[name],
+        "blocks_left": blocks_left(report),
+        "quality": quality,
+    }
+
+
+def blocks_left(report: dict[str, Any]) -> float:
+    """Bytes in the result's blocks, as a share of those of the base's in the same 16-bit type."""
+    size = report["size"]
+    return size["result"]["block_bytes"] / (2 * size["base"]["block_parameters"])
+
+
+def judge(folder: Path, text: str, options: Namespace) -> dict[str, Any]:
+    words = [
+        "--base",
+        options.model,
+        "--perplexity",
+        text,
+        "--seq-len",
+        "512",
+        "--windows",
+        str(options.windows),
+    ]
+    done = record.run(record.llmslim("evaluate", str(folder), *words, "--dtype", "float32", "--json"))
+    figures: dict[str, Any] = json.loads(done.stdout)
+    kept = ("perplexity", "base_perplexity", "nll_increase", "kl", "top1_agreement")
+    named = {key: value for key, value in figures.items() if key.removesuffix("_stderr") in kept}
+    return {**named, **record.pick(figures, "windows", "seq_len", "data_hash", "dtype")}
+
+
+def settings(options: Namespace) -> dict[str, Any]:
+    return {
+        name: getattr(options, name)
+        for name in ("model", "num_samples", "seq_len", "windows", "seed", "threads")
+    }
+
+
+def main() -> None:
+    made = record.parser(__doc__ or "", "pruning")
+    shared = record.ROOT.parent / "shared" / "data"
+    made.add_argument(
+        "--variants", nargs="+", metavar="PATTERN", default=["*"], help="names, or patterns of them"
+    )
+    made.add_argument("--list", action="store_true", help="name the variants, and stop")
+    made.add_argument("--plot", action="store_true", help="draw the results file, and stop")
+    made.add_argument("--again", action="store_true", help="measure anew what is in the results file")
+    made.add_argument("--model", default="demo")
+    made.add_argument(
+        "--data",
+        default=str(shared) if shared.is_dir() else "",
+        help="folder of data sets (default: the Hub)",
+    )
+    made.add_argument("--num-samples", type=int, default=32)
+    made.add_argument("--seq-len", type=int, default=512)
+    made.add_argument("--windows", type=int, default=16)
+    options = record.parse(made)
+    if options.plot:
+        curves(json.loads(options.output.read_text()), options.output.with_suffix(".svg"))
+        return
+    order = list(variants())
+    chosen = [name for name in order if any(fnmatch(name, pattern) for pattern in options.variants)]
+    if options.list or not chosen:
+        sys.exit("\n".join(order))
+    result = record.opened(options)
+    done = {row["name"] for row in result["rows"] if row["options"] == settings(options)}
+    for name in chosen:
+        if options.again or name not in done:
+            record.put(result, measure(name, options), options.output)
+    result["rows"].sort(key=lambda row: order.index(row["name"]) if row["name"] in order else len(order))
+    record.write(result, options.output)
+    print(render.pruning(result))
+
+
+if __name__ == "__main__":
+    main()
