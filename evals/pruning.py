@@ -5,8 +5,7 @@
     python evals/pruning.py --plot                    draw evals/results/pruning.svg from the results, and stop
 
 Each variant is a recipe that runs in a fresh process (32 x 512 calibration tokens of WikiText-2 valid); the saved
-checkpoint is judged in another: perplexity, KL and top-1 agreement against the base in float32, over the first 16
-windows of 512 tokens of WikiText-2 test (rows concatenated as they are, no BOS). Nothing is trained.
+checkpoint is judged in another: perplexity in float32 over the first 16 windows of 512 tokens of WikiText-2 test (rows concatenated as they are, no BOS). Nothing is trained.
 
 A variant that is in the results file with the same options is not run again unless --again.
 """
@@ -47,7 +46,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 def variants() -> dict[str, Steps]:
     """Name -> steps. A name is what goes / how much / by which choice."""
-    return {**_single(), **_channels(), **_structured()}
+    return {"base": [], **_single(), **_channels(), **_structured()}
 
 
 def _single() -> dict[str, Steps]:
@@ -86,7 +85,7 @@ def _structured() -> dict[str, Steps]:
     found: dict[str, Steps] = {}
     for share in SHARES:
         channels = {"ratio": round(share / 100 / MLP_SHARE, 4), "multiple_of": 1}
-        for name in ("obs-refit", "output-refit", "output", "magnitude", "random-refit", "random"):
+        for name in ("obs-refit", "output-refit", "output", "random-refit", "random"):
             found[f"channels/{share}%/{name}"] = [{"mlp": {**channels, **CHOICES[name]}}]
         for heads, (unit, ratio) in HEADS.items():
             rest = share / 100 - ATTENTION_SHARE * ratio * (0.75 if unit == "query" else 1)  # k and v stay
@@ -103,17 +102,23 @@ def _structured() -> dict[str, Steps]:
         for name, choice in LAYERS.items():
             found[f"layers/{share}%/{name}"] = [{"layers": {"ratio": share / 100, **choice}}]
     for heads, (unit, ratio) in HEADS.items():
-        for name in ("obs-refit", "output-refit", "output", "magnitude", "random-refit", "random"):
+        for name in ("obs-refit", "output-refit", "output", "random-refit", "random"):
             head = {"unit": unit, "ratio": round(ratio, 4), **CHOICES[name]}
             found[f"heads/{heads}/{name}"] = [{"heads": head}]
     return found
 
 
 def measure(name: str, options: Namespace) -> dict[str, Any]:
-    """Prune one variant and judge it."""
+    """Prune one variant and judge it; `base` is judged as it is."""
     folder = options.work / name.replace("/", "-").replace("%", "").replace(":", "-")
     prefix = f"{Path(options.data).absolute()}/" if options.data else ""
     text = f"{prefix}Salesforce/wikitext:wikitext-2-raw-v1"
+    if name == "base":
+        return {
+            "name": name,
+            "options": settings(options),
+            "quality": judge(options.model, f"{text}:test", options),
+        }
     recipe = {
         "steps": variants()[name],
         "calibration": {
@@ -128,7 +133,7 @@ def measure(name: str, options: Namespace) -> dict[str, Any]:
     path = options.work / f"{folder.name}.yaml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
     report, cost = record.quantized(record.llmslim("compress", options.model, str(path)), folder)
-    quality = judge(folder, f"{text}:test", options)
+    quality = judge(str(folder), f"{text}:test", options)
     shutil.rmtree(folder)
     path.unlink()
     return {
@@ -151,22 +156,20 @@ def blocks_left(report: dict[str, Any]) -> float:
     return size["result"]["block_bytes"] / (2 * size["base"]["block_parameters"])
 
 
-def judge(folder: Path, text: str, options: Namespace) -> dict[str, Any]:
+def judge(model: str, text: str, options: Namespace) -> dict[str, Any]:
     words = [
-        "--base",
-        options.model,
         "--perplexity",
         text,
         "--seq-len",
         "512",
         "--windows",
         str(options.windows),
+        "--dtype",
+        "float32",
+        "--json",
     ]
-    done = record.run(record.llmslim("evaluate", str(folder), *words, "--dtype", "float32", "--json"))
-    figures: dict[str, Any] = json.loads(done.stdout)
-    kept = ("perplexity", "base_perplexity", "nll_increase", "kl", "top1_agreement")
-    named = {key: value for key, value in figures.items() if key.removesuffix("_stderr") in kept}
-    return {**named, **record.pick(figures, "windows", "seq_len", "data_hash", "dtype")}
+    figures: dict[str, Any] = json.loads(record.run(record.llmslim("evaluate", model, *words)).stdout)
+    return record.pick(figures, "perplexity", "perplexity_stderr", "windows", "seq_len", "data_hash", "dtype")
 
 
 def settings(options: Namespace) -> dict[str, Any]:

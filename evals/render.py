@@ -75,20 +75,41 @@ def pruning(result: Result) -> str:
     rows = [
         [
             row["name"],
-            f"{100 * row['blocks_left']:.1f} %",
+            f"{100 * row['blocks_left']:.1f} %" if "steps" in row else "",
             f"{row['quality']['perplexity']:.2f}",
-            f"{row['quality']['kl']:.3f}",
-            f"{100 * row['quality']['top1_agreement']:.1f} %",
+            f"{row['cpu_seconds']['steps']:.0f}" if "steps" in row else "",
+            f"{row['peak_memory_mb']['process']:.0f}" if "steps" in row else "",
+        ]
+        for row in result["rows"]
+    ]
+    return table(
+        ["what / how much / choice", "bytes left in blocks", "WikiText-2 perplexity", "CPU s", "peak MB"],
+        rows,
+    )
+
+
+def pruning_encoder(result: Result) -> str:
+    rows = [
+        [
+            row["name"],
+            f"{100 * row['blocks_left']:.1f} %",
+            f"{row['cosine']['mean']:.3f}",
+            f"{row['cosine']['p05']:.3f}",
+            f"{row['stsb_spearman']['result']:.3f}",
             f"{row['cpu_seconds']['steps']:.0f}",
-            f"{row['peak_memory_mb']['process']:.0f}",
         ]
         for row in result["rows"]
     ]
     if rows:
-        base = result["rows"][0]["quality"]["base_perplexity"]
-        rows.insert(0, ["float32", "", f"{base:.2f}", "", "", "", ""])
-    headings = ["what / how much / choice", "bytes left in blocks", "WikiText-2 perplexity", "KL", "top-1"]
-    return table([*headings, "CPU s", "peak MB"], rows)
+        rows.insert(0, ["base", "", "", "", f"{result['rows'][0]['stsb_spearman']['base']:.3f}", ""])
+    headings = [
+        "what / choice",
+        "bytes left in blocks",
+        "cosine to the base",
+        "of the 5 % worst",
+        "STS-B Spearman",
+    ]
+    return table([*headings, "CPU s"], rows)
 
 
 def speed(result: Result) -> str:
@@ -156,6 +177,8 @@ def peers(result: Result) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "quantization": ("SmolLM2-135M, groups of 64, 32 x 512 calibration tokens", quantization),
     "peers_gptqmodel": ("The same by GPTQModel, on one core", peers),
+    "pruning": ("Pruning SmolLM2-135M, 32 x 512 calibration tokens, nothing trained", pruning),
+    "pruning_encoder": ("Pruning MiniLM: sentence embeddings of GLUE, nothing trained", pruning_encoder),
     "speed": ("Speed at batch 1: median of the rounds (smallest-largest), ratio to the dense model", speed),
     "memory": ("A large model of random weights, 4-bit GPTQ, streamed", memory),
 }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmslim.anatomy.inspect import summary
 from llmslim.checkpoint.reader import plain_config, read_edits
 from llmslim.edit import replay
 from llmslim.loaders.models import find, skeleton
+
+if TYPE_CHECKING:
+    from llmslim.recipe import Calibration
+    from llmslim.work import Progress
 
 
 def inspect(model: str, revision: str | None = None) -> dict[str, Any]:
@@ -35,3 +39,48 @@ def inspect(model: str, revision: str | None = None) -> dict[str, Any]:
             count["bytes"] = packed["parts"].get(part, {"bytes": 0})["bytes"]
     bits = 8 * facts["bytes"] / max(1, facts["parameters"])
     return {"spec": model, "format": form.name if form else None, "bits_per_weight": bits, **facts}
+
+
+def sensitivity(
+    model: str,
+    calibration: Calibration,
+    *,
+    seed: int = 0,
+    revision: str | None = None,
+    device: str | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """What each head, group of channels and block is worth, on a text; reads the weights block by block.
+
+    Args:
+        model: a Hub id, a folder, a .gguf file, or "demo"; not one whose weights are packed.
+        calibration: the text, and how much of it.
+        device: the GPU if there is one when None.
+
+    Returns:
+        `blocks`, as `llmslim.pruning.sensitivity.sensitivity` returns them, with the shares of channels they name
+        in `shares`, and the text's protocol and hash.
+
+    Raises:
+        UserError: there is no such model or text, or the weights are packed.
+    """
+    import torch
+
+    from llmslim.loaders.models import compute_dtype, default_device
+    from llmslim.loaders.texts import sample
+    from llmslim.passes import PassOptions
+    from llmslim.pruning.heads import PruneHeads
+    from llmslim.pruning.sensitivity import SHARES
+    from llmslim.pruning.sensitivity import sensitivity as measure
+    from llmslim.survey import Look
+
+    files = find(model, revision)
+    place = torch.device(device) if device else default_device()
+    text = sample(calibration.text, files.tokenizer(), calibration.num_samples, calibration.seq_len, seed)
+    options = PassOptions(text.tokens, seed, place, compute_dtype(place, stored=files.dtype), files.dtype)
+    look = Look(files, options, progress)
+    PruneHeads(ratio=0.0).check_dense(look.anatomy)
+    with torch.no_grad():
+        blocks = measure(look)
+    told = {"protocol": text.protocol, "data_hash": text.data_hash}
+    return {"spec": model, "shares": list(SHARES), "calibration": told, "blocks": blocks}

@@ -44,7 +44,6 @@ class BlockPass:
     """Streams one model through one `BlockStep`, from `files` to `folder`.
 
     Args:
-        base: the uncompressed model that the run started from, for steps that compare with it.
         number: which pass of the run this is; names its state in the work folder.
         survey: what the step found out beforehand.
     """
@@ -53,7 +52,6 @@ class BlockPass:
         self,
         step: BlockStep,
         files: ModelFiles,
-        base: ModelFiles,
         folder: Path,
         form: Format,
         options: PassOptions,
@@ -65,12 +63,9 @@ class BlockPass:
         self.reader = CheckpointReader(files)
         self.model = self.reader.model_skeleton()
         self.stream = BlockStream(self.model, options.device, options.dtype)
-        self.reference, self.reference_reader = None, self.reader
+        self.reference: BlockStream | None = None
         if step.needs_reference:
-            self.reference_reader = self.reader if base is files else CheckpointReader(base)
-            self.reference = BlockStream(
-                self.reference_reader.model_skeleton(), options.device, options.dtype
-            )
+            self.reference = BlockStream(self.reader.model_skeleton(), options.device, options.dtype)
         folder.mkdir(parents=True, exist_ok=True)
         self.writer = CheckpointWriter(folder, form, options.stored)
         self.scratch = work.scratch(f"pass-{number}")
@@ -162,23 +157,17 @@ class BlockPass:
                     parameter.copy_(parameter.to(self.options.stored))
 
     def _fill(self, prefix: str | None, forget: bool = False) -> None:
-        """Read a part; of a model that had to be loaded whole, `forget` drops what a shared reader holds of it."""
+        """Read a part; of a model that had to be loaded whole, `forget` drops what the reader holds of it."""
         options = self.options
-        shared = self.reference is not None and self.reference_reader is self.reader
-        self.reader.fill(
-            [self.model],
-            prefix,
-            options.dtype,
-            options.stored,
-            forget=forget and not shared,
-            device=options.device,
-        )
         self._fill_reference(prefix)
+        self.reader.fill(
+            [self.model], prefix, options.dtype, options.stored, forget=forget, device=options.device
+        )
 
     def _fill_reference(self, prefix: str | None) -> None:
         if self.reference:
             options = self.options
-            self.reference_reader.fill([self.reference.model], prefix, options.dtype, device=options.device)
+            self.reader.fill([self.reference.model], prefix, options.dtype, device=options.device)
 
     def _change_outer(self) -> None:
         """Let the step change what lies outside the blocks; keep the result for whenever it is needed."""

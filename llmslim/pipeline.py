@@ -109,7 +109,7 @@ def run_steps(prepared: Prepared, work: WorkFolder, progress: Progress) -> tuple
         last = number == len(recipe.steps) - 1
         folder = work.path if last else work.scratch(f"step-{number}")
         form = prepared.format if last else choose("llmslim", [], None)
-        done = run_step(step, source, files, folder, form, options, work, number, progress)
+        done = run_step(step, source, folder, form, options, work, number, progress)
         record.edits += done.edits
         record.linears += done.linears
         record.notes += done.notes
@@ -211,7 +211,6 @@ def _planned_edits(recipe: Recipe, model: PreTrainedModel) -> list[Edit]:
 def run_step(
     step: Step,
     source: ModelFiles,
-    base: ModelFiles,
     folder: Path,
     form: Format,
     options: PassOptions,
@@ -222,7 +221,7 @@ def run_step(
     """Run one step from a checkpoint to the parts of the next one."""
     if isinstance(step, BlockStep):
         survey = run_survey(step, source, options, work.scratch(f"pass-{number}"), progress)
-        return BlockPass(step, source, base, folder, form, options, work, number, survey).run(progress)
+        return BlockPass(step, source, folder, form, options, work, number, survey).run(progress)
     raise UserError(f"The step {step.kind!r} does not work on blocks, and nothing else can run it yet.")
 
 

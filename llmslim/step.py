@@ -126,8 +126,8 @@ class BlockStep(Step):
         """Change one block, which is filled, and pass the lane "calibration" through the result.
 
         Args:
-            reference: the uncompressed model with the first half of the same lane, still in front of this block,
-                when `needs_reference`; the step passes it through the block.
+            reference: the model as it was before the step, with the first half of the same lane, still in front of
+                this block, when `needs_reference`; the step passes it through the block.
         """
         raise TypeError(f"{type(self).__name__} does not define compress_block()")
 

@@ -20,6 +20,7 @@ class InputStats:
         tokens: how many input rows were added.
         paired: how many of them came with those of the uncompressed model.
         hessian: X^T X, float32 [in, in].
+        total: the sum of the rows of X, float32 [in].
         cross: X^T (X_ref - X), float32 [in, in], where X_ref are the inputs in the uncompressed model; None
             unless `add` was given them. Where only some rows came with theirs, scaled up to all of them.
     """
@@ -28,6 +29,7 @@ class InputStats:
         self.tokens = 0
         self.paired = 0
         self.hessian = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.total = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.cross: Tensor | None = None
         self.derived: dict[object, object] = {}  # factors of the Hessian, kept by who computes them
 
@@ -43,6 +45,7 @@ class InputStats:
         """Add input rows [..., in], and optionally the same rows in the uncompressed model."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
         self.tokens += rows.shape[0]
+        self.total += rows.sum(0)
         self._add_upper_triangle(rows)
         if reference is not None:
             if self.cross is None:
@@ -64,6 +67,10 @@ class InputStats:
         upper = self.hessian.triu_()
         upper.add_(upper.triu(1).T)
         return self
+
+    def centered(self) -> Tensor:
+        """(X - mean)^T (X - mean) [in, in]: what is left for the weights where a bias takes the mean."""
+        return self.hessian - torch.outer(self.total, self.total / self.tokens)
 
 
 def output_error(weight: Tensor, result: Tensor, hessian: Tensor) -> float:

@@ -93,6 +93,8 @@ def choose(
 ) -> Format:
     """The format of that name, or for "auto" compressed-tensors where it can hold the result, else llmslim.
 
+    Where a plain config says all that was done, the result is plain.
+
     Args:
         model: a skeleton of the plain config, in front of the edits; None when there are no edits. Edits that a
             plain config can express do not count.
@@ -107,6 +109,10 @@ def choose(
     if model is not None and edits:
         config, edits = absorb(model.config, edits, model)
         model = model if config is model.config else skeleton(config)
+    if model is not None and not edits and name in ("auto", "llmslim"):
+        from llmslim.checkpoint.own import Plain
+
+        return Plain()
     if model is None or not edits:
         return known["llmslim" if name == "auto" else name]
     stored = dtype or stored_dtype(model)

@@ -57,10 +57,16 @@ class Own(Format):
 
     def config(self, edits: Sequence[Edit], model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
         records = [edit.to_json() for edit in relative(edits, model)]
-        return {"quant_method": self.name, "format_version": FORMAT_VERSION, "edits": records}
+        return {"quant_method": Own.name, "format_version": FORMAT_VERSION, "edits": records}
 
     def edits(self, config: dict[str, Any], model: PreTrainedModel) -> list[Edit]:
         return absolute(parse_edits(config), model)
+
+
+class Plain(Own):
+    """A standard Hugging Face checkpoint: its config says all that was done, and nothing is left for a format."""
+
+    name = "plain"
 
 
 def parse_edits(config: dict[str, Any]) -> list[Edit]:

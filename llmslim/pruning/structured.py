@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block, Experts
 from llmslim.anatomy.parts import Projection, is_conv1d, is_linear
@@ -52,6 +54,28 @@ class Choice:
 
     keep: Tensor
     columns: Tensor
+
+
+class Moments:
+    """Second moments of a matrix's inputs, as choosing and refitting need them.
+
+    Attributes:
+        affine: the mean is left to the bias: moments are those of the centered inputs.
+        hessian: X^T X, float32 [in, in].
+        damped: H + lambda I, float64, computed when first asked for.
+    """
+
+    def __init__(self, stats: InputStats, affine: bool, damping: float) -> None:
+        self.stats, self.affine, self.damping = stats, affine, damping
+        self.hessian = stats.centered() if affine else stats.hessian
+
+    @cached_property
+    def damped(self) -> Tensor:
+        return importance.damped(self.hessian, self.damping)
+
+    def bias_shift(self, weight: Tensor, new: Tensor) -> Tensor:
+        """[out], what the bias gains so that the mean output stays what it is with `weight`."""
+        return (weight - new) @ self.stats.total / self.stats.tokens
 
 
 class Structured(BlockStep):
@@ -143,9 +167,9 @@ class Structured(BlockStep):
             sites = {site.name: site for site in self.sites(block)}
 
             def visit(name: str, inputs: list[Tensor], block=block, stream=stream, sites=sites) -> None:
-                site, stats = sites[name], InputStats.of(inputs)
-                weight = dense_weight(stream.model.get_submodule(name)).float()
-                cost = self._scores(block, site, weight, stats, None)
+                site, linear = sites[name], stream.model.get_submodule(name)
+                weight, moments = dense_weight(linear).float(), self._moments(linear, inputs)
+                cost, stats = self._scores(block, site, weight, moments, None), moments.stats
                 # an error counts by its share of the output, so that blocks of any scale compare
                 power = (weight @ stats.hessian).mul_(weight).sum().clamp_min(1e-30)
                 scores[name] = cost / power if self.criterion in ("obs", "output") else cost / cost.mean()
@@ -196,8 +220,9 @@ class Structured(BlockStep):
         choices: dict[str, Choice] = {}
 
         def visit(name: str, inputs: list[Tensor]) -> None:
-            stats = InputStats.of(inputs) if inputs else None
-            choices[name] = self._choose(block, sites[name], stats, survey.get(name), stream, record)
+            linear = stream.model.get_submodule(name)
+            moments = self._moments(linear, inputs) if inputs else None
+            choices[name] = self._choose(block, sites[name], linear, moments, survey.get(name), record)
 
         with self.opened(block):
             if self.needs_calibration:  # the lane goes on through weights that do not read what will go
@@ -225,17 +250,16 @@ class Structured(BlockStep):
         }
 
     def _keep(
-        self, block: Block, site: Site, weight: Tensor, stats: InputStats | None, surveyed: Tensor | None
+        self, block: Block, site: Site, weight: Tensor, moments: Moments | None, surveyed: Tensor | None
     ) -> Tensor:
         """bool [pools, size]: the units that stay."""
-        if self.criterion == "obs" and stats is not None:
-            hessian = self._damped(stats)
+        if self.criterion == "obs" and moments is not None:
             at_once = -(-site.remove // _LOOKS)
-            return importance.eliminate(weight, hessian, site.units, site.remove, at_once)
-        return importance.keep_best(self._scores(block, site, weight, stats, surveyed), site.remove)
+            return importance.eliminate(weight, moments.damped, site.units, site.remove, at_once)
+        return importance.keep_best(self._scores(block, site, weight, moments, surveyed), site.remove)
 
     def _scores(
-        self, block: Block, site: Site, weight: Tensor, stats: InputStats | None, surveyed: Tensor | None
+        self, block: Block, site: Site, weight: Tensor, moments: Moments | None, surveyed: Tensor | None
     ) -> Tensor:
         """[pools, size]: how much each unit matters."""
         if self.criterion == "taylor":
@@ -244,40 +268,38 @@ class Structured(BlockStep):
         if self.criterion == "random":  # of the matrix's name: the same in every run
             generator = torch.Generator().manual_seed(zlib.crc32(site.name.encode()))
             return torch.rand(site.units.shape[:2], generator=generator)
-        if self.criterion == "magnitude" or stats is None:
+        if self.criterion == "magnitude" or moments is None:
             return self.power(block, site)
         if self.criterion == "output":
-            return importance.output_increase(weight, stats.hessian, site.units)
-        hessian = self._damped(stats)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).to(weight.dtype)
+            return importance.output_increase(weight, moments.hessian, site.units)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments.damped)).to(weight.dtype)
         return importance.refit_increase(weight, inverse, site.units)
 
-    def _damped(self, stats: InputStats) -> Tensor:
-        """The damped Hessian, which choosing and refitting share."""
-        key = ("damped", self.refit_damping)
-        if key not in stats.derived:
-            stats.derived[key] = importance.damped(stats.hessian, self.refit_damping)
-        return cast(Tensor, stats.derived[key])
+    def _moments(self, linear: nn.Module, inputs: Sequence[Tensor]) -> Moments:
+        """Of a matrix's inputs; where it is refitted and has a bias, that takes the mean, and the rest is centered."""
+        return Moments(InputStats.of(inputs), self.refit and linear.bias is not None, self.refit_damping)
 
     def _choose(
         self,
         block: Block,
         site: Site,
-        stats: InputStats | None,
+        linear: nn.Module,
+        moments: Moments | None,
         surveyed: Tensor | None,
-        stream: BlockStream,
         record: StepRecord,
     ) -> Choice:
         """Decide what stays, and put weights in place that read nothing else."""
-        linear = stream.model.get_submodule(site.name)
         view = dense_weight(linear)
         weight = view.detach().float()
-        keep = self._keep(block, site, weight, stats, surveyed)
+        keep = self._keep(block, site, weight, moments, surveyed)
         columns = site.units[keep].reshape(-1).sort().values
         new = torch.zeros_like(weight)
-        if self.refit and stats is not None and site.remove:
-            hessian = self._damped(stats)
-            new[:, columns] = importance.refit(weight, hessian, columns)
+        if self.refit and moments is not None and site.remove:
+            new[:, columns] = importance.refit(weight, moments.damped, columns)
+            if moments.affine:
+                bias = cast(Tensor, linear.bias)
+                with torch.no_grad():
+                    bias += moments.bias_shift(weight, new).to(bias.dtype)
         else:
             new[:, columns] = weight[:, columns]
         row: dict[str, Any] = {
@@ -289,9 +311,9 @@ class Structured(BlockStep):
         }
         if keep.numel() <= _LISTED:
             row["units"] = keep.view(-1).nonzero()[:, 0].tolist()
-        if stats is not None:
-            row["output_error"] = output_error(weight, new, stats.hessian)
-            row["tokens"] = stats.tokens
+        if moments is not None:
+            row["output_error"] = output_error(weight, new, moments.hessian)
+            row["tokens"] = moments.stats.tokens
         record.linears.append(row)
         with torch.no_grad():
             view.copy_(new)

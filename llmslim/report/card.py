@@ -71,7 +71,8 @@ def _front_matter(report: dict[str, Any], config: dict[str, Any], license_name: 
     if _auto_class(config) == "AutoModelForCausalLM":
         matter["pipeline_tag"] = "text-generation"
     widths = sorted({f"{row['bits']}-bit" for row in report["linears"] if "bits" in row})
-    matter["tags"] = list(dict.fromkeys(["llmslim", *kinds, *widths, report["format"]]))
+    form = [] if report["format"] == "plain" else [report["format"]]
+    matter["tags"] = list(dict.fromkeys(["llmslim", *kinds, *widths, *form]))
     return matter
 
 
@@ -107,13 +108,19 @@ def _auto_class(config: dict[str, Any]) -> str:
 def _loading(format_name: str, config: dict[str, Any]) -> str:
     auto = _auto_class(config)
     plugin = "import llmslim.plugin  # teaches transformers the format\n" if format_name == "llmslim" else ""
+    packed = (
+        ""
+        if format_name == "plain"
+        else ", which keeps the weights packed in memory and computes with them so"
+    )
     needs = {
+        "plain": "It is a standard checkpoint; with plain transformers and whatever else reads those:",
         "llmslim": "With transformers, after `pip install llmslim`:",
         "compressed-tensors": "With plain transformers (`pip install compressed-tensors`), and with vLLM:",
         "gptq": "With plain transformers (`pip install optimum gptqmodel`):",
     }
     return (
-        "## Load it\n\nWith llmslim, which keeps the weights packed in memory and computes with them so:\n\n"
+        f"## Load it\n\nWith llmslim{packed}:\n\n"
         '```python\nimport llmslim\n\nmodel, tokenizer = llmslim.load("FOLDER")\n```\n\n'
         f"{needs[format_name]}\n\n"
         f"```python\n{plugin}from transformers import {auto}, AutoTokenizer\n\n"
