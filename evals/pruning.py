@@ -5,7 +5,8 @@
     python evals/pruning.py --plot                    draw evals/results/pruning.svg from the results, and stop
 
 Each variant is a recipe that runs in a fresh process (32 x 512 calibration tokens of WikiText-2 valid); the saved
-checkpoint is judged in another: perplexity in float32 over the first 16 windows of 512 tokens of WikiText-2 test (rows concatenated as they are, no BOS). Nothing is trained.
+checkpoint is judged in another: perplexity in float32 over the first 16 windows of 512 tokens of WikiText-2 test
+(rows concatenated as they are, no BOS). Nothing is trained.
 
 A variant that is in the results file with the same options is not run again unless --again.
 """
@@ -170,6 +171,40 @@ def judge(model: str, text: str, options: Namespace) -> dict[str, Any]:
     ]
     figures: dict[str, Any] = json.loads(record.run(record.llmslim("evaluate", model, *words)).stdout)
     return record.pick(figures, "perplexity", "perplexity_stderr", "windows", "seq_len", "data_hash", "dtype")
+
+
+def curves(result: dict[str, Any], path: Path) -> None:
+    """Perplexity against what is left of the blocks, one panel per thing that goes, one line per choice."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in result["rows"]:
+        what, _, choice = row["name"].partition("/")
+        if what in ("channels", "heads", "heads+channels", "layers", "width") and "25%-of-them" not in choice:
+            choice = (
+                choice.split("/")[1].removeprefix("group-").removeprefix("1-of-3-").removeprefix("2-groups-")
+            )
+            line = points.setdefault(what, {}).setdefault(choice, [])
+            line.append((100 * (1 - row["blocks_left"]), row["quality"]["perplexity"]))
+    base = next(row for row in result["rows"] if row["name"] == "base")["quality"]["perplexity"]
+    figure, panels = plt.subplots(
+        1, len(points), figsize=(4 * len(points), 4), sharey=True, layout="constrained", squeeze=False
+    )
+    for panel, (what, choices) in zip(panels[0], points.items(), strict=True):
+        for choice, line in choices.items():
+            style = "--" if "refit" not in choice else "-"
+            best: dict[float, float] = {}
+            for x, y in line:  # of several mixes at one size, the better
+                best[round(x)] = min(y, best.get(round(x), y))
+            panel.plot(*zip(*sorted(best.items()), strict=True), style, marker=".", label=choice)
+        panel.axhline(base, color="grey", linewidth=0.8)
+        panel.set(title=what, xlabel="% of the blocks' parameters removed", yscale="log")
+        panel.legend(fontsize="small")
+    panels[0][0].set_ylabel("WikiText-2 perplexity (grey: unpruned)")
+    figure.savefig(path, metadata={"Date": None})
 
 
 def settings(options: Namespace) -> dict[str, Any]:
