@@ -180,6 +180,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "pruning": ("Pruning SmolLM2-135M, 32 x 512 calibration tokens, nothing trained", pruning),
     "pruning_encoder": ("Pruning MiniLM: sentence embeddings of GLUE, nothing trained", pruning_encoder),
     "speed": ("Speed at batch 1: median of the rounds (smallest-largest), ratio to the dense model", speed),
+    "speed_pruned": ("Speed with about 30% of the blocks' parameters removed, batch 1, as above", speed),
     "memory": ("A large model of random weights, 4-bit GPTQ, streamed", memory),
 }
 

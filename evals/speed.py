@@ -1,13 +1,16 @@
-"""Speed of the packed 4-bit model against the dense one, transformers eager, on one core.
+"""Speed of packed and of pruned models against the dense one, transformers eager, on one core.
 
     python evals/speed.py [--rounds 5] [--variants 4-bit-e8 bf16 fp32]
+    python evals/speed.py --variants pruned-channels pruned-mix pruned-layers bf16 \\
+        --output evals/results/speed_pruned.json
 
 Decoding (64 tokens, batch 1) after prompts of 32 and of 512 tokens, and prefill of 512 tokens. Every variant
 is loaded in a process of its own, and rounds take them in turn, so that what else the machine does falls on
 all alike: a figure is the median over rounds with the smallest and largest beside it, and a ratio is the
 median of the ratios within each round. `4-bit-e8` has its embeddings and head in 8 bits, `4-bit-e4` in 4;
-they compute in the type that the machine is fast at. Checkpoints are made by `rtn` when they are not there:
-weights of any method run at one speed.
+they compute in the type that the machine is fast at. Of `pruned-*` about 30% of the blocks' parameters are gone, and
+they compute in bfloat16. Checkpoints are made without calibration when they are not there: weights of any method
+run at one speed.
 """
 
 from __future__ import annotations
@@ -25,6 +28,15 @@ import render
 
 BASE = {"bf16": "bfloat16", "fp32": "float32"}
 PACKED = {"4-bit-e4": "4", "4-bit-e8": "8"}
+_BY_SIZE = {"criterion": "magnitude", "refit": False}
+PRUNED: dict[str, list[dict[str, Any]]] = {
+    "pruned-channels": [{"mlp": {"ratio": 0.4, "multiple_of": 8, **_BY_SIZE}}],
+    "pruned-mix": [
+        {"heads": {"unit": "group", "ratio": 0.3333, **_BY_SIZE}},
+        {"mlp": {"ratio": 0.29, **_BY_SIZE}},
+    ],
+    "pruned-layers": [{"layers": {"ratio": 0.3, "criterion": "random", "refit": False}}],
+}
 FIGURES = {"decode_32": ("32", "decode"), "decode_512": ("512", "decode"), "prefill_512": ("512", "prefill")}
 
 
@@ -50,19 +62,26 @@ def worker(model: str, dtype: str, new_tokens: int, repeats: int) -> dict[str, A
     }
 
 
-def packed_folder(name: str, options: Namespace) -> tuple[str, int]:
-    """The 4-bit checkpoint, made now if need be, and its bytes on disk."""
+def made_folder(name: str, options: Namespace) -> tuple[str, int]:
+    """The checkpoint of that variant, made now if need be, and its bytes on disk."""
     folder = options.work / name
     if not (folder / "report.json").exists():
-        words = ["--method", "rtn", "--bits", "4", "--group-size", "64", "--symmetric", "--no-evaluate"]
-        command = record.llmslim("quantize", options.model, *words, "--embeddings-bits", PACKED[name])
+        if name in PACKED:
+            words = ["--method", "rtn", "--bits", "4", "--group-size", "64", "--symmetric", "--no-evaluate"]
+            command = record.llmslim("quantize", options.model, *words, "--embeddings-bits", PACKED[name])
+        else:
+            options.work.mkdir(parents=True, exist_ok=True)
+            recipe = options.work / f"{name}.yaml"
+            recipe.write_text(json.dumps({"steps": PRUNED[name], "dtype": "bfloat16", "evaluation": None}))
+            command = record.llmslim("compress", options.model, str(recipe))
         record.run([*command, "--output", str(folder), "--overwrite"])
     return str(folder), json.loads((folder / "report.json").read_text())["size"]["result"]["bytes_on_disk"]
 
 
 def one_round(name: str, spec: str, options: Namespace) -> dict[str, Any]:
     words = [str(options.new_tokens), str(options.repeats)]
-    command = [sys.executable, __file__, "--worker", spec, BASE.get(name, "fast"), *words]
+    dtype = "fast" if name in PACKED else BASE.get(name, "bfloat16")
+    command = [sys.executable, __file__, "--worker", spec, dtype, *words]
     return json.loads(record.run(command).stdout.splitlines()[-1])
 
 
@@ -87,26 +106,26 @@ def main() -> None:
         return
     made = record.parser(__doc__ or "", "speed")
     made.add_argument("--model", default="demo")
-    made.add_argument("--variants", nargs="+", choices=[*PACKED, *BASE], default=[*PACKED, *BASE])
+    made.add_argument("--variants", nargs="+", choices=[*PACKED, *PRUNED, *BASE], default=[*PACKED, *BASE])
     made.add_argument("--rounds", type=int, default=5)
     made.add_argument("--repeats", type=int, default=3, help="timed runs in a process")
     made.add_argument("--new-tokens", type=int, default=64)
     made.add_argument("--keep", action="store_true", help="keep the checkpoints in the work folder")
     options = record.parse(made)
-    packed = {name: packed_folder(name, options) for name in options.variants if name in PACKED}
+    made_ones = {name: made_folder(name, options) for name in options.variants if name not in BASE}
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in options.variants}
     for _ in range(options.rounds):
         for name in rounds:
-            spec = packed[name][0] if name in packed else options.model
+            spec = made_ones[name][0] if name in made_ones else options.model
             rounds[name].append(one_round(name, spec, options))
     options.output.unlink(missing_ok=True)  # figures of different runs do not compare
     result = record.opened(options)
     result |= {key: getattr(options, key) for key in ("model", "rounds", "repeats", "new_tokens")}
     for name in rounds:
-        size = {"bytes_on_disk": packed[name][1]} if name in packed else {}
+        size = {"bytes_on_disk": made_ones[name][1]} if name in made_ones else {}
         record.put(result, {**summarize(name, rounds), **size, "rounds": rounds[name]}, options.output)
     if not options.keep:
-        for folder, _ in packed.values():
+        for folder, _ in made_ones.values():
             shutil.rmtree(folder)
     print(render.speed(result))
 

@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 import llmslim
 from llmslim import pipeline
 from llmslim.anatomy import Anatomy, Block
-from llmslim.calibration.statistics import output_error
+from llmslim.calibration.statistics import InputStats, output_error
 from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.checkpoint.verify import verify
 from llmslim.errors import UserError
 from llmslim.pipeline import compress
 from llmslim.pruning import importance
 from llmslim.pruning.mlp import PruneMLP
-from llmslim.pruning.structured import Structured
+from llmslim.pruning.structured import Moments, Structured
 from llmslim.recipe import Calibration
 from llmslim.step import build_step
 from tests.tiny import example_inputs, save_tiny, tiny_model
@@ -93,6 +93,25 @@ def test_damping_pulls_to_the_old_weights() -> None:
     expected = torch.linalg.lstsq(rows, target).solution.T
     found = importance.refit(weight, importance.damped(hessian, damping), keep)
     torch.testing.assert_close(found, expected)
+
+
+def test_a_bias_takes_the_mean() -> None:
+    """Refitted on centered inputs, weights and bias are least squares with an intercept."""
+    x, weight, _ = problem()
+    x = x + 5 * torch.arange(24, dtype=torch.float64)
+    keep = torch.arange(16)
+    moments = Moments(InputStats.of([x.float()]), affine=True, damping=1e-9)
+    new = torch.zeros_like(weight).float()
+    new[:, keep] = importance.refit(weight.float(), moments.damped, keep)
+    bias = moments.bias_shift(weight.float(), new)
+    target = x @ weight.T
+    design = torch.cat([x[:, keep], torch.ones(len(x), 1, dtype=torch.float64)], 1)
+    best = design @ torch.linalg.lstsq(design, target).solution
+    ours = x @ new.double().T + bias.double()
+    error = (target - ours).square().sum() / (target - best).square().sum()
+    assert error == pytest.approx(1, rel=1e-2)
+    plain = error_after_refit(x, weight, keep)
+    assert float((target - ours).square().sum()) < 0.99 * plain
 
 
 @pytest.mark.parametrize("damping", [1e-8, 1e-4, 1e-2])

@@ -11,10 +11,12 @@ from llmslim.errors import UserError
 
 
 def sensitivity_table(rows: list[dict[str, Any]], shares: tuple[float, ...]) -> Table:
-    """One line per block: what is lost of its outputs, alone and (behind the arrow) after a refit of what stays."""
-    table = Table(title="Share of a block's output lost by removal -> when the rest is refitted")
+    """One line per block: % of its outputs lost by a removal, alone, and after a refit of what stays."""
+    table = Table(title="% of a block's output lost by a removal / when what stays is refitted")
     for heading in ("block", "influence", "cheapest head", "mean head"):
-        table.add_column(heading, justify="left" if heading == "block" else "right")
+        table.add_column(
+            heading, justify="left" if heading == "block" else "right", no_wrap=heading == "block"
+        )
     for share in shares:
         table.add_column(f"{100 * share:g} % of channels", justify="right")
     for row in rows:
@@ -24,7 +26,7 @@ def sensitivity_table(rows: list[dict[str, Any]], shares: tuple[float, ...]) -> 
             for lost, refitted in zip(attention["lost"], attention["refitted"], strict=True)
         ]
         channels = [
-            _arrow(
+            _both(
                 _mean([one["lost"][i] for one in row["channels"]]),
                 _mean([one["refitted"][i] for one in row["channels"]]),
             )
@@ -35,8 +37,8 @@ def sensitivity_table(rows: list[dict[str, Any]], shares: tuple[float, ...]) -> 
         table.add_row(
             row["block"],
             f"{row['influence']:.3f}",
-            _arrow(*min(heads)) if heads else "-",
-            _arrow(_mean([lost for lost, _ in heads]), _mean([refitted for _, refitted in heads]))
+            _both(*min(heads)) if heads else "-",
+            _both(_mean([lost for lost, _ in heads]), _mean([refitted for _, refitted in heads]))
             if heads
             else "-",
             *channels,
@@ -98,5 +100,5 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _arrow(lost: float, refitted: float) -> str:
-    return f"{100 * lost:.2f} -> {100 * refitted:.2f} %"
+def _both(lost: float, refitted: float) -> str:
+    return f"{100 * lost:.1f} / {100 * refitted:.1f}"
