@@ -98,14 +98,14 @@ class _Pending:
         stream.walk(block, lane, [mlp.down.name], visit)
         replace_module(stream.model, mlp.down.name, linear)
         pending = cls(mlp.down.name, copy.deepcopy(linear), seen)
-        if not _adds(lane.hidden[0], pending.output(0), first.hidden[0]):
+        if not _adds(lane.hidden[0], pending.output(0, lane.hidden[0]), first.hidden[0]):
             lane.hidden = start
             return None
         return pending
 
-    def output(self, index: int) -> Tensor:
-        """What the weights of down make of a chunk."""
-        return (self.inputs[index] @ dense_weight(self.linear).T).view(*self.inputs[index].shape[:-1], -1)
+    def output(self, index: int, rest: Tensor) -> Tensor:
+        """What the weights of down make of a chunk, shaped as the rest that it is added to."""
+        return (self.inputs[index] @ dense_weight(self.linear).T).view_as(rest)
 
     @torch.no_grad()
     def close(self, lane: Lane, target: list[Tensor], damping: float) -> Refit:
@@ -115,15 +115,15 @@ class _Pending:
         for index, rest in enumerate(lane.hidden):
             wanted = target[index].float()
             scale = wanted.square().sum(-1, keepdim=True).clamp_min(1e-12).rsqrt()
-            error = (wanted - rest.float() - self.output(index).float()) * scale
-            rows.append((self.inputs[index].float() * scale).reshape(-1, weight.shape[1]))
+            error = (wanted - rest.float() - self.output(index, rest).float()) * scale
+            rows.append(self.inputs[index].float().reshape(-1, weight.shape[1]) * scale.view(-1, 1))
             errors.append(error.reshape(-1, weight.shape[0]))
         step = importance.least_squares(rows, errors, damping)
         before = sum(float(error.square().sum()) for error in errors)
         after = sum(float((e - x @ step.T).square().sum()) for e, x in zip(errors, rows, strict=True))
         weight.copy_(weight.float() + step)
         for index, rest in enumerate(lane.hidden):
-            lane.hidden[index] = rest + self.output(index)
+            lane.hidden[index] = rest + self.output(index, rest)
         tokens = sum(len(error) for error in errors)
         return Refit(weight.clone().contiguous(), before / tokens, after / tokens)
 

@@ -29,7 +29,7 @@ class PruneLayers(BlockStep):
       (ShortGPT, arXiv:2403.03853).
     - `angular`: of all runs of that many blocks the one of least E[arccos(cos(x, y))] / pi, x in front of the run and
       y behind it (Gromov et al., arXiv:2403.17887; the mean over up to 4096 tokens instead of the last one).
-    - `perplexity`: again and again the block without which the loss on the first 4096 tokens rises least (Shortened
+    - `perplexity`: again and again the block without which the loss on the first 2048 tokens rises least (Shortened
       LLaMA, arXiv:2402.02834; SLEB, arXiv:2402.09025). To remove k of n blocks takes about k n / 2 passes of those
       tokens and k n times the head: minutes for a small model, where the others take one pass.
     - `random`: by lot of the run's seed.
