@@ -7,6 +7,7 @@ edits, and reads the weights. A method describes what it decided as edits; nothi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -121,7 +122,7 @@ def parse_edit(record: Any) -> Edit:
         raise UserError(f"The checkpoint's edit {kind!r} is damaged: {where}: {detail['msg']}.") from error
 
 
-def replay(model: nn.Module, edits: list[Edit]) -> None:
+def replay(model: nn.Module, edits: Sequence[Edit]) -> None:
     """Apply edits in order to a skeleton.
 
     Raises:

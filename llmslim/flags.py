@@ -76,7 +76,8 @@ def add_field(
     """Give a field a flag.
 
     A bool becomes --x/--no-x; a tuple is given one by one (`--include P --include Q`), of numbers at once
-    (`--drop 3,7`); a mapping of patterns to options entry by entry (`--override 'PATTERN:bits=8,group_size=32'` for `overrides`).
+    (`--drop 3,7`); a mapping of patterns to options entry by entry (`--override
+    'PATTERN:bits=8,group_size=32'` for `overrides`).
 
     Args:
         group: a parser or a group of one.

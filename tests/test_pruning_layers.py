@@ -22,6 +22,7 @@ from llmslim.checkpoint.verify import verify
 from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import DropBlocks
 from llmslim.errors import UserError
+from llmslim.loaders.models import skeleton
 from llmslim.pipeline import compress
 from llmslim.pruning import _depth
 from llmslim.pruning._neighbour import refit_neighbours
@@ -31,7 +32,16 @@ from llmslim.recipe import Calibration
 from llmslim.step import build_step
 from tests.checkpoints import load_elsewhere
 from tests.test_pruning_structured import Look
-from tests.tiny import DECODERS, ENCODERS, FAMILIES, example_inputs, meta_model, save_tiny, tiny_model
+from tests.tiny import (
+    DECODERS,
+    ENCODERS,
+    FAMILIES,
+    example_inputs,
+    meta_model,
+    save_tiny,
+    tiny_config,
+    tiny_model,
+)
 
 QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=8, seq_len=32), "evaluation": None}
 LLAMA = "model.layers"
@@ -123,7 +133,9 @@ def loss_without(look: Look, gone: dict[str, list[int]]) -> float:
     return float(nn.functional.cross_entropy(logits.flatten(0, 1), look.tokens[:, 1:].flatten()))
 
 
-@pytest.mark.parametrize(("family", "blocks", "counts"), [("llama", 5, [2]), ("gpt2", 3, [2]), ("t5", 3, [1, 2])])
+@pytest.mark.parametrize(
+    ("family", "blocks", "counts"), [("llama", 5, [2]), ("gpt2", 3, [2]), ("t5", 3, [1, 2])]
+)
 def test_greedy_is_greedy_by_the_loss_of_models_without_the_blocks(
     family: str, blocks: int, counts: list[int]
 ) -> None:
@@ -204,7 +216,8 @@ def test_refit_is_least_squares_pulled_to_the_old_weights(
 
 
 @pytest.mark.parametrize(
-    ("family", "keep", "at"), [("llama", [0, 2, 4], [0, 2]), ("gpt2", [0, 3], [0]), ("gpt_neox", [2, 3], [2, 3])]
+    ("family", "keep", "at"),
+    [("llama", [0, 2, 4], [0, 2]), ("gpt2", [0, 3], [0, 3]), ("gpt_neox", [2, 3], [2, 3])],
 )
 def test_errors_told_are_those_of_the_shortened_model(family: str, keep: list[int], at: list[int]) -> None:
     """Each refit is made on what the earlier ones left, for the whole model's states behind its gap."""
@@ -315,7 +328,9 @@ def test_configs_say_how_many_blocks_and_of_what_kind(dropped: dict[str, Path]) 
             assert (made.num_layers, made.num_decoder_layers) == ((2, 2) if name == "t5" else (3, 1))
         else:
             assert made.num_hidden_layers == config.get("num_hidden_layers", 3) - len(numbers)
-        assert len(getattr(made, "layer_types", None) or [0] * made.num_hidden_layers) == made.num_hidden_layers
+        assert (
+            len(getattr(made, "layer_types", None) or [0] * made.num_hidden_layers) == made.num_hidden_layers
+        )
     kinds = {name: AutoConfig.from_pretrained(dropped[name]) for name in EXTRA}
     assert kinds["gemma2-first"].layer_types == ["full_attention", "sliding_attention"]
     assert kinds["qwen3_moe-first"].mlp_only_layers == [0]
@@ -344,7 +359,9 @@ def test_every_family_loses_the_share_and_verifies(
     rows = report["linears"]
     blocks = Anatomy(meta_model(family)).blocks
     assert [row["name"] for row in rows] == [block.name for block in blocks]
-    assert len(rows) - sum(row["kept"] for row in rows) == len(step.planned_edits(Anatomy(meta_model(family))))
+    assert len(rows) - sum(row["kept"] for row in rows) == len(
+        step.planned_edits(Anatomy(meta_model(family)))
+    )
     scored = [row for row in rows if "score" in row]
     if criterion == "influence":
         assert len(scored) == len(rows)
@@ -352,7 +369,9 @@ def test_every_family_loses_the_share_and_verifies(
             here = [row for row in rows if row["name"].startswith(stack)]
             free = here[1:] if family in ("t5", "modernbert") else here
             assert min(free, key=lambda row: row["score"])["kept"] == 0
-    assert bool(report["notes"]) != any(row.get("error", 1) < row.get("error_without_refit", 0) for row in rows)
+    assert bool(report["notes"]) != any(
+        row.get("error", 1) < row.get("error_without_refit", 0) for row in rows
+    )
 
 
 @pytest.mark.parametrize(
@@ -383,7 +402,7 @@ def test_layers_go_with_other_steps_in_any_order(
 
 
 def test_edits_on_dropped_blocks_go_and_others_are_renamed() -> None:
-    model = meta_model("llama", num_hidden_layers=6)
+    model = skeleton(tiny_config("llama", num_hidden_layers=6))
     narrow = [NarrowMLP(block=f"{LLAMA}.{index}", width=64 + index) for index in range(6)]
     edits = [
         *narrow,
@@ -427,7 +446,11 @@ def test_an_interrupted_run_goes_on_with_its_survey_and_gives_the_same_bytes(
 @pytest.mark.parametrize(
     ("family", "fields", "words"),
     [
-        ("llama", {"ratio": 0.1}, "removes none of the 3 blocks of model.layers; ratios that work: 1/3 = 0.333"),
+        (
+            "llama",
+            {"ratio": 0.1},
+            "removes none of the 3 blocks of model.layers; ratios that work: 1/3 = 0.333",
+        ),
         ("llama", {"ratio": 0.9}, "removes all of the 3 blocks"),
         ("llama", {"drop": "3"}, r"drop = 3: there is no such block; there are 0 to 2 \(model.layers\)"),
         ("llama", {"drop": "-1"}, "drop = -1: there is no such block"),
@@ -470,4 +493,7 @@ def test_attention_scaled_by_the_number_of_the_block_is_refused() -> None:
 def test_pinned_blocks_are_those_that_a_config_makes_unlike_the_others() -> None:
     pinned = {family for family in FAMILIES if pinned_blocks(Anatomy(meta_model(family)))}
     assert pinned == {"t5", "modernbert"} and not pinned & {*DECODERS}
-    assert "bert" in ENCODERS and pinned_blocks(Anatomy(meta_model("t5"))) == {"encoder.block", "decoder.block"}
+    assert "bert" in ENCODERS and pinned_blocks(Anatomy(meta_model("t5"))) == {
+        "encoder.block",
+        "decoder.block",
+    }

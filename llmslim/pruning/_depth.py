@@ -11,7 +11,9 @@ from torch import Tensor
 from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.step import Survey
 
-ANGLE_TOKENS = 4096  # so many tokens tell the angle of a run; their states are held for as many blocks as it has
+ANGLE_TOKENS = (
+    4096  # so many tokens tell the angle of a run; their states are held for as many blocks as it has
+)
 LOSS_TOKENS = 2048  # so many tokens of the calibration text tell a loss (in whole chunks of the stream)
 
 Counts = dict[str, int]

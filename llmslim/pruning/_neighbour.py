@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import MLP, Block
 from llmslim.anatomy.parts import is_linear
-from llmslim.calibration.statistics import InputStats
 from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.edit import replace_module
 from llmslim.pruning import importance
@@ -141,6 +140,3 @@ def _adds(rest: Tensor, product: Tensor, whole: Tensor) -> bool:
     scale = rest.float().abs() + product.float().abs() + whole.float().abs()
     difference = (rest.float() + product.float() - whole.float()).abs()
     return bool((difference <= 16 * torch.finfo(rest.dtype).eps * (scale + scale.mean())).all())
-
-
-

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
-from llmslim.anatomy import Anatomy, Block
+from llmslim.anatomy import MLP, Anatomy, Block
 from llmslim.calibration.stream import BlockStream
 from llmslim.edit import DropBlocks, Edit
 from llmslim.errors import UserError
@@ -145,9 +145,10 @@ class PruneLayers(BlockStep):
             "perplexity": len(blocks) * _depth.LOSS_TOKENS * hidden * 4,
             "angular": self._count(len(blocks)) * _depth.ANGLE_TOKENS * hidden * 4,
         }.get(self.criterion, 0)
-        widths = [block.mlp.width for block in blocks if no_refit(block) is None] if self.refit else []
-        solving = max((width * (28 * width + 24 * hidden) for width in widths), default=0)
-        return max(0 if self.drop else lanes, solving + 2 * sum(sorted(widths)[-1:]) * hidden * 4)
+        width = max((mlp.width for block in blocks if isinstance(mlp := block.mlp, MLP)), default=0)
+        # the Hessian, its damped copy and factor; down, its copy, the change, and what is missing times the inputs
+        solving = width * (28 * width + 32 * hidden) if self.refit else 0
+        return max(0 if self.drop else lanes, solving)
 
     def survey(self, look: Survey) -> dict[str, Tensor]:
         """Which blocks stay, by stack, with the scores of all; and the refits, by name of the down matrix."""
@@ -231,7 +232,9 @@ def pinned_blocks(anatomy: Anatomy) -> set[str]:
             plain = _on_meta(anatomy.model, anatomy.model.config)
             DropBlocks(stack=stack.name, keep=tuple(range(1, size))).apply(plain)
             made = _on_meta(anatomy.model, plain.config)
-            if [name for name, _ in made.named_parameters()] != [name for name, _ in plain.named_parameters()]:
+            if [name for name, _ in made.named_parameters()] != [
+                name for name, _ in plain.named_parameters()
+            ]:
                 pinned.add(stack.name)
     return pinned
 
