@@ -29,6 +29,7 @@ from llmslim.pruning._neighbour import refit_neighbours
 from llmslim.pruning.edits import NarrowMLP
 from llmslim.pruning.layers import PruneLayers, pinned_blocks
 from llmslim.recipe import Calibration
+from llmslim.report.figures import pruned
 from llmslim.step import build_step
 from tests.checkpoints import load_elsewhere
 from tests.test_pruning_structured import Look
@@ -357,6 +358,8 @@ def test_every_family_loses_the_share_and_verifies(
     report = compress(str(folders[family]), [step], tmp_path / "out", **QUICK).report
     assert report["verification"]["ok"] and report["verification"]["max_error"] == 0
     rows = report["linears"]
+    (said,) = pruned(report)
+    assert all(row["name"] in said for row in rows if not row["kept"])
     blocks = Anatomy(meta_model(family)).blocks
     assert [row["name"] for row in rows] == [block.name for block in blocks]
     assert len(rows) - sum(row["kept"] for row in rows) == len(
