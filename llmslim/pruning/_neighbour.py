@@ -14,6 +14,7 @@ from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.edit import replace_module
 from llmslim.pruning import importance
 from llmslim.pruning._depth import copy_lane
+from llmslim.sparse import SparseLinear
 from llmslim.step import Survey, dense_weight
 
 
@@ -132,7 +133,9 @@ def no_refit(block: Block) -> str | None:
     mlp = block.mlp
     if not isinstance(mlp, MLP):
         return "it has experts, of which none sees all tokens" if mlp is not None else "it has no MLP"
-    return None if is_linear(mlp.down.module) else "its down matrix is compressed already"
+    down = mlp.down.module  # a sparse one would lose its zeros
+    dense = is_linear(down) and not isinstance(down, SparseLinear)
+    return None if dense else "its down matrix is compressed already"
 
 
 def _adds(rest: Tensor, product: Tensor, whole: Tensor) -> bool:

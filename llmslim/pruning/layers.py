@@ -141,8 +141,9 @@ class PruneLayers(BlockStep):
 
     def workspace_bytes(self, anatomy: Anatomy) -> int:
         blocks, hidden = anatomy.blocks, anatomy.model.config.get_text_config().hidden_size
+        vocabulary: int = anatomy.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         lanes = {
-            "perplexity": len(blocks) * _depth.LOSS_TOKENS * hidden * 4,
+            "perplexity": _depth.LOSS_TOKENS * (len(blocks) * hidden + vocabulary) * 4,
             "angular": self._count(len(blocks)) * _depth.ANGLE_TOKENS * hidden * 4,
         }.get(self.criterion, 0)
         width = max((mlp.width for block in blocks if isinstance(mlp := block.mlp, MLP)), default=0)
