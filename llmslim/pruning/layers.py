@@ -58,7 +58,7 @@ class PruneLayers(BlockStep):
     )
     refit: bool = Field(True, description="refit the weights that read what stays")
     refit_damping: float = Field(
-        1e-4, gt=0, le=1, description="pull to the old weights, x the mean square input"
+        1e-2, gt=0, le=1, description="pull to the old weights, x the mean square input"
     )
 
     @field_validator("drop", mode="before")
