@@ -7,6 +7,7 @@ edits, and reads the weights. A method describes what it decided as edits; nothi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -40,6 +41,72 @@ class Edit(BaseModel):
         return {"edit": self.kind, **self.model_dump(mode="json")}
 
 
+class DropBlocks(Edit):
+    """Leave out blocks of a stack; those that stay keep their order, and the config says how many there are.
+
+    A plain config expresses the result, so that no checkpoint stores this edit.
+
+    Attributes:
+        stack: name of the ModuleList.
+        keep: indices of the blocks that stay, ascending.
+    """
+
+    kind: ClassVar[str] = "drop_blocks"
+    stack: str
+    keep: tuple[int, ...]
+
+    def apply(self, model: nn.Module) -> None:
+        blocks = model.get_submodule(self.stack)
+        if not isinstance(blocks, nn.ModuleList):
+            raise ValueError(f"{self.stack} is no list of blocks")
+        if not self.keep or max(self.keep) >= len(blocks) or list(self.keep) != sorted(set(self.keep)):
+            raise ValueError(
+                f"{self.stack} has {len(blocks)} blocks, of which {list(self.keep)} cannot be kept"
+            )
+        self.configure(model.config, len(blocks))
+        kept = nn.ModuleList(blocks[index] for index in self.keep)
+        replace_module(model, self.stack, kept)
+        for index, block in enumerate(kept):
+            for module in block.modules():  # a block's place in the KV cache
+                if isinstance(getattr(module, "layer_idx", None), int):
+                    module.layer_idx = index  # type: ignore[assignment]
+
+    def renamed(self, name: str) -> str | None:
+        """What a module is called afterwards; None if it is gone."""
+        if not name.startswith(f"{self.stack}."):
+            return name
+        index, dot, rest = name.removeprefix(f"{self.stack}.").partition(".")
+        if int(index) not in self.keep:
+            return None
+        return f"{self.stack}.{self.keep.index(int(index))}{dot}{rest}"
+
+    def configure(self, config: Any, count: int) -> None:
+        """Change a config that has `count` blocks in this stack."""
+        decoder = getattr(config, "is_encoder_decoder", False) and "decoder" in self.stack.split(".")
+        config = config.get_text_config()
+        dense = _dense_blocks(config, count)
+        for name, value in list(vars(config).items()):  # one entry per block: layer_types and its like
+            if isinstance(value, (list, tuple)) and len(value) == count and name.endswith(_PER_BLOCK):
+                setattr(config, name, [value[index] for index in self.keep])
+        if dense is not None:
+            config.mlp_only_layers = [new for new, old in enumerate(self.keep) if old in dense]
+            config.decoder_sparse_step = 1
+        names = ("num_decoder_layers", "decoder_layers") if decoder else ("num_hidden_layers",)
+        setattr(config, next(name for name in names if hasattr(config, name)), len(self.keep))
+
+
+_PER_BLOCK = ("layer_types", "rope_layers", "attention_layers")
+"""How fields of configs end that hold one entry per block."""
+
+
+def _dense_blocks(config: Any, count: int) -> set[int] | None:
+    """Qwen's blocks without experts, which the config gives by index and by a period; None for other families."""
+    step = getattr(config, "decoder_sparse_step", None)
+    if step is None:
+        return None
+    return {index for index in range(count) if index in config.mlp_only_layers or (index + 1) % step}
+
+
 def parse_edit(record: Any) -> Edit:
     """An edit from its JSON record, which is untrusted input: unknown kinds and fields are refused."""
     kind = record.get("edit") if isinstance(record, dict) else None
@@ -55,7 +122,7 @@ def parse_edit(record: Any) -> Edit:
         raise UserError(f"The checkpoint's edit {kind!r} is damaged: {where}: {detail['msg']}.") from error
 
 
-def replay(model: nn.Module, edits: list[Edit]) -> None:
+def replay(model: nn.Module, edits: Sequence[Edit]) -> None:
     """Apply edits in order to a skeleton.
 
     Raises:

@@ -75,8 +75,9 @@ def add_field(
 ) -> None:
     """Give a field a flag.
 
-    A bool becomes --x/--no-x; a tuple is given one by one (`--include P --include Q`); a mapping of patterns
-    to options entry by entry (`--override 'PATTERN:bits=8,group_size=32'` for `overrides`).
+    A bool becomes --x/--no-x; a tuple is given one by one (`--include P --include Q`), of numbers at once
+    (`--drop 3,7`); a mapping of patterns to options entry by entry (`--override
+    'PATTERN:bits=8,group_size=32'` for `overrides`).
 
     Args:
         group: a parser or a group of one.
@@ -92,11 +93,36 @@ def add_field(
     elif origin is dict:
         name = name.removesuffix("s")
         options |= {"action": _Entries, "type": _entry, "metavar": "'PATTERN:KEY=VALUE,...'"}
+    elif origin is tuple and int in get_args(annotation):
+        options |= {"type": number_or_text, "metavar": "N,N,..."}
     elif origin is tuple:
         options |= {"action": "append", "metavar": "PATTERN" if name in ("include", "exclude") else "TEXT"}
     else:
         options |= {"type": str if annotation is str else number_or_text, "metavar": _metavar(annotation)}
     group.add_argument(flag or f"--{name.replace('_', '-')}", **options)
+
+
+def merged(fields: dict[str, FieldInfo]) -> FieldInfo:
+    """One field for the flag that several methods share: help says for each what it means and which words it takes.
+
+    Args:
+        fields: by method. Their types are the same, except that each may take words of its own (Literal); which of
+            them a method takes, its own field checks.
+    """
+    texts: dict[str, list[str]] = {}
+    for method, field in fields.items():
+        texts.setdefault(field.description or "", []).append(method)
+    first = next(iter(fields.values()))
+    if len(texts) == 1:
+        return first
+    words = dict.fromkeys(word for field in fields.values() for word in _words(field.annotation))
+    annotation = Literal[tuple(words)] if words else first.annotation
+    description = "; ".join(f"{' and '.join(methods)}: {text}" for text, methods in texts.items())
+    return FieldInfo(annotation=annotation, default=first.default, description=description)  # type: ignore[arg-type]
+
+
+def _words(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 class _Entries(argparse.Action):

@@ -87,6 +87,8 @@ class BlockPass:
             self.state["notes"],
             survey,
         )
+        self.drops = step.drops(self.stream.anatomy, survey)
+        self.new_names = self._new_names()
         self._streams = [self.stream, *([self.reference] if self.reference else [])]
 
     def run(self, progress: Progress) -> StepRecord:
@@ -114,6 +116,8 @@ class BlockPass:
             done += count
         progress(self.step.kind, done, done)
         self._probe_outputs()
+        self.record.edits += self.drops  # last: until now every block had its place in the files
+        self.state["edits"] = [edit.to_json() for edit in self.record.edits]
         self.state["finished"] = True
         self.work.save()
         return self.record
@@ -137,15 +141,23 @@ class BlockPass:
     def _block(self, block: Block) -> None:
         if block.index > 0:  # the first one was filled to enter the stack
             self._fill(block.name, forget=True)
-        self.step.compress_block(block, self.stream, self.reference, self.record)
-        self._round(block)
-        probe = self.stream.lanes["probe"]
-        self.stream.forward(block, probe)
-        hidden = torch.cat(probe.hidden).cpu()
-        save_tensors(self.scratch / f"block-{block.name}.safetensors", {"hidden": hidden})
-        self.writer.write_block(self.model, block.name)
+        if (name := self.new_names[block.name]) is not None:
+            self.step.compress_block(block, self.stream, self.reference, self.record)
+            self._round(block)
+            probe = self.stream.lanes["probe"]
+            self.stream.forward(block, probe)
+            hidden = torch.cat(probe.hidden).cpu()
+            save_tensors(self.scratch / f"block-{name}.safetensors", {"hidden": hidden})
+            self.writer.write_block(self.model, block.name, name)
         for stream in self._streams:
             release(stream.model, block.name)
+
+    def _new_names(self) -> dict[str, str | None]:
+        """What each block is called when the dropped ones are gone; None for those."""
+        names: dict[str, str | None] = {block.name: block.name for block in self.stream.anatomy.blocks}
+        for drop in self.drops:
+            names |= {name: drop.renamed(name) for name in names if name.startswith(f"{drop.stack}.")}
+        return names
 
     @torch.no_grad()
     def _round(self, block: Block) -> None:

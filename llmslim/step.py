@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block, Experts
 from llmslim.anatomy.parts import features, is_conv1d
-from llmslim.edit import Edit, replace_module
+from llmslim.edit import DropBlocks, Edit, replace_module
 from llmslim.errors import UserError
 from llmslim.experts import UnfuseExperts
 
@@ -116,6 +116,10 @@ class BlockStep(Step):
     def survey(self, look: Survey) -> dict[str, Tensor]:
         """What the step must know of the whole model; `StepRecord.survey` has it from then on."""
         return {}
+
+    def drops(self, anatomy: Anatomy, survey: dict[str, Tensor]) -> list[DropBlocks]:
+        """What the step's survey takes out whole: those blocks are neither passed nor written."""
+        return []
 
     def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
         """Change what lies outside the blocks (embeddings, head), which is filled; runs first."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from pydantic import ValidationError
 
 from llmslim import cli, pipeline
 from llmslim.commands.run import RECIPE, STEP, methods_of, recipe_parser, step_parser
@@ -132,6 +133,17 @@ def test_every_field_of_every_step_has_a_flag_that_help_explains(verb: str) -> N
             assert (
                 getattr(cls(**NEEDED.get(name, {}), **{name: value}), name) is not None
             )  # the field takes what the flag gives
+
+
+def test_methods_that_share_a_flag_each_take_words_of_their_own() -> None:
+    parser = step_parser("llmslim prune", "prune")
+    (action,) = [action for action in parser._actions if action.dest == f"{STEP}criterion"]
+    methods = methods_of("prune")
+    taken = {kind: get_args(methods[kind].model_fields["criterion"].annotation) for kind in ("mlp", "layers")}
+    assert set(str(action.metavar).split("|")) == {word for words in taken.values() for word in words}
+    assert "layers: influence, change of" in str(action.help)
+    with pytest.raises(ValidationError, match="'influence', 'angular', 'perplexity' or 'random'"):
+        methods["layers"](criterion="obs")
 
 
 def test_untyped_flags_leave_no_trace() -> None:

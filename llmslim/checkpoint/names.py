@@ -44,6 +44,13 @@ def _prefix(model: PreTrainedModel) -> str:
     return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
 
 
+def renamed_or_gone(edit: Edit, rename: Callable[[str], str | None]) -> Edit | None:
+    """The edit with its names changed; None if what it is about is gone."""
+    moved = _renamed(edit, rename)
+    lost = any(getattr(edit, f, None) is not None and getattr(moved, f) is None for f in MODULE_FIELDS)
+    return None if lost else moved
+
+
 def _renamed(edit: Edit, rename: Callable[[str], str | None]) -> Edit:
     names = {field: getattr(edit, field, None) for field in MODULE_FIELDS}
     return edit.model_copy(update={field: rename(name) for field, name in names.items() if name is not None})

@@ -10,7 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from llmslim.anatomy import MLP, Anatomy, Experts
-from llmslim.edit import Edit, replay
+from llmslim.checkpoint.names import renamed_or_gone
+from llmslim.edit import DropBlocks, Edit, replay
+from llmslim.errors import UserError
 from llmslim.loaders.models import skeleton
 
 STRUCTURAL = ("narrow_mlp", "narrow_attention", "narrow_experts")
@@ -32,12 +34,19 @@ def absorb(config: Any, edits: Sequence[Edit], model: PreTrainedModel) -> tuple[
     It can when all blocks came out alike and a model built from the changed config is the edited one: the same
     names and shapes, rotary tables and numbers of heads. Where the family derives head_dim from the number of
     heads (GPT-2, OPT, GPT-NeoX, BERT, RoBERTa, DistilBERT, ModernBERT) or its config refuses the number (Llama
-    and Gemma unless it divides hidden_size), it cannot, and all edits remain.
+    and Gemma unless it divides hidden_size), it cannot, and all edits remain. Dropped blocks always go into it;
+    the edits that remain name the blocks as they are called then.
 
     Args:
         config: plain; not changed.
         model: a skeleton made from it, in front of the edits; not changed.
+
+    Raises:
+        UserError: the family's config cannot say that blocks are gone.
     """
+    drops, edits = _drops_first(edits)
+    if drops:
+        config, model = _dropped(config, drops, model)
     structural = [edit for edit in edits if edit.kind in STRUCTURAL]
     if structural:
         edited = copy.deepcopy(model)
@@ -46,6 +55,35 @@ def absorb(config: Any, edits: Sequence[Edit], model: PreTrainedModel) -> tuple[
         if changed is not None and _makes(changed, edited):
             return changed, [edit for edit in edits if edit.kind not in STRUCTURAL]
     return config, list(edits)
+
+
+def _drops_first(edits: Sequence[Edit]) -> tuple[list[DropBlocks], list[Edit]]:
+    """One dropping of blocks for each stack, in front of the other edits, of which those on dropped blocks go."""
+    drops: dict[str, DropBlocks] = {}
+    rest: list[Edit] = []
+    for edit in edits:
+        if not isinstance(edit, DropBlocks):
+            rest.append(edit)
+            continue
+        rest = [moved for other in rest if (moved := renamed_or_gone(other, edit.renamed)) is not None]
+        before = drops.get(edit.stack)
+        keep = tuple(before.keep[index] for index in edit.keep) if before else edit.keep
+        drops[edit.stack] = DropBlocks(stack=edit.stack, keep=keep)
+    return list(drops.values()), rest
+
+
+def _dropped(config: Any, drops: list[DropBlocks], model: PreTrainedModel) -> tuple[Any, PreTrainedModel]:
+    """Config and skeleton without the dropped blocks."""
+    config, model = copy.deepcopy(config), copy.deepcopy(model)
+    for drop in drops:
+        drop.configure(config, len(model.get_submodule(drop.stack)))  # type: ignore[arg-type]
+    replay(model, drops)
+    if not _makes(config, model):
+        raise UserError(
+            f"The config of a {config.model_type} model cannot say that only the blocks {list(drops[0].keep)} of "
+            f"{drops[0].stack} are there, so no checkpoint can: leave its layers as they are."
+        )
+    return config, model
 
 
 def _fitted(config: Any, model: PreTrainedModel, edited: PreTrainedModel) -> Any | None:
@@ -106,9 +144,9 @@ def _description(model: PreTrainedModel) -> dict[str, Any]:
     return found
 
 
-def _same_buffers(a: PreTrainedModel, b: PreTrainedModel) -> bool:
-    buffers = dict(b.named_buffers())
-    names = dict(a.named_buffers())
-    return names.keys() == buffers.keys() and all(
-        torch.equal(tensor, buffers[name]) for name, tensor in names.items()
+def _same_buffers(made: PreTrainedModel, edited: PreTrainedModel) -> bool:
+    """Whether the buffers are equal; the edited model may have some that none of its blocks reads any more."""
+    buffers = dict(edited.named_buffers())
+    return all(
+        name in buffers and torch.equal(tensor, buffers[name]) for name, tensor in made.named_buffers()
     )

@@ -42,13 +42,17 @@ class CheckpointWriter:
         """Write everything outside the blocks, which must be filled; it becomes the first part."""
         self._write_model_part(0, model, None)
 
-    def write_block(self, model: nn.Module, name: str) -> None:
-        """Write the block of that name, which must be filled."""
+    def write_block(self, model: nn.Module, name: str, new_name: str | None = None) -> None:
+        """Write the block of that name, which must be filled; under another one if blocks before it are dropped."""
         order = [block.name for block in Anatomy(model).blocks]  # type: ignore[arg-type]
-        self._write_model_part(1 + order.index(name), model, name)
+        self._write_model_part(1 + order.index(name), model, name, new_name)
 
-    def _write_model_part(self, index: int, model: nn.Module, prefix: str | None) -> None:
+    def _write_model_part(
+        self, index: int, model: nn.Module, prefix: str | None, new_prefix: str | None = None
+    ) -> None:
         tensors = stored_tensors(model, self.form, prefix)
+        if prefix is not None and new_prefix is not None:
+            tensors = {new_prefix + name.removeprefix(prefix): entry for name, entry in tensors.items()}
         self.write_part(
             index,
             ((name, tensor.to(self.dtype) if dense and tensor.is_floating_point() else tensor)

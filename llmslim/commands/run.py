@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmslim.commands.common import MODEL, add_device, add_model, device_of, show
 from llmslim.errors import UserError
-from llmslim.flags import Parser, add_field, default_text, did_you_mean
+from llmslim.flags import Parser, add_field, default_text, did_you_mean, merged
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -49,7 +49,7 @@ def step_parser(prog: str, verb: str) -> Parser:
         title = "options of every method" if everyone else f"options of {' and '.join(kinds)} alone"
         group = made.add_argument_group(title)
         for name in names:
-            field = methods[kinds[0]].model_fields[name]
+            field = merged({kind: methods[kind].model_fields[name] for kind in kinds})
             add_field(group, STEP + name, field, default=_default(methods, kinds, name))
     _add_run_flags(made)
     return made

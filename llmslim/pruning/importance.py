@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmslim.calibration.statistics import InputStats
+
 
 def output_increase(weight: Tensor, hessian: Tensor, units: Tensor) -> Tensor:
     """||W_S X_S||^2 of each unit S: the squared output error when it alone is removed and nothing refitted.
@@ -121,6 +123,23 @@ def refit(weight: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
     lower = torch.linalg.cholesky(columns[keep])
     moved = torch.cholesky_solve(columns[gone].T @ weight[:, gone].T.double(), lower).T
     return (weight[:, keep] + moved).to(weight.dtype)
+
+
+def least_squares(rows: list[Tensor], errors: list[Tensor], damping: float) -> Tensor:
+    """The change D of a matrix that makes good for an error best: min_D sum ||e - D x||^2 + lambda ||D||^2.
+
+    Args:
+        rows: inputs x, [tokens, in] in chunks.
+        errors: what is missing, e, [tokens, out] in the same chunks.
+        damping: lambda = `damping` x the mean diagonal of X^T X.
+
+    Returns:
+        float32 [out, in]: E^T X (X^T X + lambda I)^-1.
+    """
+    stats = InputStats.of(rows)
+    cross = sum((x.T @ e for x, e in zip(rows, errors, strict=True)), torch.zeros((), device=rows[0].device))
+    lower = torch.linalg.cholesky(damped(stats.hessian, damping))
+    return torch.cholesky_solve(cross.double(), lower).T.float()
 
 
 def allocate(scores: list[Tensor], remove: int, least: list[int]) -> list[int]:

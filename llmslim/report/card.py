@@ -138,7 +138,7 @@ def _measurements(report: dict[str, Any]) -> str:
             f"Perplexity: {quality['perplexity']['protocol']}; ± is the standard error over windows."
         )
     lines += [
-        f"{reason[0].upper()}{reason[1:]}." for reason in (*figures.zeros(report), *figures.skipped(report))
+        f"{reason[0].upper()}{reason[1:]}." for reason in (*figures.pruned(report), *figures.skipped(report))
     ]
     if worst := figures.worst_linears(report):
         lines += ["", "Largest relative output errors on the calibration text:", ""]

@@ -39,6 +39,14 @@ def skipped(report: dict[str, Any]) -> list[str]:
     return reasons
 
 
+def pruned(report: dict[str, Any]) -> list[str]:
+    """Which blocks are gone, and what zeros gain; empty when nothing is."""
+    rows = [row for row in report["linears"] if row.get("what") == "block"]
+    gone = [row["name"] for row in rows if not row["kept"]]
+    blocks = [f"{len(gone)} of {len(rows)} blocks are gone: {', '.join(gone)}"] if gone else []
+    return [*blocks, *zeros(report)]
+
+
 def zeros(report: dict[str, Any]) -> list[str]:
     """What pruned single weights gain and what they do not; empty when there are none."""
     rows = [row for row in report["linears"] if "sparsity" in row]

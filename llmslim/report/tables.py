@@ -30,7 +30,7 @@ def summary_table(report: dict[str, Any]) -> Group:
             "Largest output errors: " + ", ".join(f"{name} {error:.2g}" for name, error in worst) + "."
         )
     lines += [
-        f"{reason[0].upper()}{reason[1:]}." for reason in (*figures.zeros(report), *figures.skipped(report))
+        f"{reason[0].upper()}{reason[1:]}." for reason in (*figures.pruned(report), *figures.skipped(report))
     ]
     if report["notes"]:
         lines.append(f"{len(report['notes'])} notes (fallbacks and anomalies):")
