@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal
 
 import torch
@@ -13,6 +12,7 @@ from llmslim.anatomy import Anatomy, Attention, Block
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.pruning._position_bias import takes_position_bias
+from llmslim.pruning.amount import to_nearest
 from llmslim.pruning.edits import NarrowAttention, narrow_attention
 from llmslim.pruning.structured import Choice, Site, Structured, row_power
 from llmslim.step import StepRecord
@@ -38,7 +38,7 @@ class PruneHeads(Structured):
         for attention in (block.attention, block.cross_attention):
             if attention is not None:
                 units = self._units(attention, block.model.config.hidden_size)
-                remove = _count(self.ratio, units.shape[1])
+                remove = to_nearest(self.ratio, units.shape[1])
                 if removes is not None:
                     remove = removes[attention.o.name]
                 whole = units.shape[0] == 1 and attention.num_heads > attention.num_kv_heads
@@ -60,7 +60,10 @@ class PruneHeads(Structured):
         if _fits(
             self.ratio, run
         ):  # both do: prefer heads that divide the hidden size, as many configs want it
-            wholes = [run * (groups - _count(self.ratio, groups)), groups * (run - _count(self.ratio, run))]
+            wholes = [
+                run * (groups - to_nearest(self.ratio, groups)),
+                groups * (run - to_nearest(self.ratio, run)),
+            ]
             if hidden % wholes[0] and not hidden % wholes[1]:
                 return by_query
         return by_group
@@ -73,11 +76,28 @@ class PruneHeads(Structured):
                 if self.ratio and not _fits(self.ratio, size):
                     run = "" if site.units.shape[0] == 1 else " of every group"
                     fitting = ", ".join(f"{n / size:.3g}" for n in range(1, size)) or "none"
-                    taken = _count(self.ratio, size)
+                    taken = to_nearest(self.ratio, size)
                     raise UserError(
                         f"ratio {self.ratio} takes {taken} of the {size} {site.what}{run} of {block.name}, "
                         f"which is none or all; ratios that fit: {fitting}."
                     )
+
+    def amounts(self, anatomy: Anatomy) -> list[float]:
+        """By how many heads they remove: with unit auto a larger ratio may take less, going by query heads."""
+        self.check_dense(anatomy)
+        shares: set[float] = set()
+        for block in anatomy.blocks:
+            for attention in (block.attention, block.cross_attention):
+                if attention is not None:
+                    groups, run = attention.num_kv_heads, attention.num_heads // attention.num_kv_heads
+                    shares |= {round(n / size, 6) for size in (groups, run) for n in range(1, size)}
+        removed: dict[int, float] = {}
+        for share in sorted(shares):
+            step = self.with_amount(share)
+            if step.allowed(anatomy):
+                sites = [site for block in anatomy.blocks for site in step.sites(block)]
+                removed.setdefault(sum(site.remove * site.units[:, 0].numel() for site in sites), share)
+        return [removed[count] for count in sorted(removed)]
 
     def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
         edits: list[Edit] = []
@@ -113,13 +133,8 @@ class PruneHeads(Structured):
             record.edits.append(narrow_attention(block, heads, cross=attention.name != block.attention.name))
 
 
-def _count(ratio: float, size: int) -> int:
-    """How many of `size` units a ratio removes: to nearest, halves up."""
-    return math.floor(ratio * size + 0.5)
-
-
 def _fits(ratio: float, size: int) -> bool:
-    return 0 < _count(ratio, size) < size
+    return 0 < to_nearest(ratio, size) < size
 
 
 def _attention_of(block: Block, name: str) -> Attention:
