@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -32,12 +32,13 @@ class Foresight:
     edits: tuple[Edit, ...]
     form: Callable[[list[Edit]], Format]
     stored: torch.dtype
+    _forms: dict[frozenset[str], Format] = field(default_factory=dict)  # by kinds of edits, which decide it
 
     def after(self, edits: list[Edit]) -> Foresight:
         later = replace(self, edits=(*self.edits, *edits))
         model = copy.deepcopy(self.anatomy.model)
         replay(model, edits)
-        later.__dict__["anatomy"] = Anatomy.of(model)
+        later.__dict__["anatomy"] = Anatomy(model)
         return later
 
     @cached_property
@@ -56,7 +57,10 @@ class Foresight:
 
     @property
     def stored_bytes(self) -> int:
-        return weight_bytes(self.anatomy.model, self.form(list(self.edits)), self.stored)
+        kinds = frozenset(edit.kind for edit in self.edits)
+        if kinds not in self._forms:
+            self._forms[kinds] = self.form(list(self.edits))
+        return weight_bytes(self.anatomy.model, self._forms[kinds], self.stored)
 
 
 def edited_bytes(model: PreTrainedModel, edits: list[Edit], form: Format, stored: torch.dtype) -> int:

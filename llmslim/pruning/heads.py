@@ -83,21 +83,21 @@ class PruneHeads(Structured):
                     )
 
     def amounts(self, anatomy: Anatomy) -> list[float]:
-        """By how many heads they remove: with unit auto a larger ratio may take less, going by query heads."""
+        """By what they leave: with unit auto a larger ratio may take less, going by query heads."""
         self.check_dense(anatomy)
-        shares: set[float] = set()
+        halves: set[tuple[int, int]] = set()  # 2 n of n / size, and of (n - 1/2) / size, where counts change
         for block in anatomy.blocks:
             for attention in (block.attention, block.cross_attention):
                 if attention is not None:
                     groups, run = attention.num_kv_heads, attention.num_heads // attention.num_kv_heads
-                    shares |= {round(n / size, 6) for size in (groups, run) for n in range(1, size)}
-        removed: dict[int, float] = {}
-        for share in sorted(shares):
-            step = self.with_amount(share)
+                    halves |= {(n, size) for size in (groups, run) for n in range(1, 2 * size)}
+        ratios: dict[int, float] = {}
+        for twice, size in sorted(halves, key=lambda half: (half[0] % 2, half)):  # the round ones first
+            step = self.with_amount(round(twice / (2 * size) + 1e-6 * (twice % 2), 6))
             if step.allowed(anatomy):
-                sites = [site for block in anatomy.blocks for site in step.sites(block)]
-                removed.setdefault(sum(site.remove * site.units[:, 0].numel() for site in sites), share)
-        return [removed[count] for count in sorted(removed)]
+                planned = [edit for edit in step.planned_edits(anatomy) if isinstance(edit, NarrowAttention)]
+                ratios.setdefault(sum(edit.heads + edit.kv_heads for edit in planned), step.ratio)
+        return [ratios[left] for left in sorted(ratios, reverse=True)]
 
     def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
         edits: list[Edit] = []

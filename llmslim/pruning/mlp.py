@@ -65,11 +65,12 @@ class PruneMLP(Structured):
     def amounts(self, anatomy: Anatomy) -> list[float]:
         self.check_dense(anatomy)
         widths = {block.mlp.width for block in anatomy.blocks if block.mlp is not None}
-        shares = {
-            round(1 - kept / width, 6)
-            for width in widths
-            for kept in range(self.multiple_of, width, self.multiple_of)
-        }
+        shares: set[float] = set()
+        for width in widths:
+            kept = range(self.multiple_of, width, self.multiple_of)
+            shares |= {round(1 - count / width, 6) for count in kept}
+            if len(widths) > 1:  # blocks change at different ratios: also those at which one does
+                shares |= {round(1 - (count + self.multiple_of / 2) / width + 1e-6, 6) for count in kept}
         steps = {share: self.with_amount(share) for share in sorted(shares)}
         return [share for share, step in steps.items() if all(step._remove(width) for width in widths)]
 

@@ -60,9 +60,10 @@ class WeightPruner(Amount, LinearStep):
                 raise ValueError(
                     f"pattern {self.pattern} takes half at once: {what} needs pattern unstructured"
                 )
-        unused = {"owl_outlier", "owl_range"} & self.model_fields_set
-        if unused and self.layer_sparsity != "owl":
-            raise ValueError(f"{min(unused)} is an option of layer_sparsity owl only")
+        for name in ("owl_outlier", "owl_range"):  # a recipe out of a report names every field
+            given = getattr(self, name) != type(self).model_fields[name].default
+            if given and self.layer_sparsity != "owl":
+                raise ValueError(f"{name} is an option of layer_sparsity owl only")
         return self
 
     @property
