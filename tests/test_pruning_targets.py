@@ -83,7 +83,7 @@ def test_no_allowed_ratio_comes_nearer(family: str, kind: str, overrides: dict[s
     fields = {"multiple_of": 8} if kind == "mlp" else {}
     before = outlook(family, **overrides)
     left = {}
-    for ratio in (number / 48 for number in range(1, 48)):
+    for ratio in (number / 24 for number in range(1, 24)):
         step = build_step(kind, {"ratio": ratio, **fields})
         assert isinstance(step, Amount)
         if step.allowed(before.anatomy):

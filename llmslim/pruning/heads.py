@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -12,10 +12,10 @@ from llmslim.anatomy import Anatomy, Attention, Block
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.pruning._position_bias import takes_position_bias
-from llmslim.pruning.amount import to_nearest
+from llmslim.pruning.amount import Share, to_nearest
 from llmslim.pruning.edits import NarrowAttention, narrow_attention
 from llmslim.pruning.structured import Choice, Site, Structured, row_power
-from llmslim.step import StepRecord
+from llmslim.step import Outlook, StepRecord
 
 
 class PruneHeads(Structured):
@@ -98,6 +98,18 @@ class PruneHeads(Structured):
                 planned = [edit for edit in step.planned_edits(anatomy) if isinstance(edit, NarrowAttention)]
                 ratios.setdefault(sum(edit.heads + edit.kv_heads for edit in planned), step.ratio)
         return [ratios[left] for left in sorted(ratios, reverse=True)]
+
+    def parts(self, shares: list[float], outlook: Outlook) -> list[Self]:
+        """By the same units in every round, those that unit auto takes for the whole."""
+        whole, hidden = self.with_amount(shares[-1]), outlook.anatomy.model.config.hidden_size
+        found = set()
+        for block in outlook.anatomy.blocks:
+            for attention in (block.attention, block.cross_attention):
+                if attention is not None:
+                    sizes = whole._units(attention, hidden).shape
+                    found.add("group" if sizes[:2] == (1, attention.num_kv_heads) else "query")
+        unit = found.pop() if len(found) == 1 else "auto"
+        return Share.parts(self.model_copy(update={"unit": unit}), shares, outlook)
 
     def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
         edits: list[Edit] = []
