@@ -7,11 +7,14 @@ method, statistic and edit applies to experts as to anything else.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from llmslim.anatomy import Block, Experts
 from llmslim.edit import Edit, replace_module
 
 
@@ -64,6 +67,20 @@ class UnfuseExperts(Edit):
             raise ValueError(f"{self.module} keeps its experts in a layout that llmslim does not know")
         experts = [Expert(_linear(gate_up[index]), _linear(down[index])) for index in range(gate_up.shape[0])]
         replace_module(model, self.module, UnfusedExperts(experts, cast(nn.Module, fused.act_fn)))
+
+
+@contextmanager
+def unfused(block: Block) -> Iterator[None]:
+    """Has the fused experts of a block, if it has any, as Linears on the same memory meanwhile."""
+    experts = block.mlp
+    if not isinstance(experts, Experts) or experts.gate_up is None:
+        yield
+        return
+    UnfuseExperts(module=experts.name).apply(block.model)
+    try:
+        yield
+    finally:
+        replace_module(block.model, experts.name, experts.module)
 
 
 def _linear(weight: Tensor) -> nn.Linear:

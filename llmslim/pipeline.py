@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import llmslim
-from llmslim.anatomy import Anatomy
 from llmslim.checkpoint.formats import Format, choose
 from llmslim.checkpoint.reader import CheckpointReader, plain_config, read_edits
 from llmslim.checkpoint.verify import verify_in_fresh_process
 from llmslim.checkpoint.writer import CheckpointWriter
-from llmslim.edit import Edit, replay
+from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.evaluation.benchmark import peak_memory_mb
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find, skeleton
 from llmslim.loaders.texts import TextSample, sample
 from llmslim.measure import measure
 from llmslim.memory import return_freed_memory
+from llmslim.outlook import Foresight
 from llmslim.passes import BlockPass, PassOptions
 from llmslim.plan import Plan, make_plan
 from llmslim.recipe import Recipe
 from llmslim.report import write_report
-from llmslim.step import BlockStep, Step, StepRecord
+from llmslim.step import BlockStep, Outlook, Step, StepRecord
 from llmslim.survey import run_survey
 from llmslim.work import Progress, WorkFolder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -111,7 +107,9 @@ def run_steps(prepared: Prepared, work: WorkFolder, progress: Progress) -> tuple
         form = prepared.format if last else choose("llmslim", [], None)
         done = run_step(step, source, folder, form, options, work, number, progress)
         record.edits += done.edits
-        record.linears += done.linears
+        record.linears += (
+            [{**row, "step": number} for row in done.linears] if number or not last else done.linears
+        )
         record.notes += done.notes
         if not work.state.get(f"saved-{number}"):
             CheckpointWriter(folder, form, options.stored).finish(source, done.edits)
@@ -177,10 +175,15 @@ def prepare(
     )
     reader = None if plan_only else CheckpointReader(files)
     reader_model = reader.model_skeleton() if reader else skeleton(files.config)
-    edits = _planned_edits(recipe, reader_model)
     before = read_edits(files)[1]  # a format must hold what was done to the model earlier, too
     origin = skeleton(plain_config(files)) if before else reader_model
-    form = choose(recipe.format, [*before, *edits], origin, stored)
+
+    def form_of(edits: list[Edit]) -> Format:
+        return choose(recipe.format, [*before, *edits], origin, stored)
+
+    steps, edits, chosen = _resolved(recipe.steps, Foresight(reader_model, (), form_of, stored))
+    recipe = recipe.model_copy(update={"steps": steps})
+    form = form_of(edits)
     text = None
     if any(step.needs_calibration for step in recipe.steps):
         choice = recipe.calibration
@@ -191,21 +194,28 @@ def prepare(
     )
     if recipe.evaluation is not None:
         _check_length(recipe.evaluation.seq_len, files)
-    plan = make_plan(files, reader_model, recipe, options, form, edits, reader.streams if reader else True)
+    streams = reader.streams if reader else True
+    plan = make_plan(files, reader_model, recipe, options, form, edits, streams, chosen)
     return Prepared(files, recipe, options, form, text, plan)
 
 
-def _planned_edits(recipe: Recipe, model: PreTrainedModel) -> list[Edit]:
-    """The edits of all steps; each step is checked on, and plans for, what those before it leave of the model."""
+def _resolved(
+    steps: Sequence[Step], outlook: Outlook
+) -> tuple[tuple[Step, ...], list[Edit], tuple[str, ...]]:
+    """The steps that run, the edits of all, and what was chosen; each sees what those before it leave of the model."""
+    settled: list[Step] = []
     edits: list[Edit] = []
-    staged = copy.deepcopy(model)
-    for step in recipe.steps:
-        anatomy = Anatomy.of(staged)
-        step.check(anatomy)
-        planned = step.planned_edits(anatomy)
-        replay(staged, planned)
-        edits += planned
-    return edits
+    chosen: list[str] = []
+    for asked in steps:
+        running, told = asked.resolve(outlook)
+        chosen += [told] if told else []
+        for step in running:
+            step.check(outlook.anatomy)
+            planned = step.planned_edits(outlook.anatomy)
+            outlook = outlook.after(planned)
+            settled.append(step)
+            edits += planned
+    return tuple(settled), edits, tuple(chosen)
 
 
 def run_step(

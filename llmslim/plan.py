@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,19 +13,17 @@ import torch
 from llmslim.anatomy import Anatomy
 from llmslim.anatomy.parts import features, is_matrix
 from llmslim.checkpoint.formats import Format
-from llmslim.checkpoint.inventory import stored_tensors
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.loaders.models import ModelFiles
 from llmslim.memory import available_memory, resident_bytes
+from llmslim.outlook import edited_bytes
 from llmslim.passes import PassOptions
 from llmslim.recipe import Recipe
 from llmslim.step import BlockStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_HEADER_ENTRY = 70  # bytes beside its name that a tensor takes in the header of a safetensors file
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,7 @@ class Plan:
         input_bytes: of the weights in the model's files.
         output_bytes: of the weight files in the output.
         disk_bytes: the most that output and work folder take while running.
+        chosen: what targets and rounds of the recipe came to, in words.
         streams: whether blocks are read one at a time; False for families whose files need conversion.
     """
 
@@ -54,6 +51,7 @@ class Plan:
     compute_dtype: str
     blocks: int
     linears: int
+    chosen: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,11 +81,12 @@ def make_plan(
     form: Format,
     edits: list[Edit],
     streams: bool,
+    chosen: tuple[str, ...] = (),
 ) -> Plan:
     """Work out the plan from a skeleton on meta."""
     anatomy = Anatomy.of(model)
     shape = _Shape(anatomy, options, files.dtype)
-    output = _output_bytes(model, edits, form, options.stored)
+    output = edited_bytes(model, edits, form, options.stored)
     lanes = 2 * shape.lane_bytes + sum(1 for _ in anatomy.blocks) * 64 * shape.hidden * 4
     return Plan(
         peak_memory=_peak_memory(shape, recipe, anatomy, streams),
@@ -101,6 +100,7 @@ def make_plan(
         compute_dtype=str(options.dtype).removeprefix("torch."),
         blocks=len(anatomy.blocks),
         linears=len(edits),
+        chosen=chosen,
     )
 
 
@@ -175,16 +175,3 @@ def _input_bytes(files: ModelFiles, parameters: int) -> int:
         return files.weights.stored_bytes
     except UserError:
         return parameters * files.dtype.itemsize
-
-
-def _output_bytes(model: PreTrainedModel, edits: list[Edit], form: Format, stored: torch.dtype) -> int:
-    """Bytes of the weight files: the edits are made on a copy of the skeleton, whose tensors are counted."""
-    edited = copy.deepcopy(model)
-    for edit in edits:
-        with suppress(ValueError):  # packed by an earlier step, so that this one will pass over it
-            edit.apply(edited)
-    size = 0
-    for name, (tensor, dense) in stored_tensors(edited, form).items():
-        dtype = stored if dense and tensor.is_floating_point() else tensor.dtype
-        size += tensor.numel() * dtype.itemsize + len(name) + _HEADER_ENTRY
-    return size

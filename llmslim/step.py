@@ -50,6 +50,32 @@ class StepRecord:
         self.notes.append({"where": where, "what": what})
 
 
+class Outlook(Protocol):
+    """The model in front of a step as the plan foresees it, on meta: for steps that settle how much they do by it.
+
+    Attributes:
+        anatomy: of the model.
+        parameters: how many it has; a sparse weight counts whole.
+        share: the same, as a share of those that the run started from.
+        stored_bytes: size of its weight files.
+    """
+
+    @property
+    def anatomy(self) -> Anatomy: ...
+
+    @property
+    def parameters(self) -> int: ...
+
+    @property
+    def share(self) -> float: ...
+
+    @property
+    def stored_bytes(self) -> int: ...
+
+    def after(self, edits: list[Edit]) -> Outlook:
+        """What these edits would leave."""
+
+
 class Step(BaseModel):
     """A method. Subclasses set `kind` (the name in recipes) and `verb` (the CLI verb that offers it)."""
 
@@ -66,6 +92,13 @@ class Step(BaseModel):
     def needs_calibration(self) -> bool:
         """Whether the step looks at a text."""
         return False
+
+    def resolve(self, outlook: Outlook) -> tuple[list[Step], str]:
+        """The steps that run in this one's place on this model, and what was chosen in words; on meta.
+
+        A step that leaves nothing open runs itself, with nothing to tell.
+        """
+        return [self], ""
 
     def check(self, anatomy: Anatomy) -> None:
         """Refuse what cannot work on this model; runs on meta, before a weight is read.

@@ -104,7 +104,9 @@ def typed(annotation: Any, flag: str) -> tuple[list[str], Any]:
     if flag == "--override":
         words = [flag, "*.a:bits=8,group_size=32", flag, "b:symmetric=false"]
         return words, {"*.a": {"bits": 8, "group_size": 32}, "b": {"symmetric": False}}
-    if annotation is float:
+    if flag == "--target-size":
+        return [flag, "150MB"], "150MB"
+    if annotation is float or float in get_args(annotation):
         return [flag, "0.5"], 0.5
     if annotation is int or int in get_args(annotation):
         return [flag, "8"], 8
@@ -112,7 +114,11 @@ def typed(annotation: Any, flag: str) -> tuple[list[str], Any]:
     return [flag, choice], choice
 
 
-NEEDED = {"owl_outlier": {"layer_sparsity": "owl"}, "owl_range": {"layer_sparsity": "owl"}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "owl_outlier": {"layer_sparsity": "owl"},
+    "owl_range": {"layer_sparsity": "owl"},
+    "ramp": {"rounds": 2},
+}
 """Fields that are refused without another one."""
 
 

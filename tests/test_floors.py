@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "llmslim"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__", "cli", "commands", "flags", "generation", "inspection", "progress"),
-    ("pipeline", "plan", "recipe", "report", "hub", "passes", "survey", "work", "measure", "size"),
+    ("pipeline", "plan", "recipe", "report", "hub", "passes", "survey", "work", "measure", "size", "outlook"),
     ("evaluation", "checkpoint", "plugin"),
     ("quantization", "pruning", "sharing", "factorization", "kvcache", "recovery", "distillation"),
     ("step", "edit", "experts", "sparse"),
@@ -39,6 +39,7 @@ ORDERED = {
         "report",
         "hub",
         "plan",
+        "outlook",
         "survey",
         "passes",
         "recipe",

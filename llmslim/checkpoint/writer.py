@@ -20,7 +20,7 @@ from llmslim.checkpoint.reader import plain_config, read_edits
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.loaders.models import ModelFiles, model_class, skeleton
-from llmslim.loaders.safetensors_io import concatenate, write_in_order
+from llmslim.loaders.safetensors_io import concatenate, file_bytes, write_in_order
 
 SHARD_BYTES = 5 * 10**9
 _METADATA = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -113,6 +113,23 @@ class CheckpointWriter:
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             config.save_pretrained(scratch)
             os.replace(Path(scratch) / "config.json", self.folder / "config.json")
+
+
+def weight_bytes(model: nn.Module, form: Format, dtype: torch.dtype) -> int:
+    """Size of the weight file that a `CheckpointWriter` makes of a model, which may be on meta.
+
+    Args:
+        form: of packed weights.
+        dtype: what dense floats are stored in.
+    """
+    parts = [None, *(block.name for block in Anatomy(model).blocks)]  # type: ignore[arg-type]
+    return file_bytes(
+        {
+            name: (tuple(tensor.shape), dtype if dense and tensor.is_floating_point() else tensor.dtype)
+            for part in parts
+            for name, (tensor, dense) in _aligned(stored_tensors(model, form, part))
+        }
+    )
 
 
 def _aligned(tensors: dict[str, tuple[Tensor, bool]]) -> list[tuple[str, tuple[Tensor, bool]]]:

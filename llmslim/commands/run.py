@@ -185,11 +185,12 @@ def _check_output(output: Path, options: dict[str, Any], plan: Plan) -> None:
 
 
 def plan_line(plan: Plan) -> str:
-    """The plan in one line, for the start of a run."""
+    """The plan in one line, for the start of a run; what was chosen comes in lines in front."""
     from llmslim.work import duration
 
+    chosen = "".join(f"{told}\n" for told in plan.chosen)
     return (
-        f"plan: {plan.blocks} blocks, {plan.linears} edits, {plan.input_bytes / 1e6:,.0f} MB -> "
+        f"{chosen}plan: {plan.blocks} blocks, {plan.linears} edits, {plan.input_bytes / 1e6:,.0f} MB -> "
         f"{plan.output_bytes / 1e6:,.0f} MB ({plan.format}); peak memory {plan.peak_memory / 1e9:.2f} GB "
         f"of {plan.available_memory / 1e9:.1f} GB, about {duration(plan.seconds)}"
     )

@@ -64,7 +64,7 @@ def write_in_order(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
             file.write(data.data)
             offset += len(data)
     with open(path, "wb") as file, open(body, "rb") as data_file:
-        _write_header(file, entries)
+        file.write(_header(entries))
         shutil.copyfileobj(data_file, file, _CHUNK)
     body.unlink()
 
@@ -81,7 +81,7 @@ def concatenate(parts: list[Path], path: Path) -> dict[str, dict]:
             entries[name] = {**entry, "data_offsets": [start + offset, end + offset]}
         offset += size
     with open(path, "wb") as file:
-        _write_header(file, entries)
+        file.write(_header(entries))
         for part in parts:
             _, begin = header(part)
             with open(part, "rb") as part_file:
@@ -92,10 +92,25 @@ def concatenate(parts: list[Path], path: Path) -> dict[str, dict]:
     return entries
 
 
-def _write_header(file, entries: dict[str, dict]) -> None:
+def file_bytes(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+    """Size of one file with tensors of these shapes and types, in this order."""
+    entries, offset = {}, 0
+    for name, (shape, dtype) in tensors.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[str(dtype)],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    return len(_header(entries)) + offset
+
+
+def _header(entries: dict[str, dict]) -> bytes:
+    """What stands in front of the data."""
     text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begins aligned, as the format asks
-    file.write(struct.pack("<Q", len(text)) + text)
+    return struct.pack("<Q", len(text)) + text
 
 
 class SafetensorsFolder:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -13,9 +12,10 @@ from llmslim.anatomy import Anatomy, Attention, Block
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.pruning._position_bias import takes_position_bias
+from llmslim.pruning.amount import Share, to_nearest
 from llmslim.pruning.edits import NarrowAttention, narrow_attention
 from llmslim.pruning.structured import Choice, Site, Structured, row_power
-from llmslim.step import StepRecord
+from llmslim.step import Outlook, StepRecord
 
 
 class PruneHeads(Structured):
@@ -38,7 +38,7 @@ class PruneHeads(Structured):
         for attention in (block.attention, block.cross_attention):
             if attention is not None:
                 units = self._units(attention, block.model.config.hidden_size)
-                remove = _count(self.ratio, units.shape[1])
+                remove = to_nearest(self.ratio, units.shape[1])
                 if removes is not None:
                     remove = removes[attention.o.name]
                 whole = units.shape[0] == 1 and attention.num_heads > attention.num_kv_heads
@@ -60,7 +60,10 @@ class PruneHeads(Structured):
         if _fits(
             self.ratio, run
         ):  # both do: prefer heads that divide the hidden size, as many configs want it
-            wholes = [run * (groups - _count(self.ratio, groups)), groups * (run - _count(self.ratio, run))]
+            wholes = [
+                run * (groups - to_nearest(self.ratio, groups)),
+                groups * (run - to_nearest(self.ratio, run)),
+            ]
             if hidden % wholes[0] and not hidden % wholes[1]:
                 return by_query
         return by_group
@@ -73,11 +76,40 @@ class PruneHeads(Structured):
                 if self.ratio and not _fits(self.ratio, size):
                     run = "" if site.units.shape[0] == 1 else " of every group"
                     fitting = ", ".join(f"{n / size:.3g}" for n in range(1, size)) or "none"
-                    taken = _count(self.ratio, size)
+                    taken = to_nearest(self.ratio, size)
                     raise UserError(
                         f"ratio {self.ratio} takes {taken} of the {size} {site.what}{run} of {block.name}, "
                         f"which is none or all; ratios that fit: {fitting}."
                     )
+
+    def amounts(self, anatomy: Anatomy) -> list[float]:
+        """By what they leave: with unit auto a larger ratio may take less, going by query heads."""
+        self.check_dense(anatomy)
+        halves: set[tuple[int, int]] = set()  # 2 n of n / size, and of (n - 1/2) / size, where counts change
+        for block in anatomy.blocks:
+            for attention in (block.attention, block.cross_attention):
+                if attention is not None:
+                    groups, run = attention.num_kv_heads, attention.num_heads // attention.num_kv_heads
+                    halves |= {(n, size) for size in (groups, run) for n in range(1, 2 * size)}
+        ratios: dict[int, float] = {}
+        for twice, size in sorted(halves, key=lambda half: (half[0] % 2, half)):  # the round ones first
+            step = self.with_amount(round(twice / (2 * size) + 1e-6 * (twice % 2), 6))
+            if step.allowed(anatomy):
+                planned = [edit for edit in step.planned_edits(anatomy) if isinstance(edit, NarrowAttention)]
+                ratios.setdefault(sum(edit.heads + edit.kv_heads for edit in planned), step.ratio)
+        return [ratios[left] for left in sorted(ratios, reverse=True)]
+
+    def parts(self, shares: list[float], outlook: Outlook) -> list[Self]:
+        """By the same units in every round, those that unit auto takes for the whole."""
+        whole, hidden = self.with_amount(shares[-1]), outlook.anatomy.model.config.hidden_size
+        found = set()
+        for block in outlook.anatomy.blocks:
+            for attention in (block.attention, block.cross_attention):
+                if attention is not None:
+                    sizes = whole._units(attention, hidden).shape
+                    found.add("group" if sizes[:2] == (1, attention.num_kv_heads) else "query")
+        unit = found.pop() if len(found) == 1 else "auto"
+        return Share.parts(self.model_copy(update={"unit": unit}), shares, outlook)
 
     def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
         edits: list[Edit] = []
@@ -113,13 +145,8 @@ class PruneHeads(Structured):
             record.edits.append(narrow_attention(block, heads, cross=attention.name != block.attention.name))
 
 
-def _count(ratio: float, size: int) -> int:
-    """How many of `size` units a ratio removes: to nearest, halves up."""
-    return math.floor(ratio * size + 0.5)
-
-
 def _fits(ratio: float, size: int) -> bool:
-    return 0 < _count(ratio, size) < size
+    return 0 < to_nearest(ratio, size) < size
 
 
 def _attention_of(block: Block, name: str) -> Attention:

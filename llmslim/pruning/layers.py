@@ -17,12 +17,13 @@ from llmslim.edit import DropBlocks, Edit
 from llmslim.errors import UserError
 from llmslim.pruning import _depth
 from llmslim.pruning._neighbour import no_refit, refit_neighbours, refitting
-from llmslim.step import BlockStep, StepRecord, Survey, dense_weight
+from llmslim.pruning.amount import Share, to_nearest
+from llmslim.step import StepRecord, Survey, dense_weight
 
 _KEEP, _SCORE, _REFIT, _ERRORS = "keep ", "score ", "refit ", "errors "  # what a survey's tensors are called
 
 
-class PruneLayers(BlockStep):
+class PruneLayers(Share):
     """Remove whole blocks, and refit the block in front of each gap.
 
     - `influence`: the blocks of least 1 - E[cos(x, y)], x the input and y the output of a block, mean over tokens
@@ -45,9 +46,7 @@ class PruneLayers(BlockStep):
     """
 
     kind: ClassVar[str] = "layers"
-    verb: ClassVar[str] = "prune"
 
-    ratio: float = Field(0.25, ge=0, lt=1, description="share of the blocks to remove")
     criterion: Literal["influence", "angular", "perplexity", "random"] = Field(
         "influence",
         description="influence, change of the hidden states by a block; angular, by a run of blocks; perplexity, "
@@ -71,7 +70,7 @@ class PruneLayers(BlockStep):
 
     @model_validator(mode="after")
     def _one_way(self) -> PruneLayers:
-        for name in ("ratio", "criterion") if self.drop else ():
+        for name in ("ratio", "criterion", "target_params", "target_size", "rounds") if self.drop else ():
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"drop says which blocks go, and {name} chooses others: give one of them")
         return self
@@ -128,8 +127,13 @@ class PruneLayers(BlockStep):
                 )
 
     def _count(self, blocks: int) -> int:
-        """How many of a stack's blocks the ratio removes: to nearest, halves up."""
-        return math.floor(self.ratio * blocks + 0.5)
+        """How many of a stack's blocks the ratio removes."""
+        return to_nearest(self.ratio, blocks)
+
+    def amounts(self, anatomy: Anatomy) -> list[float]:
+        sizes = {len(stack.blocks) for stack in anatomy.stacks}
+        ratios = sorted({count / size for size in sizes for count in range(1, size)})
+        return [ratio for ratio in ratios if self.with_amount(ratio).allowed(anatomy)]
 
     def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
         """As many blocks as will go; which ones is known beforehand only of `drop`."""

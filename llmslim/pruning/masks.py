@@ -37,6 +37,11 @@ def choose(score: Tensor, sparsity: float, pattern: Pattern, scope: Scope) -> Te
     return per_row(score, sparsity) if scope == "row" else per_layer(score, sparsity)
 
 
+def zeros_last(score: Tensor, alive: Tensor) -> Tensor:
+    """A score of at least 0 that ranks what is not alive below everything."""
+    return torch.where(alive, score, -1)
+
+
 def per_row(score: Tensor, sparsity: float) -> Tensor:
     """bool [out, in]: the same share of every row stays, its highest scores.
 

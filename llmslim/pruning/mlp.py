@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import ClassVar
 
 import torch
@@ -12,9 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from llmslim.anatomy import MLP, Anatomy, Block, Experts
-from llmslim.edit import Edit, replace_module
+from llmslim.edit import Edit
 from llmslim.errors import UserError
-from llmslim.experts import UnfuseExperts
+from llmslim.experts import unfused
 from llmslim.pruning.edits import NarrowExperts, NarrowMLP, narrow_experts, narrow_mlp
 from llmslim.pruning.structured import Choice, Site, Structured, row_power
 from llmslim.step import StepRecord, dense_weight
@@ -63,6 +62,18 @@ class PruneMLP(Structured):
                     f"{self.multiple_of}; a ratio of {math.ceil(share * 1000) / 1000} or a smaller multiple_of does."
                 )
 
+    def amounts(self, anatomy: Anatomy) -> list[float]:
+        self.check_dense(anatomy)
+        widths = {block.mlp.width for block in anatomy.blocks if block.mlp is not None}
+        shares: set[float] = set()
+        for width in widths:
+            kept = range(self.multiple_of, width, self.multiple_of)
+            shares |= {round(1 - count / width, 6) for count in kept}
+            if len(widths) > 1:  # blocks change at different ratios: also those at which one does
+                shares |= {round(1 - (count + self.multiple_of / 2) / width + 1e-6, 6) for count in kept}
+        steps = {share: self.with_amount(share) for share in sorted(shares)}
+        return [share for share, step in steps.items() if all(step._remove(width) for width in widths)]
+
     def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
         edits: list[Edit] = []
         for number, block in enumerate(anatomy.blocks):
@@ -88,18 +99,9 @@ class PruneMLP(Structured):
         down = dense_weight(model.get_submodule(site.name)).float().square().sum(0)
         return (down + both.view(2, -1).sum(0))[None]
 
-    @contextmanager
-    def opened(self, block: Block) -> Iterator[None]:
-        """Fused experts are Linears on the same memory meanwhile, to halt in front of each one's down."""
-        experts = block.mlp
-        if not isinstance(experts, Experts) or experts.gate_up is None:
-            yield
-            return
-        UnfuseExperts(module=experts.name).apply(block.model)
-        try:
-            yield
-        finally:
-            replace_module(block.model, experts.name, experts.module)
+    def opened(self, block: Block) -> AbstractContextManager[None]:
+        """Fused experts are Linears meanwhile, to halt in front of each one's down."""
+        return unfused(block)
 
     def narrow(self, block: Block, choices: dict[str, Choice], record: StepRecord) -> None:
         columns = [choice.columns for choice in choices.values()]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llmslim.calibration.factor import Factor
-from llmslim.pruning.masks import Pattern, n_of_m, parse, per_layer
+from llmslim.pruning.masks import Pattern, n_of_m, parse, per_layer, zeros_last
 
 COLUMNS = (
     128  # a mask is chosen for so many columns at a time, and their updates are applied at once to the rest
@@ -19,7 +19,7 @@ def sparsegpt(weight: Tensor, factor: Factor, sparsity: float, pattern: Pattern)
     With U the upper Cholesky factor of the damped inverse Hessian, taking out w_j costs w_j^2 / U[j, j]^2. Of
     every 128 columns, as the columns before have left them, the cheapest weights of all rows go (of every M
     columns, the cheapest of each row for an N:M pattern). Column by column, e = w / U[j, j] of what goes is
-    spread over the columns still open: W[:, k] -= e U[j, k].
+    spread over the columns still open: W[:, k] -= e U[j, k]. What is zero at the start goes first, and stays zero.
 
     Args:
         weight: float32 [out, in].
@@ -32,18 +32,21 @@ def sparsegpt(weight: Tensor, factor: Factor, sparsity: float, pattern: Pattern)
     assert upper is not None
     in_features = weight.shape[1]
     work = weight.T.contiguous()  # one row per column of the weight: contiguous updates
-    mask = torch.ones_like(work, dtype=torch.bool)
+    alive = work != 0
+    mask = torch.ones_like(alive)
     group = None if pattern == "unstructured" else parse(pattern)
     cost = upper.diagonal().square().reciprocal().unsqueeze(-1)
     errors = torch.empty(COLUMNS, weight.shape[0], dtype=work.dtype, device=work.device)
     for start in range(0, in_features, COLUMNS):
         stop = min(start + COLUMNS, in_features)
         if group is None:
-            mask[start:stop] = per_layer((work[start:stop].square() * cost[start:stop]).T, sparsity).T
+            worth = zeros_last(work[start:stop].square() * cost[start:stop], alive[start:stop])
+            mask[start:stop] = per_layer(worth.T, sparsity).T & alive[start:stop]
         for j in range(start, stop):
             if group is not None and j % group[1] == 0:
                 now = slice(j, j + group[1])
-                mask[now] = n_of_m((work[now].square() * cost[now]).T, *group).T
+                worth = zeros_last(work[now].square() * cost[now], alive[now])
+                mask[now] = n_of_m(worth.T, *group).T & alive[now]
             error = torch.mul(work[j], ~mask[j], out=errors[j - start]).div_(upper[j, j])
             work[j] *= mask[j]
             if j + 1 < stop:

@@ -14,13 +14,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block, Experts
-from llmslim.anatomy.parts import Projection, is_conv1d, is_linear
+from llmslim.anatomy.parts import Projection, is_conv1d
 from llmslim.calibration.statistics import InputStats, output_error
 from llmslim.calibration.stream import BlockStream
-from llmslim.errors import UserError
 from llmslim.pruning import importance
-from llmslim.sparse import SparseLinear
-from llmslim.step import BlockStep, StepRecord, Survey, dense_weight
+from llmslim.pruning.amount import Share
+from llmslim.step import StepRecord, Survey, dense_weight
 
 _LOOKS = 64  # how often the costs of what is left are looked at anew while channels are removed
 _REMOVE = "remove "  # begins the name under which a survey keeps how many units a matrix loses
@@ -78,12 +77,9 @@ class Moments:
         return (weight - new) @ self.stats.total / self.stats.tokens
 
 
-class Structured(BlockStep):
+class Structured(Share):
     """A step that removes units of a block's inner width. Subclasses say which (`sites`) and do it (`narrow`)."""
 
-    verb = "prune"
-
-    ratio: float = Field(0.25, ge=0, lt=1, description="share of the heads or channels to remove")
     criterion: Literal["obs", "output", "magnitude", "taylor", "random"] = Field(
         "obs",
         description="what matters least: obs, output error after refit; output, before it; magnitude; "
@@ -97,6 +93,10 @@ class Structured(BlockStep):
         "uniform",
         description="the same width in every block, or more removed where it costs least",
     )
+
+    @property
+    def uneven(self) -> str:
+        return "allocation sensitivity" if self.allocation == "sensitivity" else ""
 
     @property
     def needs_calibration(self) -> bool:
@@ -126,18 +126,6 @@ class Structured(BlockStep):
     def narrow(self, block: Block, choices: dict[str, Choice], record: StepRecord) -> None:
         """Take out of a block what does not stay; `choices` by matrix, in the order of `sites`."""
         raise TypeError(f"{type(self).__name__} does not define narrow()")
-
-    def check_dense(self, anatomy: Anatomy) -> None:
-        """Refuse a model that an earlier step has packed: packed weights cannot be cut."""
-        for block in anatomy.blocks:
-            for module in block.module.modules():
-                if hasattr(module, "in_features") and not is_linear(module):
-                    raise UserError(f"{block.name} is quantized already: prune before you quantize.")
-                if isinstance(module, SparseLinear):
-                    raise UserError(
-                        f"{block.name} has pruned single weights, whose mask cannot be cut: prune {self.kind} first, "
-                        "then single weights."
-                    )
 
     def workspace_bytes(self, anatomy: Anatomy) -> int:
         widths = [site.units.numel() for block in anatomy.blocks for site in self.sites(block)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -16,19 +16,21 @@ from llmslim.calibration.stream import BlockStream
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.pruning.allocation import Magnitudes, outlier_ratio, outlier_weighed
-from llmslim.pruning.masks import Pattern, Scope, choose, nonzeros, parse
+from llmslim.pruning.amount import Amount
+from llmslim.pruning.masks import Pattern, Scope, choose, nonzeros, parse, zeros_last
 from llmslim.pruning.sparsegpt import COLUMNS, sparsegpt
 from llmslim.sparse import SparseLinear, SparsifyLinear
-from llmslim.step import LinearStep, StepRecord, Survey, dense_weight
+from llmslim.step import LinearStep, Outlook, StepRecord, Survey, dense_weight
 
 
-class WeightPruner(LinearStep):
+class WeightPruner(Amount, LinearStep):
     """A step that takes out single weights. Subclasses define `score`, or `prune` if they change what stays.
 
-    The result is a `SparseLinear`: smaller on disk, and neither smaller in memory nor faster.
+    The result is a `SparseLinear`: smaller on disk, and neither smaller in memory nor faster. Weights that are
+    zero already go first, and stay zero: masks of several rounds are nested.
     """
 
-    verb = "prune"
+    amount = "sparsity"
 
     sparsity: float = Field(0.5, gt=0, lt=1, description="share of the weights that goes")
     pattern: Pattern = Field(
@@ -53,10 +55,28 @@ class WeightPruner(LinearStep):
                 raise ValueError(
                     f"pattern {self.pattern} takes the same from every weight; use pattern unstructured"
                 )
-        unused = {"owl_outlier", "owl_range"} & self.model_fields_set
-        if unused and self.layer_sparsity != "owl":
-            raise ValueError(f"{min(unused)} is an option of layer_sparsity owl only")
+            if self.rounds > 1 or self.target_size is not None:
+                what = "target_size" if self.rounds == 1 else f"rounds {self.rounds}"
+                raise ValueError(
+                    f"pattern {self.pattern} takes half at once: {what} needs pattern unstructured"
+                )
+        for name in ("owl_outlier", "owl_range"):  # a recipe out of a report names every field
+            given = getattr(self, name) != type(self).model_fields[name].default
+            if given and self.layer_sparsity != "owl":
+                raise ValueError(f"{name} is an option of layer_sparsity owl only")
         return self
+
+    @property
+    def uneven(self) -> str:
+        return "layer_sparsity owl" if self.layer_sparsity == "owl" else ""
+
+    def amounts(self, anatomy: Anatomy) -> list[float]:
+        """In thousandths."""
+        return [count / 1000 for count in range(1, 1000)]
+
+    def parts(self, shares: list[float], outlook: Outlook) -> list[Self]:
+        """Each step has all weights in view; those that are zero already count as gone."""
+        return [self.with_amount(share) for share in shares]
 
     @property
     def scope(self) -> Scope:
@@ -164,10 +184,15 @@ class WeightPruner(LinearStep):
         self, name: str, weight: Tensor, sparsity: float, stats: InputStats | None, record: StepRecord
     ) -> tuple[Tensor, Tensor]:
         """The new weight and the bool mask of what stays, for a float32 weight [out, in]."""
-        return weight, choose(self.score(name, weight, stats, record), sparsity, self.pattern, self.scope)
+        return weight, self._mask(weight, self.score(name, weight, stats, record), sparsity)
+
+    def _mask(self, weight: Tensor, score: Tensor, sparsity: float) -> Tensor:
+        """What stays by a score of at least 0; never a weight that is zero."""
+        alive = weight != 0
+        return choose(zeros_last(score, alive), sparsity, self.pattern, self.scope) & alive
 
     def score(self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord) -> Tensor:
-        """What each weight is worth, float [out, in]."""
+        """What each weight is worth, float [out, in], at least 0."""
         raise TypeError(f"{type(self).__name__} does not define score()")
 
 
@@ -191,6 +216,10 @@ class Magnitude(WeightPruner):
                 "threshold global and layer_sparsity owl both say how much a weight loses; use one"
             )
         return self
+
+    @property
+    def uneven(self) -> str:
+        return "threshold global" if self.threshold == "global" else super().uneven
 
     @property
     def scope(self) -> Scope:
@@ -268,7 +297,7 @@ class SparseGPT(WeightPruner):
         if solved is None or solved.inverse is None:
             if solved is not None:
                 record.note(name, "the Hessian cannot be factorized with any damping: pruned by magnitude")
-            return weight, choose(weight.abs(), sparsity, self.pattern, self.scope)
+            return weight, self._mask(weight, weight.abs(), sparsity)
         if solved.damp_percent != self.damp_percent:
             record.note(name, f"damping raised from {self.damp_percent:g} to {solved.damp_percent:g}")
         return sparsegpt(weight, solved, sparsity, self.pattern)

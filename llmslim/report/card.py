@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -88,7 +89,8 @@ def _what(report: dict[str, Any]) -> str:
         if "symmetric" in fields:
             scheme.append("symmetric" if fields["symmetric"] else "asymmetric")
         said.append(f"{kind} ({', '.join(scheme)})" if scheme else kind)
-    return ", then ".join(said)
+    runs = [(what, len(list(same))) for what, same in itertools.groupby(said)]
+    return ", then ".join(what if count == 1 else f"{what} in {count} rounds" for what, count in runs)
 
 
 def _auto_class(config: dict[str, Any]) -> str:
@@ -131,7 +133,7 @@ def _loading(format_name: str, config: dict[str, Any]) -> str:
 def _measurements(report: dict[str, Any]) -> str:
     lines = ["## What it cost", "", "| | base | result | change |", "|---|---:|---:|---:|"]
     lines += [f"| {row.label} | {row.base} | {row.result} | {row.change} |" for row in figures.rows(report)]
-    lines += ["", figures.run_line(report), figures.verdict(report)]
+    lines += ["", *figures.chosen(report), figures.run_line(report), figures.verdict(report)]
     quality = report["quality"]
     if quality and "perplexity" in quality:
         lines.append(

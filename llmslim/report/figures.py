@@ -47,9 +47,16 @@ def pruned(report: dict[str, Any]) -> list[str]:
     return [*blocks, *zeros(report)]
 
 
+def chosen(report: dict[str, Any]) -> list[str]:
+    """What targets and rounds of the recipe came to."""
+    return [f"{told}." for told in (report["plan"] or {}).get("chosen", ())]
+
+
 def zeros(report: dict[str, Any]) -> list[str]:
     """What pruned single weights gain and what they do not; empty when there are none."""
-    rows = [row for row in report["linears"] if "sparsity" in row]
+    rows = list(
+        {row["name"]: row for row in report["linears"] if "sparsity" in row}.values()
+    )  # of the last round
     if not rows:
         return []
     sizes = [row["shape"][0] * row["shape"][1] for row in rows]

@@ -22,7 +22,7 @@ def summary_table(report: dict[str, Any]) -> Group:
         table.add_column(heading, justify="right")
     for row in figures.rows(report):
         table.add_row(row.label, row.base, row.result, row.change)
-    lines: list[str] = [figures.run_line(report)]
+    lines: list[str] = [*figures.chosen(report), figures.run_line(report)]
     if verdict := figures.verdict(report):
         lines.append(verdict)
     if worst := figures.worst_linears(report):
@@ -48,6 +48,8 @@ def plan_table(plan: Plan) -> Table:
     table = Table("plan", "", title_justify="left", show_header=False)
     reading = "one block at a time" if plan.streams else "whole: its files need conversion on load"
     table.add_row("blocks", f"{plan.blocks}, read {reading}")
+    for told in plan.chosen:
+        table.add_row("chosen", escape(told))
     table.add_row("edits", f"{plan.linears}")
     table.add_row(
         "peak memory", f"{plan.peak_memory / 1e9:.2f} GB, of {plan.available_memory / 1e9:.1f} GB free"
