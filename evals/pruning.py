@@ -40,7 +40,7 @@ CHOICES: dict[str, dict[str, Any]] = {  # of channels and heads
 }
 LAYERS: dict[str, dict[str, Any]] = {
     f"{criterion}{'-refit' if refit else ''}": {"criterion": criterion, "refit": refit}
-    for criterion in ("influence", "angular", "perplexity", "random")
+    for criterion in ("influence", "angular", "random")
     for refit in (True, False)
 }
 
@@ -86,22 +86,22 @@ def _structured() -> dict[str, Steps]:
     found: dict[str, Steps] = {}
     for share in SHARES:
         channels = {"ratio": round(share / 100 / MLP_SHARE, 4), "multiple_of": 1}
-        for name in ("obs-refit", "output-refit", "output", "random-refit", "random"):
+        for name in ("output-refit", "output", "random-refit", "random"):
             found[f"channels/{share}%/{name}"] = [{"mlp": {**channels, **CHOICES[name]}}]
         for heads, (unit, ratio) in HEADS.items():
             rest = share / 100 - ATTENTION_SHARE * ratio * (0.75 if unit == "query" else 1)  # k and v stay
             if rest < 0.01:
                 continue
             rest_of = {"ratio": round(rest / MLP_SHARE, 4), "multiple_of": 1}
-            for name in ("obs-refit", "output", "random"):
-                if name == "obs-refit" or heads == "group":
-                    head = {"unit": unit, "ratio": round(ratio, 4), **CHOICES[name]}
-                    found[f"heads+channels/{share}%/{heads}-{name}"] = [
-                        {"heads": head},
-                        {"mlp": {**rest_of, **CHOICES[name]}},
-                    ]
+            for name in ("output-refit", "output", "random") if heads == "group" else ("output-refit",):
+                head = {"unit": unit, "ratio": round(ratio, 4), **CHOICES[name]}
+                found[f"heads+channels/{share}%/{heads}-{name}"] = [
+                    {"heads": head},
+                    {"mlp": {**rest_of, **CHOICES[name]}},
+                ]
         for name, choice in LAYERS.items():
             found[f"layers/{share}%/{name}"] = [{"layers": {"ratio": share / 100, **choice}}]
+    found["layers/10%/perplexity-refit"] = [{"layers": {"ratio": 0.1, "criterion": "perplexity"}}]
     for heads, (unit, ratio) in HEADS.items():
         for name in ("obs-refit", "output-refit", "output", "random-refit", "random"):
             head = {"unit": unit, "ratio": round(ratio, 4), **CHOICES[name]}
