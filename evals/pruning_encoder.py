@@ -2,11 +2,12 @@
 
     python evals/pruning_encoder.py [--variants 'heads+channels*']
 
-Each variant is a recipe that runs in a fresh process (32 x 256 calibration tokens of the sentences of GLUE's SST-2 and
-STS-B, train). Base and result then embed the same sentences, which calibration has not seen (`--sentences` from the
-validation splits of CoLA, SST-2, MRPC, RTE and STS-B): mean of the last hidden states, as the model's card says. The
-figures are the cosine between the two embeddings of a sentence (mean, 5th percentile), and Spearman's correlation of
-the cosine of the pairs of STS-B with people's scores, for base and result.
+Each variant is a recipe that runs in a fresh process (256 x 32 calibration tokens of the sentences of GLUE's SST-2 and
+STS-B, train: windows as short as the sentences, since a model that sees long ones is refitted to other inputs). Base
+and result then embed the same sentences, which calibration has not seen (`--sentences` from the validation splits of
+CoLA, SST-2, MRPC, RTE and STS-B): mean of the last hidden states, as the model's card says. The figures are the cosine
+between the two embeddings of a sentence (mean, 5th percentile), and Spearman's correlation of the cosine of the pairs
+of STS-B with people's scores, for base and result.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ TASKS = {
 }
 CHOICES: dict[str, dict[str, Any]] = {
     "obs-refit": {"criterion": "obs"},
+    "obs-refit-sensitivity": {"criterion": "obs", "allocation": "sensitivity"},
     "output": {"criterion": "output", "refit": False},
     "random-refit": {"criterion": "random"},
     "random": {"criterion": "random", "refit": False},
@@ -117,7 +119,7 @@ def measure(name: str, options: Namespace, text: Path) -> dict[str, Any]:
     folder = options.work / name.replace("/", "-").replace("%", "")
     recipe = {
         "steps": variants()[name],
-        "calibration": {"text": str(text), "num_samples": 32, "seq_len": 256},
+        "calibration": {"text": str(text), "num_samples": 256, "seq_len": 32},
         "evaluation": None,
         "seed": options.seed,
     }
