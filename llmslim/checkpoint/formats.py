@@ -106,6 +106,8 @@ def choose(
         raise UserError(f"Unknown format {name!r}{nearest(name, known)}; there are auto, {', '.join(known)}.")
     if model is not None and edits:
         config, edits = absorb(model.config, edits, model)
+        if barred := next((edit for edit in edits if edit.only_plain), None):
+            raise UserError(f"A {config.model_type} config cannot state {barred.only_plain}.")
         model = model if config is model.config else skeleton(config)
     if model is None or not edits:
         return known["llmslim" if name == "auto" else name]

@@ -14,7 +14,7 @@ from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.pruning._position_bias import takes_position_bias
 from llmslim.pruning.edits import NarrowAttention, narrow_attention
-from llmslim.pruning.structured import Choice, Site, Structured, row_power
+from llmslim.pruning.structured import Choice, Site, Structured, check_dense, row_power
 from llmslim.step import StepRecord
 
 
@@ -66,7 +66,7 @@ class PruneHeads(Structured):
         return by_group
 
     def check(self, anatomy: Anatomy) -> None:
-        self.check_dense(anatomy)
+        check_dense(anatomy, self.kind)
         for block in anatomy.blocks:
             for site in self.sites(block):
                 size = site.units.shape[1]

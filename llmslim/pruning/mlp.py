@@ -16,7 +16,7 @@ from llmslim.edit import Edit, replace_module
 from llmslim.errors import UserError
 from llmslim.experts import UnfuseExperts
 from llmslim.pruning.edits import NarrowExperts, NarrowMLP, narrow_experts, narrow_mlp
-from llmslim.pruning.structured import Choice, Site, Structured, row_power
+from llmslim.pruning.structured import Choice, Site, Structured, check_dense, row_power
 from llmslim.step import StepRecord, dense_weight
 
 
@@ -53,7 +53,7 @@ class PruneMLP(Structured):
         return max(0, width - multiples * self.multiple_of)
 
     def check(self, anatomy: Anatomy) -> None:
-        self.check_dense(anatomy)
+        check_dense(anatomy, self.kind)
         for block in anatomy.blocks:
             mlp = block.mlp
             if mlp is not None and self.ratio and not self._remove(mlp.width):

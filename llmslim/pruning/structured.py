@@ -103,18 +103,6 @@ class Structured(BlockStep):
         """Take out of a block what does not stay; `choices` by matrix, in the order of `sites`."""
         raise TypeError(f"{type(self).__name__} does not define narrow()")
 
-    def check_dense(self, anatomy: Anatomy) -> None:
-        """Refuse a model that an earlier step has packed: packed weights cannot be cut."""
-        for block in anatomy.blocks:
-            for module in block.module.modules():
-                if hasattr(module, "in_features") and not is_linear(module):
-                    raise UserError(f"{block.name} is quantized already: prune before you quantize.")
-                if isinstance(module, SparseLinear):
-                    raise UserError(
-                        f"{block.name} has pruned single weights, whose mask cannot be cut: prune {self.kind} first, "
-                        "then single weights."
-                    )
-
     def workspace_bytes(self, anatomy: Anatomy) -> int:
         widths = [site.units.numel() for block in anatomy.blocks for site in self.sites(block)]
         hidden = anatomy.model.config.get_text_config().hidden_size
@@ -296,6 +284,19 @@ class Structured(BlockStep):
         with torch.no_grad():
             view.copy_(new)
         return Choice(keep, columns)
+
+
+def check_dense(anatomy: Anatomy, kind: str) -> None:
+    """Refuse a model that an earlier step has packed: packed weights cannot be cut."""
+    for block in anatomy.blocks:
+        for module in block.module.modules():
+            if hasattr(module, "in_features") and not is_linear(module):
+                raise UserError(f"{block.name} is quantized already: prune before you quantize.")
+            if isinstance(module, SparseLinear):
+                raise UserError(
+                    f"{block.name} has pruned single weights, whose mask cannot be cut: prune {kind} first, "
+                    "then single weights."
+                )
 
 
 def row_power(projection: Projection) -> Tensor:

@@ -1,0 +1,319 @@
+"""Prune the residual stream: one smaller hidden size for the whole model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from llmslim.anatomy import Anatomy, Block
+from llmslim.calibration.statistics import InputStats
+from llmslim.calibration.stream import BlockStream
+from llmslim.edit import Edit
+from llmslim.errors import UserError
+from llmslim.pruning.residual import (
+    NarrowOuter,
+    NarrowResidual,
+    Site,
+    Slot,
+    Turn,
+    block_slots,
+    narrow_block,
+    narrow_outer,
+    outer_slots,
+    stream_norms,
+    stream_width,
+    untie,
+)
+from llmslim.pruning.structured import check_dense
+from llmslim.step import BlockStep, StepRecord, Survey
+
+_CHOICES = 6  # so many ratios are named when none is near
+
+
+class PruneWidth(BlockStep):
+    """Make the residual stream (the hidden size) narrower, everywhere alike; the result is a plain smaller model.
+
+    The stream x [d] becomes Q^T x [d'], Q [d, d'] with orthonormal columns, one for the whole model: what writes to
+    it (embeddings, o, down) takes Q^T W, what reads it W diag(g) Q, g the weight of the norm in between.
+
+    `channels` (Minitron, arXiv:2407.14679): Q picks the channels with the largest mean |g x / rms(x)| over the
+    calibration tokens, summed over all norms. `pca` (SliceGPT, arXiv:2401.15024): Q holds the first eigenvectors of
+    the sum over all norms of X^T X, rows x / rms(x). SliceGPT has a Q for each block and rotates the shortcut in
+    between, which no standard architecture does; here one Q serves all. It asks for RMSNorms in front of attention
+    and MLP, and nowhere else, and for a head of its own: tied embeddings are untied.
+
+    An RMSNorm over d' channels divides by sqrt(d/d') too much when the rest was nothing, which its weight makes good.
+    """
+
+    kind: ClassVar[str] = "width"
+    verb: ClassVar[str] = "prune"
+
+    ratio: float = Field(0.25, ge=0, lt=1, description="share of the hidden size to remove")
+    multiple_of: int = Field(8, ge=1, description="the hidden size that stays is a multiple of this")
+    basis: Literal["channels", "pca"] = Field(
+        "channels", description="what stays: the most active channels, or principal components"
+    )
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+    @property
+    def needs_survey(self) -> bool:
+        return True
+
+    def check(self, anatomy: Anatomy) -> None:
+        check_dense(anatomy, self.kind)
+        family, width = anatomy.family, stream_width(anatomy.blocks[0])
+        if len(anatomy.stacks) > 1:
+            raise UserError(f"{family} has an encoder and a decoder, and width prunes models of one stack only.")
+        if width != anatomy.model.config.get_text_config().hidden_size:
+            raise UserError("An earlier step of the recipe narrows the width: remove it all in one step.")
+        try:
+            outer_slots(anatomy)
+            for block in anatomy.blocks:
+                block_slots(block)
+        except ValueError as error:
+            raise UserError(f"The width of {family} cannot be pruned: {error}.") from error
+        if self.basis == "pca":
+            self._check_norms(anatomy)
+        self._width(anatomy)
+
+    def _check_norms(self, anatomy: Anatomy) -> None:
+        """Refuse what no rotation commutes with: means that are subtracted, weights of norms behind a matrix."""
+        for block in anatomy.blocks:
+            norms = {name: block.model.get_submodule(name) for name in stream_norms(block)}
+            if anatomy.final_norm is not None:
+                norms |= dict([anatomy.final_norm])
+            other = next((n for n, module in norms.items() if not _is_rms(module)), None)
+            if other or len(norms) != 3:
+                what = (
+                    f"{other} is a {type(norms[other]).__name__}" if other else f"{block.name} has other norms"
+                )
+                raise UserError(
+                    f"basis 'pca' needs RMSNorms in front of attention, MLP and head, and nowhere else, and {what}; "
+                    "basis 'channels' needs none."
+                )
+
+    def _width(self, anatomy: Anatomy) -> int:
+        """The width that stays: of the multiples that the config accepts, the nearest; the smaller of two."""
+        before = stream_width(anatomy.blocks[0])
+        if not self.ratio:
+            return before
+        target = before * (1 - self.ratio)
+        multiples = range(self.multiple_of, before, self.multiple_of)
+        fitting = [width for width in multiples if _accepts(anatomy, width)]
+        width = min([*fitting, before], key=lambda width: (abs(width - target), width))
+        if width == before:
+            named = sorted({round(1 - width / before, 4) for width in fitting})
+            near = sorted(sorted(named, key=lambda ratio: abs(ratio - self.ratio))[:_CHOICES])
+            can = f"ratios that fit: {', '.join(map(str, near))}" if near else "try a smaller multiple_of"
+            raise UserError(
+                f"ratio {self.ratio} removes none of the {before} channels in multiples of {self.multiple_of} that "
+                f"the config of {anatomy.family} accepts; {can}."
+            )
+        return width
+
+    def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
+        width = self._width(anatomy)
+        blocks = [NarrowResidual(block=block.name, width=width) for block in anatomy.blocks]
+        return [NarrowOuter(width=width, untied=self._unties(anatomy)), *blocks]
+
+    def _unties(self, anatomy: Anatomy) -> bool:
+        return self.basis == "pca" and anatomy.tied
+
+    def workspace_bytes(self, anatomy: Anatomy) -> int:
+        width = stream_width(anatomy.blocks[0])
+        table = max((parameter.numel() for parameter in anatomy.model.parameters()), default=0)
+        return 8 * table + (40 * width * width if self.basis == "pca" else 0)
+
+    def survey(self, look: Survey) -> dict[str, Tensor]:
+        """`kept` int64 [d'], or `components` float32 [d, d']."""
+        width = self._width(look.anatomy)
+        seen = _Seen(stream_width(look.anatomy.blocks[0]), second_moments=self.basis == "pca")
+        for block, stream in look.blocks():
+            lane = stream.lanes["calibration"]
+            with seen.watching(block, check_order=self.basis == "pca"):
+                stream.forward(block, lane)
+            if block.index == len(look.anatomy.blocks) - 1 and stream.anatomy.final_norm is not None:
+                seen.final(stream.anatomy.final_norm[1], lane.hidden)
+        if self.basis == "pca":
+            return {"components": components(seen.moments.finish().hessian, width)}
+        return {"kept": seen.activity.topk(width).indices.sort().values.cpu()}
+
+    def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
+        anatomy = stream.anatomy
+        untied = self._unties(anatomy)
+        if untied:
+            untie(anatomy)
+        norm = anatomy.final_norm
+        gains: dict[Site, Tensor] = {"outside": _gain(norm[1])} if norm is not None else {}
+        turn = turning(record.survey, gains, anatomy.model)
+        before = stream_width(anatomy.blocks[0])
+        narrow_outer(anatomy, turn)
+        width = anatomy.model.get_input_embeddings().embedding_dim
+        for stack in anatomy.stacks:  # no block has the new width yet: none can be run to see what it returns
+            stream.tails.setdefault(stack.name, 0)
+        record.edits.append(NarrowOuter(width=int(width), untied=untied))
+        record.note("residual stream", f"{width} of {before} channels stay, the nearest width that fits")
+        if untied:
+            head = anatomy.head
+            assert head is not None
+            count = head[1].weight.numel()  # type: ignore[union-attr,operator]
+            record.note(head[0], f"no longer tied to the embeddings, which costs {count:,} parameters")
+
+    def compress_block(
+        self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
+    ) -> None:
+        norms = [block.model.get_submodule(name) for name in stream_norms(block)]
+        before = stream_width(block)
+        gains: dict[Site, Tensor] = {}
+        if self.basis == "pca":
+            gains = {"attention": _gain(norms[0]), "mlp": _gain(norms[1])}
+        narrow_block(block, turning(record.survey, gains, block.model))
+        width = stream_width(block)
+        record.edits.append(NarrowResidual(block=block.name, width=width))
+        record.linears.append(
+            {"name": block.name, "block": block.name, "what": "residual", "kept": width, "total": before}
+        )
+        stream.forward(block, stream.lanes["calibration"])
+
+
+def components(moments: Tensor, width: int) -> Tensor:
+    """The `width` first eigenvectors of X^T X [d, d], largest first: float32 [d, width].
+
+    Of each vector the sign is fixed (its largest entry is positive), so that the same moments give the same bytes.
+    """
+    vectors = torch.linalg.eigh(moments.double()).eigenvectors.flip(1)[:, :width]
+    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    return (vectors * largest.sign()).float().contiguous()
+
+
+def turning(found: dict[str, Tensor], gains: dict[Site, Tensor], model: nn.Module) -> Turn:
+    """How every tensor of the stream is brought into the narrow one.
+
+    Args:
+        found: what the survey found: `kept` or `components`.
+        gains: with `components`: g [d] of the norm in front of each site.
+    """
+    kept, basis = found.get("kept"), found.get("components")
+
+    def select(slot: Slot, tensor: Tensor, dim: int) -> Tensor:
+        assert kept is not None
+        result = tensor.index_select(dim, kept.to(tensor.device))
+        if slot.side == "norm" and slot.name.endswith(".weight"):
+            norm = model.get_submodule(slot.name.rpartition(".")[0])
+            if _is_rms(norm):
+                offset = _offset(norm)
+                return (result.float() + offset) * (tensor.shape[dim] / len(kept)) ** 0.5 - offset
+        return result
+
+    def rotate(slot: Slot, tensor: Tensor, dim: int) -> Tensor:
+        assert basis is not None
+        turn = basis.to(tensor.device)
+        if slot.side == "norm":
+            offset = _offset(model.get_submodule(slot.name.rpartition(".")[0]))
+            return torch.full((turn.shape[1],), 1.0 - offset, device=tensor.device)
+        if slot.side == "reads":
+            scale = (turn.shape[0] / turn.shape[1]) ** 0.5
+            gain = gains.get(slot.site)
+            turn = turn * scale if gain is None else gain[:, None] * turn * scale
+        return (tensor.float().movedim(dim, -1) @ turn).movedim(-1, dim)
+
+    return select if kept is not None else rotate
+
+
+class _Seen:
+    """What stands in the residual stream in front of every norm, as sums over tokens."""
+
+    def __init__(self, width: int, second_moments: bool) -> None:
+        self.activity = torch.zeros(width)
+        self.moments = InputStats(width, torch.device("cpu"))
+        self._second_moments = second_moments
+
+    def watching(self, block: Block, check_order: bool) -> _Watch:
+        return _Watch(self, block, check_order)
+
+    def final(self, norm: nn.Module, chunks: list[Tensor]) -> None:
+        for chunk in chunks:
+            self.add(chunk, norm(chunk))
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """The stream [..., d] in front of a norm, and what the norm makes of it."""
+        if self._second_moments:
+            rows = inputs.float()
+            self.moments.add(rows * rows.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt())
+        else:
+            self.activity += outputs.float().abs().flatten(0, -2).mean(0).cpu()
+
+
+class _Watch:
+    """Adds what the norms of a block see while it runs; with `check_order` also looks where they stand."""
+
+    def __init__(self, seen: _Seen, block: Block, check_order: bool) -> None:
+        self.seen, self.block, self.check_order = seen, block, check_order
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        model, last = self.block.model, {}
+
+        def norm_hook(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+                last[name] = output
+                self.seen.add(args[0], output)
+
+            return hook
+
+        for name in stream_norms(self.block):
+            self._handles.append(model.get_submodule(name).register_forward_hook(norm_hook(name)))
+        if self.check_order:
+            names = stream_norms(self.block)
+            readers = {slot.site: slot.name for slot in reversed(block_slots(self.block)) if slot.side == "reads"}
+            for norm, site in zip(names, ("attention", "mlp"), strict=True):
+                module = model.get_submodule(readers[site].rpartition(".")[0])
+
+                def before(module: nn.Module, args: tuple, norm: str = norm) -> None:
+                    if norm not in last or args[0].data_ptr() != last[norm].data_ptr():
+                        raise UserError(
+                            f"basis 'pca' needs norms in front of attention and MLP, and {norm} is not; basis "
+                            "'channels' does not."
+                        )
+
+                self._handles.append(module.register_forward_pre_hook(before))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _is_rms(norm: nn.Module) -> bool:
+    return "rms" in type(norm).__name__.lower()
+
+
+@torch.no_grad()
+def _gain(norm: nn.Module) -> Tensor:
+    """What an RMSNorm multiplies by, float32 [d]: its weight, or 1 + weight in some families."""
+    return norm.weight.detach().float() + _offset(norm)  # type: ignore[operator,union-attr]
+
+
+def _offset(norm: nn.Module) -> float:
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    outputs = norm(torch.full_like(weight, 64.0))  # all alike: their root mean square is 64
+    return float((outputs.float() - weight.float()).mean().round())
+
+
+def _accepts(anatomy: Anatomy, width: int) -> bool:
+    """Whether a config of the family can have that hidden size, with the heads that there are."""
+    attention = anatomy.blocks[0].attention
+    config = copy.deepcopy(anatomy.model.config)
+    config.hidden_size, config.head_dim = width, attention.head_dim
+    config.num_attention_heads = attention.num_heads
+    try:
+        type(config).from_dict(config.to_dict())
+    except Exception:  # each family refuses sizes in its own way
+        return False
+    return True
