@@ -157,7 +157,9 @@ def test_components_are_those_of_the_normalised_states(family: str) -> None:
     tokens = example_inputs(tiny_model(family), batch=4)["input_ids"]
     step = PruneWidth(ratio=0.5, basis="pca")
     found = step.survey(Look(tiny_model(family), tokens))["components"].double()
-    rows = torch.cat([nn.functional.normalize(x.double(), dim=1) for x, _ in norm_traffic(tiny_model(family), tokens)])
+    rows = torch.cat(
+        [nn.functional.normalize(x.double(), dim=1) for x, _ in norm_traffic(tiny_model(family), tokens)]
+    )
     assert len(rows) == 7 * tokens.numel()
     expected = torch.linalg.svd(rows, full_matrices=False).Vh[:32].T
     torch.testing.assert_close((found.T @ expected).abs(), torch.eye(32).double(), atol=2e-3, rtol=0)
@@ -241,7 +243,11 @@ def test_the_width_is_one_that_the_config_accepts() -> None:
 @pytest.mark.parametrize("basis", ["channels", "pca"])
 def test_it_goes_with_other_steps(basis: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """GPT-2 cannot say the width of a head, but a quarter less of both leaves it as it was."""
-    steps = [build_step("mlp", {"ratio": 0.5}), PruneWidth(basis=basis), build_step("rtn", {"group_size": 16})]
+    steps = [
+        build_step("mlp", {"ratio": 0.5}),
+        PruneWidth(basis=basis),
+        build_step("rtn", {"group_size": 16}),
+    ]
     report = compress(str(folders["qwen2"]), steps, tmp_path / "out", **QUICK).report
     assert report["verification"]["ok"] and report["verification"]["max_error"] == 0
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -254,7 +260,9 @@ def test_it_goes_with_other_steps(basis: str, folders: dict[str, Path], tmp_path
         assert (config["n_embd"], config["n_head"]) == (48, 3) and "quantization_config" not in config
 
 
-def test_a_killed_run_goes_on(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Inside the stack, where the lanes are narrow and the first block is read as it was."""
     step = PruneWidth(basis="pca")
     compress(str(folders["qwen2"]), [step], tmp_path / "whole", **QUICK)

@@ -104,7 +104,9 @@ def narrow_outer(anatomy: Anatomy, turn: Turn) -> None:
 def untie(anatomy: Anatomy) -> None:
     """Give the head a matrix of its own, equal to the embedding's; `tie_word_embeddings` of the config is off."""
     model, head = anatomy.model, anatomy.head
-    ties = model.all_tied_weights_keys  # not by identity: a skeleton that was filled and freed has two tensors
+    ties = (
+        model.all_tied_weights_keys
+    )  # not by identity: a skeleton that was filled and freed has two tensors
     if head is None or f"{head[0]}.weight" not in ties:
         raise ValueError("the model has no head that is tied to its embeddings")
     model.all_tied_weights_keys = {k: v for k, v in ties.items() if not k.startswith(f"{head[0]}.")}

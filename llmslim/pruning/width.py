@@ -14,6 +14,7 @@ from llmslim.calibration.statistics import InputStats
 from llmslim.calibration.stream import BlockStream
 from llmslim.edit import Edit
 from llmslim.errors import UserError
+from llmslim.pruning._stream_refit import Refit, trace
 from llmslim.pruning.residual import (
     NarrowOuter,
     NarrowResidual,
@@ -29,7 +30,7 @@ from llmslim.pruning.residual import (
     untie,
 )
 from llmslim.pruning.structured import check_dense
-from llmslim.step import BlockStep, StepRecord, Survey
+from llmslim.step import BlockStep, StepRecord, Survey, block_of
 
 _CHOICES = 6  # so many ratios are named when none is near
 
@@ -57,6 +58,10 @@ class PruneWidth(BlockStep):
     basis: Literal["channels", "pca"] = Field(
         "channels", description="what stays: the most active channels, or principal components"
     )
+    refit: bool = Field(True, description="refit the weights that read what stays")
+    refit_damping: float = Field(
+        1e-4, gt=0, le=1, description="pull to the old weights, x the mean square input"
+    )
 
     @property
     def needs_calibration(self) -> bool:
@@ -66,11 +71,17 @@ class PruneWidth(BlockStep):
     def needs_survey(self) -> bool:
         return True
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.refit
+
     def check(self, anatomy: Anatomy) -> None:
         check_dense(anatomy, self.kind)
         family, width = anatomy.family, stream_width(anatomy.blocks[0])
         if len(anatomy.stacks) > 1:
-            raise UserError(f"{family} has an encoder and a decoder, and width prunes models of one stack only.")
+            raise UserError(
+                f"{family} has an encoder and a decoder, and width prunes models of one stack only."
+            )
         if width != anatomy.model.config.get_text_config().hidden_size:
             raise UserError("An earlier step of the recipe narrows the width: remove it all in one step.")
         try:
@@ -79,24 +90,31 @@ class PruneWidth(BlockStep):
                 block_slots(block)
         except ValueError as error:
             raise UserError(f"The width of {family} cannot be pruned: {error}.") from error
-        if self.basis == "pca":
+        if self.basis == "pca" or self.refit:
             self._check_norms(anatomy)
         self._width(anatomy)
 
+    @property
+    def _asks(self) -> str:
+        """What needs to know where the norms stand, and how to do without."""
+        return "refit" if self.basis == "channels" else "basis 'pca'"
+
     def _check_norms(self, anatomy: Anatomy) -> None:
-        """Refuse what no rotation commutes with: means that are subtracted, weights of norms behind a matrix."""
+        """Refuse other blocks than x += attention(norm(x)); x += mlp(norm(x)), and for a rotation other norms."""
         for block in anatomy.blocks:
             norms = {name: block.model.get_submodule(name) for name in stream_norms(block)}
+            if len(norms) != 2:
+                raise UserError(
+                    f"{self._asks} needs one norm in front of attention and one in front of the MLP, and {block.name} "
+                    f"has {len(norms)}; basis 'channels' without refit takes any."
+                )
             if anatomy.final_norm is not None:
                 norms |= dict([anatomy.final_norm])
-            other = next((n for n, module in norms.items() if not _is_rms(module)), None)
-            if other or len(norms) != 3:
-                what = (
-                    f"{other} is a {type(norms[other]).__name__}" if other else f"{block.name} has other norms"
-                )
+            other = next((name for name, module in norms.items() if not _is_rms(module)), None)
+            if other and self.basis == "pca":
                 raise UserError(
-                    f"basis 'pca' needs RMSNorms in front of attention, MLP and head, and nowhere else, and {what}; "
-                    "basis 'channels' needs none."
+                    f"basis 'pca' needs RMSNorms, and {other} is a {type(norms[other]).__name__}, whose mean no "
+                    "rotation leaves alone; basis 'channels' takes any."
                 )
 
     def _width(self, anatomy: Anatomy) -> int:
@@ -137,7 +155,7 @@ class PruneWidth(BlockStep):
         seen = _Seen(stream_width(look.anatomy.blocks[0]), second_moments=self.basis == "pca")
         for block, stream in look.blocks():
             lane = stream.lanes["calibration"]
-            with seen.watching(block, check_order=self.basis == "pca"):
+            with seen.watching(block, check_order=self.basis == "pca" or self.refit):
                 stream.forward(block, lane)
             if block.index == len(look.anatomy.blocks) - 1 and stream.anatomy.final_norm is not None:
                 seen.final(stream.anatomy.final_norm[1], lane.hidden)
@@ -155,32 +173,41 @@ class PruneWidth(BlockStep):
         turn = turning(record.survey, gains, anatomy.model)
         before = stream_width(anatomy.blocks[0])
         narrow_outer(anatomy, turn)
-        width = anatomy.model.get_input_embeddings().embedding_dim
+        width = anatomy.model.get_input_embeddings().weight.shape[1]
         for stack in anatomy.stacks:  # no block has the new width yet: none can be run to see what it returns
             stream.tails.setdefault(stack.name, 0)
-        record.edits.append(NarrowOuter(width=int(width), untied=untied))
+        record.edits.append(NarrowOuter(width=width, untied=untied))
         record.note("residual stream", f"{width} of {before} channels stay, the nearest width that fits")
         if untied:
             head = anatomy.head
             assert head is not None
-            count = head[1].weight.numel()  # type: ignore[union-attr,operator]
+            count = anatomy.model.get_parameter(f"{head[0]}.weight").numel()
             record.note(head[0], f"no longer tied to the embeddings, which costs {count:,} parameters")
 
     def compress_block(
         self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
     ) -> None:
-        norms = [block.model.get_submodule(name) for name in stream_norms(block)]
-        before = stream_width(block)
+        before, names = stream_width(block), stream_norms(block)
         gains: dict[Site, Tensor] = {}
         if self.basis == "pca":
-            gains = {"attention": _gain(norms[0]), "mlp": _gain(norms[1])}
-        narrow_block(block, turning(record.survey, gains, block.model))
-        width = stream_width(block)
-        record.edits.append(NarrowResidual(block=block.name, width=width))
-        record.linears.append(
-            {"name": block.name, "block": block.name, "what": "residual", "kept": width, "total": before}
-        )
-        stream.forward(block, stream.lanes["calibration"])
+            gains = {
+                "attention": _gain(block.model.get_submodule(names[0])),
+                "mlp": _gain(block.model.get_submodule(names[1])),
+            }
+        turn = turning(record.survey, gains, block.model)
+        lane = stream.lanes["calibration"]
+        row = {"name": block.name, "block": block.name, "what": "residual", "total": before}
+        if reference is None:
+            narrow_block(block, turn)
+            stream.forward(block, lane)
+        else:
+            old = {slot: block.model.get_parameter(slot.name).detach() for slot in block_slots(block)}
+            narrow_block(block, turn)
+            refit = Refit(block, turn, old, trace(block_of(reference, block), reference), self.refit_damping)
+            stream.walk(block, lane, refit.halts, refit.visit)
+            row["output_error"] = refit.error(lane.hidden)
+        record.edits.append(NarrowResidual(block=block.name, width=stream_width(block)))
+        record.linears.append({**row, "kept": stream_width(block)})
 
 
 def components(moments: Tensor, width: int) -> Tensor:
@@ -272,15 +299,17 @@ class _Watch:
             self._handles.append(model.get_submodule(name).register_forward_hook(norm_hook(name)))
         if self.check_order:
             names = stream_norms(self.block)
-            readers = {slot.site: slot.name for slot in reversed(block_slots(self.block)) if slot.side == "reads"}
+            readers = {
+                slot.site: slot.name for slot in reversed(block_slots(self.block)) if slot.side == "reads"
+            }
             for norm, site in zip(names, ("attention", "mlp"), strict=True):
                 module = model.get_submodule(readers[site].rpartition(".")[0])
 
                 def before(module: nn.Module, args: tuple, norm: str = norm) -> None:
                     if norm not in last or args[0].data_ptr() != last[norm].data_ptr():
                         raise UserError(
-                            f"basis 'pca' needs norms in front of attention and MLP, and {norm} is not; basis "
-                            "'channels' does not."
+                            f"A rotation or a refit needs a norm right in front of attention and one of the MLP, "
+                            f"and {norm} is not; basis 'channels' without refit takes any."
                         )
 
                 self._handles.append(module.register_forward_pre_hook(before))
