@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -152,14 +154,17 @@ class PruneWidth(BlockStep):
     def survey(self, look: Survey) -> dict[str, Tensor]:
         """`kept` int64 [d'], or `components` float32 [d, d']."""
         width = self._width(look.anatomy)
-        seen = _Seen(stream_width(look.anatomy.blocks[0]), second_moments=self.basis == "pca")
+        pca = self.basis == "pca"
+        seen = _Seen(stream_width(look.anatomy.blocks[0]), pca, alone=pca or self.refit, in_turn=self.refit)
         for block, stream in look.blocks():
             lane = stream.lanes["calibration"]
-            with seen.watching(block, check_order=self.basis == "pca" or self.refit):
+            with seen.watching(block):
                 stream.forward(block, lane)
-            if block.index == len(look.anatomy.blocks) - 1 and stream.anatomy.final_norm is not None:
-                seen.final(stream.anatomy.final_norm[1], lane.hidden)
-        if self.basis == "pca":
+            final = stream.anatomy.final_norm
+            if block.index == len(look.anatomy.blocks) - 1 and final is not None:
+                for chunk in lane.hidden:
+                    seen.add(chunk, final[1](chunk))
+        if pca:
             return {"components": components(seen.moments.finish().hessian, width)}
         return {"kept": seen.activity.topk(width).indices.sort().values.cpu()}
 
@@ -255,68 +260,73 @@ def turning(found: dict[str, Tensor], gains: dict[Site, Tensor], model: nn.Modul
 
 
 class _Seen:
-    """What stands in the residual stream in front of every norm, as sums over tokens."""
+    """What stands in the residual stream in front of every norm, as sums over tokens.
 
-    def __init__(self, width: int, second_moments: bool) -> None:
+    Args:
+        second_moments: sum X^T X, not activity.
+        alone: refuse a block whose norms are not each right in front of attention and MLP.
+        in_turn: refuse one that runs attention and MLP side by side.
+    """
+
+    def __init__(self, width: int, second_moments: bool, alone: bool, in_turn: bool) -> None:
         self.activity = torch.zeros(width)
         self.moments = InputStats(width, torch.device("cpu"))
-        self._second_moments = second_moments
-
-    def watching(self, block: Block, check_order: bool) -> _Watch:
-        return _Watch(self, block, check_order)
-
-    def final(self, norm: nn.Module, chunks: list[Tensor]) -> None:
-        for chunk in chunks:
-            self.add(chunk, norm(chunk))
+        self._second_moments, self._alone, self._in_turn = second_moments, alone, in_turn
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """The stream [..., d] in front of a norm, and what the norm makes of it."""
         if self._second_moments:
             rows = inputs.float()
-            self.moments.add(rows * rows.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt())
+            self.moments.add((rows * rows.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()).cpu())
         else:
             self.activity += outputs.float().abs().flatten(0, -2).mean(0).cpu()
 
+    @contextmanager
+    def watching(self, block: Block) -> Iterator[None]:
+        """Adds what the norms of a block see while it runs."""
+        last: dict[str, tuple[Tensor, Tensor]] = {}
+        names, handles = stream_norms(block), []
 
-class _Watch:
-    """Adds what the norms of a block see while it runs; with `check_order` also looks where they stand."""
-
-    def __init__(self, seen: _Seen, block: Block, check_order: bool) -> None:
-        self.seen, self.block, self.check_order = seen, block, check_order
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        model, last = self.block.model, {}
-
-        def norm_hook(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-                last[name] = output
-                self.seen.add(args[0], output)
+        def behind(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+                last[name] = args[0], output
+                self.add(args[0], output)
+                if self._in_turn and name == names[1] and _same(args[0], last[names[0]][0]):
+                    raise UserError(
+                        f"{block.name} runs attention and MLP side by side, which refit does not know how to follow: "
+                        "give --no-refit."
+                    )
 
             return hook
 
-        for name in stream_norms(self.block):
-            self._handles.append(model.get_submodule(name).register_forward_hook(norm_hook(name)))
-        if self.check_order:
-            names = stream_norms(self.block)
-            readers = {
-                slot.site: slot.name for slot in reversed(block_slots(self.block)) if slot.side == "reads"
-            }
-            for norm, site in zip(names, ("attention", "mlp"), strict=True):
-                module = model.get_submodule(readers[site].rpartition(".")[0])
+        def in_front(norm: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Tensor]) -> None:
+                if norm not in last or not _same(args[0], last[norm][1]):
+                    raise UserError(
+                        "A rotation or a refit needs a norm right in front of attention and one of the MLP, and "
+                        f"{norm} is not; basis 'channels' without refit takes any."
+                    )
 
-                def before(module: nn.Module, args: tuple, norm: str = norm) -> None:
-                    if norm not in last or args[0].data_ptr() != last[norm].data_ptr():
-                        raise UserError(
-                            f"A rotation or a refit needs a norm right in front of attention and one of the MLP, "
-                            f"and {norm} is not; basis 'channels' without refit takes any."
-                        )
+            return hook
 
-                self._handles.append(module.register_forward_pre_hook(before))
+        for name in names:
+            handles.append(block.model.get_submodule(name).register_forward_hook(behind(name)))
+        if self._alone:
+            slots = [slot for slot in reversed(block_slots(block)) if slot.side == "reads"]
+            readers = {slot.site: slot.name.rpartition(".")[0] for slot in slots}
+            for norm, reader in zip(names, (readers["attention"], readers["mlp"]), strict=True):
+                module = block.model.get_submodule(reader)
+                handles.append(module.register_forward_pre_hook(in_front(norm)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether it is one tensor in memory, maybe of another shape."""
+    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
 def _is_rms(norm: nn.Module) -> bool:
