@@ -19,7 +19,8 @@ from llmslim.loaders.models import place, tie
 
 Site = Literal["attention", "mlp", "outside"]
 _INSTEAD = (
-    "the width of the residual stream where it derives the width of a head from it, or where blocks differ; "
+    "the new width of the residual stream: it derives the width of a head or a scale of the embeddings from it, or "
+    "blocks differ in other widths; "
     "prune --method mlp or heads instead"
 )
 _SIZES = ("hidden_size", "hidden_dim", "embed_dim", "d_model")

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block
+from llmslim.anatomy.parts import features
 from llmslim.calibration.statistics import InputStats
 from llmslim.calibration.stream import BlockStream
 from llmslim.edit import Edit
@@ -50,6 +51,10 @@ class PruneWidth(BlockStep):
     and MLP, and nowhere else, and for a head of its own: tied embeddings are untied.
 
     An RMSNorm over d' channels divides by sqrt(d/d') too much when the rest was nothing, which its weight makes good.
+
+    With `refit` every block is then fitted in closed form to the uncompressed model, on half of the windows: what reads
+    the stream to its old outputs, what writes to it to Q^T x of the uncompressed stream x behind it. It asks for norms
+    in front of attention and MLP; experts' down projections are left as they are.
     """
 
     kind: ClassVar[str] = "width"
@@ -126,9 +131,10 @@ class PruneWidth(BlockStep):
             return before
         target = before * (1 - self.ratio)
         multiples = range(self.multiple_of, before, self.multiple_of)
-        fitting = [width for width in multiples if _accepts(anatomy, width)]
-        width = min([*fitting, before], key=lambda width: (abs(width - target), width))
+        nearest = sorted([*multiples, before], key=lambda width: (abs(width - target), width))
+        width = next(width for width in nearest if width == before or _accepts(anatomy, width))
         if width == before:
+            fitting = [width for width in multiples if _accepts(anatomy, width)]
             named = sorted({round(1 - width / before, 4) for width in fitting})
             near = sorted(sorted(named, key=lambda ratio: abs(ratio - self.ratio))[:_CHOICES])
             can = f"ratios that fit: {', '.join(map(str, near))}" if near else "try a smaller multiple_of"
@@ -149,7 +155,11 @@ class PruneWidth(BlockStep):
     def workspace_bytes(self, anatomy: Anatomy) -> int:
         width = stream_width(anatomy.blocks[0])
         table = max((parameter.numel() for parameter in anatomy.model.parameters()), default=0)
-        return 8 * table + (40 * width * width if self.basis == "pca" else 0)
+        if self.refit:  # H, damped and factored in float64, the cross moments
+            width = max(
+                features(linear)[1] for block in anatomy.blocks for linear in block.linears().values()
+            )
+        return 8 * table + (40 * width * width if self.refit or self.basis == "pca" else 0)
 
     def survey(self, look: Survey) -> dict[str, Tensor]:
         """`kept` int64 [d'], or `components` float32 [d, d']."""
@@ -174,7 +184,9 @@ class PruneWidth(BlockStep):
         if untied:
             untie(anatomy)
         norm = anatomy.final_norm
-        gains: dict[Site, Tensor] = {"outside": _gain(norm[1])} if norm is not None else {}
+        gains: dict[Site, Tensor] = {}
+        if self.basis == "pca" and norm is not None:
+            gains = {"outside": _gain(norm[1])}
         turn = turning(record.survey, gains, anatomy.model)
         before = stream_width(anatomy.blocks[0])
         narrow_outer(anatomy, turn)
