@@ -96,10 +96,11 @@ def narrow_block(block: Block, turn: Turn) -> None:
                 setattr(module, name, after)
 
 
-def narrow_outer(anatomy: Anatomy, turn: Turn) -> None:
-    """The same for what lies outside the blocks."""
-    _narrow(anatomy.model, outer_slots(anatomy), turn)
+def narrow_outer(anatomy: Anatomy, turn: Turn) -> int:
+    """The same for what lies outside the blocks; returns the new width."""
+    width = _narrow(anatomy.model, outer_slots(anatomy), turn)
     tie(anatomy.model)
+    return width
 
 
 def untie(anatomy: Anatomy) -> None:

@@ -189,8 +189,7 @@ class PruneWidth(BlockStep):
             gains = {"outside": _gain(norm[1])}
         turn = turning(record.survey, gains, anatomy.model)
         before = stream_width(anatomy.blocks[0])
-        narrow_outer(anatomy, turn)
-        width = anatomy.model.get_input_embeddings().weight.shape[1]
+        width = narrow_outer(anatomy, turn)
         for stack in anatomy.stacks:  # no block has the new width yet: none can be run to see what it returns
             stream.tails.setdefault(stack.name, 0)
         record.edits.append(NarrowOuter(width=width, untied=untied))
