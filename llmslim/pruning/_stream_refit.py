@@ -11,7 +11,6 @@ from torch import Tensor
 
 from llmslim.anatomy import MLP, Block
 from llmslim.calibration.stream import BlockStream
-from llmslim.loaders.models import place
 from llmslim.pruning.residual import Site, Slot, Turn, stream_norms
 from llmslim.step import dense_weight
 
@@ -93,6 +92,8 @@ class Refit:
             self._writer(name, self.wanted.states[1 + self._writers.index(name)], inputs)
 
     def _readers(self, site: Site, norm: str, stream: list[Tensor]) -> None:
+        from llmslim.loaders.models import place  # slow: imports transformers
+
         module = self.block.model.get_submodule(norm)
         wanted, forward = self.wanted.read[site], type(module).forward  # its own halts the walk
         read = [cast(Tensor, forward(module, chunk)) for chunk in stream[: len(wanted)]]

@@ -9,13 +9,11 @@ from typing import ClassVar, Literal, cast
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from llmslim.anatomy import MLP, Anatomy, Block, Experts
 from llmslim.anatomy.parts import features, is_conv1d, is_linear
 from llmslim.edit import Edit
 from llmslim.experts import UnfusedExperts
-from llmslim.loaders.models import place, tie
 
 Site = Literal["attention", "mlp", "outside"]
 _INSTEAD = (
@@ -36,7 +34,7 @@ class NarrowResidual(Edit):
     width: int = Field(gt=0)
 
     def apply(self, model: nn.Module) -> None:
-        blocks = {block.name: block for block in Anatomy(cast(PreTrainedModel, model)).blocks}
+        blocks = {block.name: block for block in Anatomy(model).blocks}  # type: ignore[arg-type]
         if self.block not in blocks:
             raise ValueError(f"there is no block {self.block}")
         narrow_block(blocks[self.block], lambda _, tensor, dim: tensor.narrow(dim, 0, self.width))
@@ -55,7 +53,7 @@ class NarrowOuter(Edit):
     untied: bool = False
 
     def apply(self, model: nn.Module) -> None:
-        anatomy = Anatomy(cast(PreTrainedModel, model))
+        anatomy = Anatomy(model)  # type: ignore[arg-type]
         if self.untied:
             untie(anatomy)
         narrow_outer(anatomy, lambda _, tensor, dim: tensor.narrow(dim, 0, self.width))
@@ -98,6 +96,8 @@ def narrow_block(block: Block, turn: Turn) -> None:
 
 def narrow_outer(anatomy: Anatomy, turn: Turn) -> int:
     """The same for what lies outside the blocks; returns the new width."""
+    from llmslim.loaders.models import tie  # slow: imports transformers
+
     width = _narrow(anatomy.model, outer_slots(anatomy), turn)
     tie(anatomy.model)
     return width
@@ -105,6 +105,8 @@ def narrow_outer(anatomy: Anatomy, turn: Turn) -> int:
 
 def untie(anatomy: Anatomy) -> None:
     """Give the head a matrix of its own, equal to the embedding's; `tie_word_embeddings` of the config is off."""
+    from llmslim.loaders.models import place
+
     model, head = anatomy.model, anatomy.head
     ties = (
         model.all_tied_weights_keys
@@ -211,6 +213,8 @@ def _experts(block: Block, experts: Experts) -> dict[str, Slot]:
 @torch.no_grad()
 def _narrow(model: nn.Module, slots: Iterable[Slot], turn: Turn) -> int:
     """Returns the new width."""
+    from llmslim.loaders.models import place
+
     width = 0
     for slot in slots:
         old = model.get_parameter(slot.name)
