@@ -65,7 +65,7 @@ class PruneWidth(BlockStep):
     basis: Literal["channels", "pca"] = Field(
         "channels", description="what stays: the most active channels, or principal components"
     )
-    refit: bool = Field(True, description="refit the weights that read what stays")
+    refit: bool = Field(False, description="refit the weights that read what stays")
     refit_damping: float = Field(
         1e-4, gt=0, le=1, description="pull to the old weights, x the mean square input"
     )
