@@ -23,6 +23,8 @@ class Edit(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: ClassVar[str]
+    only_plain: ClassVar[str] = ""
+    """Set for edits that no checkpoint stores, as a plain config says what they did: what another cannot say."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

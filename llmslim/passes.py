@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmslim.anatomy import Block
 from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.checkpoint.formats import Format, Packed
+from llmslim.checkpoint.inventory import part_of
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import parse_edit
@@ -143,7 +145,7 @@ class BlockPass:
             self._fill(block.name, forget=True)
         if (name := self.new_names[block.name]) is not None:
             self.step.compress_block(block, self.stream, self.reference, self.record)
-            self._round(block)
+            self._round(block.module.modules())
             probe = self.stream.lanes["probe"]
             self.stream.forward(block, probe)
             hidden = torch.cat(probe.hidden).cpu()
@@ -160,9 +162,9 @@ class BlockPass:
         return names
 
     @torch.no_grad()
-    def _round(self, block: Block) -> None:
+    def _round(self, modules: Iterable[nn.Module]) -> None:
         """Round what a step computed to what the checkpoint can hold, so that the probe sees what is saved."""
-        for module in block.module.modules():
+        for module in modules:
             for leaf, parameter in module._parameters.items():
                 grid = isinstance(module, Packed) and leaf != "bias"  # packed weights are stored as they are
                 if parameter is not None and parameter.is_floating_point() and not grid:
@@ -186,6 +188,7 @@ class BlockPass:
         started = time.process_time()
         self._fill(None)
         self.step.compress_outer(self.stream, self.record)
+        self._round(module for _, module in part_of(self.model, None))
         self.writer.write_outer(self.model)
         save_tensors(self.scratch / "outer.safetensors", self._outer_parameters())
         self._release_outer()

@@ -108,6 +108,8 @@ def choose(
         raise UserError(f"Unknown format {name!r}{nearest(name, known)}; there are auto, {', '.join(known)}.")
     if model is not None and edits:
         config, edits = absorb(model.config, edits, model)
+        if barred := next((edit for edit in edits if edit.only_plain), None):
+            raise UserError(f"A {config.model_type} config cannot state {barred.only_plain}.")
         model = model if config is model.config else skeleton(config)
     if model is not None and not edits and name in ("auto", "llmslim"):
         from llmslim.checkpoint.own import Plain

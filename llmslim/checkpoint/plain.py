@@ -10,15 +10,17 @@ import torch
 from transformers import PreTrainedModel
 
 from llmslim.anatomy import MLP, Anatomy, Experts
+from llmslim.anatomy.parts import features
 from llmslim.checkpoint.names import renamed_or_gone
 from llmslim.edit import DropBlocks, Edit, replay
 from llmslim.errors import UserError
 from llmslim.loaders.models import skeleton
 
-STRUCTURAL = ("narrow_mlp", "narrow_attention", "narrow_experts")
+STRUCTURAL = ("narrow_mlp", "narrow_attention", "narrow_experts", "narrow_residual", "narrow_outer")
 """Edits that change sizes which a config may state."""
 
 FIELDS = {
+    "hidden": ("hidden_size",),
     "heads": ("num_attention_heads",),
     "kv_heads": ("num_key_value_heads",),
     "width": ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff"),
@@ -98,9 +100,11 @@ def _fitted(config: Any, model: PreTrainedModel, edited: PreTrainedModel) -> Any
             if size == "kv_heads" and field is None:  # as many as query heads
                 continue
             return None
-        if size == "heads":  # many families derive it from the number of heads unless it is given
+        if size in ("heads", "hidden"):  # many families derive it from these unless it is given
             changed.head_dim = Anatomy(edited).blocks[0].attention.head_dim
         setattr(changed, field, next(iter(values)))
+    if Anatomy(model).tied and not Anatomy(edited).tied:
+        changed.tie_word_embeddings = False
     return changed
 
 
@@ -112,6 +116,7 @@ def _declares(config: Any, field: str) -> bool:
 def _sizes(model: PreTrainedModel) -> dict[str, set[int]]:
     sizes: dict[str, set[int]] = {size: set() for size in FIELDS}
     for block in Anatomy(model).blocks:
+        sizes["hidden"].add(features(block.attention.q.module)[1])
         for attention in (block.attention, block.cross_attention):
             if attention is not None:
                 sizes["heads"].add(attention.num_heads)

@@ -165,7 +165,10 @@ class Share(Amount):
     amount = "ratio"
 
     ratio: float = Field(
-        0.25, ge=0, lt=1, description="share of the units to remove: heads, channels, experts, blocks"
+        0.25,
+        ge=0,
+        lt=1,
+        description="share to remove: of the heads, channels, experts, blocks or hidden size",
     )
     target_params: float | None = Field(
         None, gt=0, lt=1, description="share of the model's parameters that stays: chooses the ratio"
