@@ -111,7 +111,7 @@ def typed(annotation: Any, flag: str) -> tuple[list[str], Any]:
     return [flag, choice], choice
 
 
-NEEDED = {"owl_outlier": {"layer_sparsity": "owl"}, "owl_range": {"layer_sparsity": "owl"}}
+NEEDED = {"owl_outlier": {"layer_sparsity": "owl"}, "sparsity_range": {"layer_sparsity": "owl"}}
 """Fields that are refused without another one."""
 
 

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("pipeline", "plan", "recipe", "report", "hub", "passes", "survey", "work", "measure", "size"),
     ("evaluation", "checkpoint", "plugin"),
     ("quantization", "pruning", "sharing", "factorization", "kvcache", "recovery", "distillation"),
-    ("step", "edit", "experts", "sparse"),
+    ("step", "edit", "experts", "sparse", "masks"),
     ("calibration",),
     ("anatomy", "loaders"),
     ("errors", "memory"),
@@ -46,7 +46,7 @@ ORDERED = {
         "work",
     ),
     "evaluation": ("evaluation", "plugin", "checkpoint"),
-    "step": ("step", "experts", "sparse", "edit"),
+    "step": ("step", "experts", "sparse", "edit", "masks"),
 }
 
 

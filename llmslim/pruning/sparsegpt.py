@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llmslim.calibration.factor import Factor
-from llmslim.pruning.masks import Pattern, n_of_m, parse, per_layer
+from llmslim.masks import Pattern, n_of_m, parse, per_layer
 
 COLUMNS = (
     128  # a mask is chosen for so many columns at a time, and their updates are applied at once to the rest

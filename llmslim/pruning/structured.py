@@ -119,11 +119,11 @@ class Structured(BlockStep):
         widths = [site.units.numel() for block in anatomy.blocks for site in self.sites(block)]
         hidden = anatomy.model.config.get_text_config().hidden_size
         # the Hessian and its damped copy, inverse and factor; the weight, its copy and the moved one
-        deciding = max((width * (64 * width + 24 * hidden) for width in widths), default=0)
-        if self.criterion != "taylor":
-            return deciding
-        whole = sum(parameter.numel() for parameter in anatomy.model.parameters())
-        return max(deciding, 4 * whole + 8 * hidden * max(widths, default=0))  # in float32, and a gradient
+        return max((width * (64 * width + 24 * hidden) for width in widths), default=0)
+
+    @property
+    def survey_copies(self) -> int:
+        return 1 if self.criterion == "taylor" else 0
 
     def survey(self, look: Survey) -> dict[str, Tensor]:
         """Scores of all units of the uncompressed model: matrix name -> [pools, size].
@@ -180,7 +180,7 @@ class Structured(BlockStep):
             name: lambda weight, gradient, reduce=reduce: reduce(weight, gradient).square()  # type: ignore[misc]
             for name, reduce in reduces.items()
         }
-        sums = accumulate(look.loaded(), look.tokens, squared, look.seed)
+        sums = accumulate(look.loaded(), look.tokens, squared, look.seed, look.progressed, look.mask_token)
         return {
             site: sums[name] if expert is None else sums[name][expert][None]
             for site, (name, expert) in places.items()
