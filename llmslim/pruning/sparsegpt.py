@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from llmslim.calibration.factor import Factor
-from llmslim.masks import Pattern, n_of_m, parse, per_layer
-
-COLUMNS = (
-    128  # a mask is chosen for so many columns at a time, and their updates are applied at once to the rest
-)
+from llmslim.masks import COLUMNS, Pattern, least_cost, span
 
 
 def sparsegpt(weight: Tensor, factor: Factor, sparsity: float, pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -33,17 +29,14 @@ def sparsegpt(weight: Tensor, factor: Factor, sparsity: float, pattern: Pattern)
     in_features = weight.shape[1]
     work = weight.T.contiguous()  # one row per column of the weight: contiguous updates
     mask = torch.ones_like(work, dtype=torch.bool)
-    group = None if pattern == "unstructured" else parse(pattern)
-    cost = upper.diagonal().square().reciprocal().unsqueeze(-1)
+    together, cost = span(pattern), upper.diagonal().square().reciprocal()
     errors = torch.empty(COLUMNS, weight.shape[0], dtype=work.dtype, device=work.device)
     for start in range(0, in_features, COLUMNS):
         stop = min(start + COLUMNS, in_features)
-        if group is None:
-            mask[start:stop] = per_layer((work[start:stop].square() * cost[start:stop]).T, sparsity).T
         for j in range(start, stop):
-            if group is not None and j % group[1] == 0:
-                now = slice(j, j + group[1])
-                mask[now] = n_of_m((work[now].square() * cost[now]).T, *group).T
+            if j % together == 0:
+                now = slice(j, j + together)
+                mask[now] = least_cost(work[now], cost[now], sparsity, pattern)
             error = torch.mul(work[j], ~mask[j], out=errors[j - start]).div_(upper[j, j])
             work[j] *= mask[j]
             if j + 1 < stop:

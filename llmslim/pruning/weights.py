@@ -14,10 +14,10 @@ from llmslim.calibration.factor import factor_of
 from llmslim.calibration.statistics import InputStats, output_error
 from llmslim.edit import Edit
 from llmslim.errors import UserError
-from llmslim.masks import Pattern, Scope, choose, nonzeros, parse
+from llmslim.masks import COLUMNS, Pattern, Scope, check_pattern, choose, nonzeros
 from llmslim.pruning.allocation import Histogram
 from llmslim.pruning.layer_sparsity import by_error, by_outliers, wanda_score
-from llmslim.pruning.sparsegpt import COLUMNS, sparsegpt
+from llmslim.pruning.sparsegpt import sparsegpt
 from llmslim.sparse import SparseLinear, SparsifyLinear
 from llmslim.step import LinearStep, StepRecord, Survey, dense_weight
 
@@ -94,11 +94,7 @@ class WeightPruner(LinearStep):
                 f"Nothing to prune: include={list(self.include)} and exclude={list(self.exclude)} leave no Linear."
             )
         for name, (rows, width) in chosen.items():
-            if self.pattern != "unstructured" and width % parse(self.pattern)[1]:
-                raise UserError(
-                    f"pattern {self.pattern} does not fit the {width} inputs of {name}, which are not divisible "
-                    f"by {parse(self.pattern)[1]}; --exclude it or use pattern unstructured."
-                )
+            check_pattern(name, width, self.pattern)
             if not self._nonzeros(rows, width):
                 raise UserError(
                     f"sparsity {self.sparsity:g} leaves nothing of {name}, which is {rows} x {width}; use less."
