@@ -95,10 +95,11 @@ class PruneHeads(Structured):
 
     def power(self, block: Block, site: Site) -> Tensor:
         attention = _attention_of(block, site.name)
-        rows = row_power(attention.o) + row_power(attention.q)
+        rows = row_power(attention.o, self.exponent) + row_power(attention.q, self.exponent)
         if site.units.shape[0] == 1:  # whole groups: with their KV head
             run = attention.num_heads // attention.num_kv_heads
-            kv = (row_power(attention.k) + row_power(attention.v)).view(attention.num_kv_heads, -1)
+            kv = row_power(attention.k, self.exponent) + row_power(attention.v, self.exponent)
+            kv = kv.view(attention.num_kv_heads, -1)
             rows = rows + (kv / run).repeat_interleave(run, 0).reshape(-1)
         power = torch.empty_like(rows)
         power[attention.o.rows] = rows

@@ -60,10 +60,10 @@ class Structured(BlockStep):
     verb = "prune"
 
     ratio: float = Field(0.25, ge=0, lt=1, description="share of the heads or channels to remove")
-    criterion: Literal["obs", "output", "magnitude", "taylor", "random"] = Field(
+    criterion: Literal["obs", "output", "magnitude", "magnitude-l1", "taylor", "random"] = Field(
         "obs",
-        description="what matters least: obs, output error after refit; output, before it; magnitude; "
-        "taylor, gradient x weight; random",
+        description="what matters least: obs, output error after refit; output, before it; magnitude, "
+        "L2 norm of the weights; magnitude-l1; taylor, gradient x weight; random",
     )
     refit: bool = Field(True, description="refit the weights that read what stays")
     refit_damping: float = Field(
@@ -83,6 +83,11 @@ class Structured(BlockStep):
         """Whether the uncompressed model is looked at before the first block is changed."""
         return self.allocation == "sensitivity" or self.criterion == "taylor"
 
+    @property
+    def exponent(self) -> int:
+        """Of the norm that magnitudes are taken by: L1, or L2 squared."""
+        return 1 if self.criterion == "magnitude-l1" else 2
+
     def sites(self, block: Block, removes: dict[str, int] | None = None) -> list[Site]:
         """What is pruned in a block, in order of execution.
 
@@ -92,7 +97,7 @@ class Structured(BlockStep):
         raise TypeError(f"{type(self).__name__} does not define sites()")
 
     def power(self, block: Block, site: Site) -> Tensor:
-        """[pools, size], the squared norm of all weights that a unit takes with it."""
+        """[pools, size], the sum of |w|^`exponent` over all weights that a unit takes with it."""
         raise TypeError(f"{type(self).__name__} does not define power()")
 
     def opened(self, block: Block) -> AbstractContextManager[None]:
@@ -244,7 +249,7 @@ class Structured(BlockStep):
         if self.criterion == "random":  # of the matrix's name: the same in every run
             generator = torch.Generator().manual_seed(zlib.crc32(site.name.encode()))
             return torch.rand(site.units.shape[:2], generator=generator)
-        if self.criterion == "magnitude" or stats is None:
+        if self.criterion in ("magnitude", "magnitude-l1") or stats is None:
             return self.power(block, site)
         if self.criterion == "output":
             return importance.output_increase(weight, stats.hessian, site.units)
@@ -298,7 +303,7 @@ class Structured(BlockStep):
         return Choice(keep, columns)
 
 
-def row_power(projection: Projection) -> Tensor:
-    """Squared norm of the weights of each row (for o and down: column) of a projection, in its order."""
+def row_power(projection: Projection, exponent: int) -> Tensor:
+    """sum |w|^exponent over each row (for o and down: column) of a projection, in its order."""
     weight = dense_weight(projection.module).detach().float()
-    return weight.square().sum(1 if projection.side == "out" else 0)[projection.rows]
+    return weight.abs().pow(exponent).sum(1 if projection.side == "out" else 0)[projection.rows]
