@@ -157,6 +157,10 @@ def _seconds(
     for step in recipe.steps:
         if step.needs_calibration:
             flops += 2.0 * shape.tokens * weights
+            if (
+                isinstance(step, BlockStep) and step.needs_survey
+            ):  # a forward, with a backward if it takes gradients
+                flops += (6.0 if step.survey_copies else 2.0) * shape.tokens * weights
             flops += 1.25 * shape.tokens * sum(width * width for _, width in shape.matrices) / 2
         flops += 2.0 * sum(rows * width * width for rows, width in shape.matrices) * 2
     if recipe.evaluation is not None and anatomy.head is not None:

@@ -63,7 +63,8 @@ class GradientPruner(ThresholdPruner):
         """The mask of each Linear by name, `pack_mask` of bool [out, in]; empty where no gradient arrived."""
         shares = super().sparsities(look) if self.layer_sparsity != "uniform" else {}
         places = self._places(look.anatomy)
-        of_parameters = self.scores(look.loaded(), {place[0] for place in places.values()}, look)
+        parameters = dict.fromkeys(parameter for parameter, _ in places.values())  # each once, in order
+        of_parameters = self.scores(look.loaded(), parameters, look)
         scores = {name: _view(of_parameters[parameter], part) for name, (parameter, part) in places.items()}
         for name, score in scores.items():
             if bool(score.isnan().any()):
