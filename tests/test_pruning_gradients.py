@@ -27,7 +27,7 @@ from llmslim.pruning.mlp import PruneMLP
 from llmslim.pruning.weights import Magnitude, Wanda
 from llmslim.recipe import Calibration, Recipe
 from llmslim.sparse import unpack_mask
-from llmslim.step import StepRecord, dense_weight
+from llmslim.step import StepRecord, build_step, dense_weight
 from tests import reference
 from tests.test_pruning_weights import FakeLook
 from tests.tiny import meta_model, save_tiny
@@ -123,7 +123,7 @@ def test_grasp_takes_the_highest_and_zeros_first(pattern: Any) -> None:
     name = "model.layers.1.mlp.down_proj"
     with torch.no_grad():
         look.model.get_parameter(f"{name}.weight")[:, ::8] = 0
-    masks = GraSP(pattern=pattern).survey(look)
+    masks = GraSP(pattern=pattern, threshold="layer").survey(look)
     names = [f"{name}.weight" for name in masks]
     products = hessian_gradient(look.model, look.tokens, names, look.seed)
     for linear, bitmap in masks.items():
@@ -135,6 +135,20 @@ def test_grasp_takes_the_highest_and_zeros_first(pattern: Any) -> None:
         if pattern == "unstructured" and linear != name:
             assert worth[~mask].max() <= worth[mask].min()
     assert not bool(unpack_mask(masks[name], 128)[:, ::8].any())
+
+
+def test_the_threshold_is_global_where_nothing_else_says_how_much_goes() -> None:
+    assert Taylor().among == "global" and Taylor(threshold="row").among == "row"
+    assert Taylor(pattern="2:4").among == Taylor(layer_sparsity="owl").among == Magnitude().among == "layer"
+    with pytest.raises(UserError, match="the same from every weight"):
+        build_step("snip", {"pattern": "2:4", "threshold": "global"})
+
+
+@pytest.mark.parametrize("kind", ["taylor", "wanda", "sparsegpt", "gptq"])
+def test_a_step_is_read_back_from_what_a_report_tells(kind: str) -> None:
+    for fields in ({}, {"pattern": "2:4"}, {"sparsity": 0.6}):
+        step = build_step(kind, fields)
+        assert build_step(kind, step.model_dump(mode="json")) == step
 
 
 def test_an_expert_without_tokens_is_pruned_by_magnitude() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,12 @@ class GradientPruner(ThresholdPruner):
     """
 
     @property
+    def among(self) -> Literal["row", "layer", "global"]:
+        """By default one threshold for the whole model, as in the papers, where nothing else says how much goes."""
+        free = self.pattern == "unstructured" and self.layer_sparsity == "uniform"
+        return self.threshold or ("global" if free else "layer")
+
+    @property
     def needs_calibration(self) -> bool:
         return True
 
@@ -73,7 +79,7 @@ class GradientPruner(ThresholdPruner):
                     "the model."
                 )
         reached = [name for name, score in scores.items() if bool(score[score.isfinite()].any())]
-        if self.threshold == "global":
+        if self.among == "global":
             histogram = Histogram()
             for name in reached:
                 histogram.add(name, scores[name])

@@ -55,9 +55,10 @@ class WeightPruner(LinearStep):
                 raise ValueError(
                     f"pattern {self.pattern} takes the same from every weight; use pattern unstructured"
                 )
-        if "owl_outlier" in self.model_fields_set and self.layer_sparsity != "owl":
+        fields = type(self).model_fields  # by value, since a recipe that a report tells has all fields
+        if self.owl_outlier != fields["owl_outlier"].default and self.layer_sparsity != "owl":
             raise ValueError("owl_outlier is an option of layer_sparsity owl only")
-        if "sparsity_range" in self.model_fields_set and self.layer_sparsity == "uniform":
+        if self.sparsity_range != fields["sparsity_range"].default and self.layer_sparsity == "uniform":
             raise ValueError("sparsity_range is an option of layer_sparsity owl and error only")
         return self
 
@@ -178,9 +179,16 @@ class ThresholdPruner(WeightPruner):
     model, whose sparsities then differ and are `sparsity` on the whole.
     """
 
-    threshold: Literal["row", "layer", "global"] = Field(
-        "layer", description="where the lowest scores are sought: in each row, each matrix, or all of them"
+    threshold: Literal["row", "layer", "global"] | None = Field(
+        None,
+        description="where the lowest scores are sought: in each row, each matrix, or all of them "
+        "(default: layer; taylor, snip and grasp: global, where pattern and layer_sparsity allow it)",
     )
+
+    @property
+    def among(self) -> Literal["row", "layer", "global"]:
+        """`threshold`, or what the step takes by default."""
+        return self.threshold or "layer"
 
     @model_validator(mode="after")
     def _one_allocation(self) -> ThresholdPruner:
@@ -192,11 +200,11 @@ class ThresholdPruner(WeightPruner):
 
     @property
     def scope(self) -> Scope:
-        return "row" if self.threshold == "row" else "layer"
+        return "row" if self.among == "row" else "layer"
 
     @property
     def uneven(self) -> bool:
-        return self.threshold == "global" or super().uneven
+        return self.among == "global" or super().uneven
 
 
 class Magnitude(ThresholdPruner):

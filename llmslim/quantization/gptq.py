@@ -202,7 +202,10 @@ class GPTQ(Quantizer):
     damp_percent: float = Field(
         0.01, gt=0, le=1, description="damping as a share of the Hessian's mean diagonal"
     )
-    act_order: bool = Field(True, description="quantize the most excited columns first; free at run time")
+    act_order: bool | None = Field(
+        None,
+        description="quantize the most excited columns first, free at run time; on, but in a pass that prunes",
+    )
     refine: int = Field(
         1, ge=0, le=8, description="rounds of coordinate descent and refitted scales after GPTQ"
     )
@@ -222,10 +225,8 @@ class GPTQ(Quantizer):
     def _consistent(self) -> GPTQ:
         if self.pattern != "unstructured" and self.sparsity not in (0, 0.5):
             raise ValueError(f"pattern {self.pattern} keeps half of the weights: leave sparsity out")
-        if self.prunes and self.act_order and "act_order" in self.model_fields_set:
-            raise ValueError(
-                "with a sparsity or pattern columns are taken in natural order: leave act_order out"
-            )
+        if self.pattern != "unstructured" and self.act_order:
+            raise ValueError(f"pattern {self.pattern} takes columns in natural order: leave act_order out")
         return self
 
     @property
@@ -259,7 +260,7 @@ class GPTQ(Quantizer):
     def quantize(
         self, name: str, weight: Tensor, scheme: Scheme, stats: InputStats | None, record: StepRecord
     ) -> QuantizedWeight:
-        act_order = self.act_order and not self.prunes
+        act_order = not self.prunes if self.act_order is None else self.act_order
         solved = factor_of(stats, self.damp_percent, act_order) if stats is not None else None
         if stats is None or solved is None or solved.inverse is None:
             if solved is not None:
