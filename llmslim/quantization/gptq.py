@@ -204,7 +204,8 @@ class GPTQ(Quantizer):
     )
     act_order: bool | None = Field(
         None,
-        description="quantize the most excited columns first, free at run time; on, but in a pass that prunes, which it harms",
+        description="quantize the most excited columns first, free at run time; "
+        "on, but in a pass that prunes, which it harms",
     )
     refine: int = Field(
         1, ge=0, le=8, description="rounds of coordinate descent and refitted scales after GPTQ"
