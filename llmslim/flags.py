@@ -88,7 +88,7 @@ def add_field(
     name = dest.rsplit(".", 1)[-1]
     annotation, origin = field.annotation, get_origin(field.annotation)
     options: dict[str, Any] = {"dest": dest, "help": _help(field, default)}
-    if annotation is bool:
+    if annotation in (bool, bool | None):
         options["action"] = argparse.BooleanOptionalAction
     elif origin is dict:
         name = name.removesuffix("s")

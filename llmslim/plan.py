@@ -119,12 +119,14 @@ class _Shape:
         self.matrices = [features(m) for b in anatomy.blocks for m in b.module.modules() if is_matrix(m)]
         self.widest = max((width for _, width in self.matrices), default=self.hidden)
         self.largest = max((rows * width for rows, width in self.matrices), default=0)
+        self.widths = sum(rows + width for rows, width in self.matrices)
         self.tokens = 0 if options.tokens is None else options.tokens.numel()
+        self.window = 0 if options.tokens is None else options.tokens.shape[1]
         self.lane_bytes = self.tokens * self.hidden * self.compute
 
 
 def _peak_memory(shape: _Shape, recipe: Recipe, anatomy: Anatomy, streams: bool) -> int:
-    """The process as it is now, plus the larger of: entering the blocks, working on one, evaluating."""
+    """The process as it is now, plus the larger of: gradients, entering the blocks, working on one, evaluating."""
     weights = shape.block * (shape.compute + shape.stored) if streams else shape.total * shape.compute
     reference = any(step.needs_reference for step in recipe.steps if isinstance(step, BlockStep))
     models = 2 if reference else 1
@@ -133,13 +135,17 @@ def _peak_memory(shape: _Shape, recipe: Recipe, anatomy: Anatomy, streams: bool)
     paused = shape.tokens * (shape.widest + 2 * shape.hidden) * shape.compute
     step = max((step.workspace_bytes(anatomy) for step in recipe.steps), default=0)
     working = models * weights + int(lanes * shape.lane_bytes) + paused + max(chunk, step)
+    copies = max((step.survey_copies for step in recipe.steps if isinstance(step, BlockStep)), default=0)
+    # in float32: weights and what is as large, one gradient, what one window's backward needs
+    window = shape.window * (shape.widths + 3 * shape.vocabulary)
+    surveying = 4 * (copies * shape.total + shape.block + window) if copies else 0
     entering = weights + shape.outer * 2 * shape.stored + shape.lane_bytes * 2
     evaluating = 0
     if recipe.evaluation is not None and anatomy.head is not None:
         windows = recipe.evaluation.windows * recipe.evaluation.seq_len * shape.hidden * shape.compute
         logits = recipe.evaluation.seq_len * shape.vocabulary * shape.compute
         evaluating = 2 * windows + 4 * logits + weights + 2 * shape.outer * shape.compute
-    return resident_bytes() + max(working, entering, evaluating)
+    return resident_bytes() + max(surveying, working, entering, evaluating)
 
 
 def _seconds(
@@ -151,6 +157,10 @@ def _seconds(
     for step in recipe.steps:
         if step.needs_calibration:
             flops += 2.0 * shape.tokens * weights
+            if (
+                isinstance(step, BlockStep) and step.needs_survey
+            ):  # a forward, with a backward if it takes gradients
+                flops += (6.0 if step.survey_copies else 2.0) * shape.tokens * weights
             flops += 1.25 * shape.tokens * sum(width * width for _, width in shape.matrices) / 2
         flops += 2.0 * sum(rows * width * width for rows, width in shape.matrices) * 2
     if recipe.evaluation is not None and anatomy.head is not None:

@@ -131,6 +131,13 @@ class Survey(Protocol):
     @property
     def tokens(self) -> Tensor: ...
 
+    @property
+    def mask_token(self) -> int | None:
+        """Id of the tokenizer's mask token, for the loss of a masked language model."""
+
+    def progressed(self, done: int, total: int) -> None:
+        """Tell how many windows are done."""
+
     def blocks(self) -> Iterator[tuple[Block, BlockStream]]:
         """Each block, filled, with the lane "calibration" in front of it; the consumer passes the lane."""
 
@@ -153,6 +160,11 @@ class BlockStep(Step):
     def drops(self, anatomy: Anatomy, survey: dict[str, Tensor]) -> list[DropBlocks]:
         """What the step's survey takes out whole: those blocks are neither passed nor written."""
         return []
+
+    @property
+    def survey_copies(self) -> int:
+        """How often the survey holds all weights in float32 (itself loaded, gradients, sums); for the plan."""
+        return 0
 
     def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
         """Change what lies outside the blocks (embeddings, head), which is filled; runs first."""
@@ -262,9 +274,9 @@ class _Visitor:
         self._stats: InputStats | None = None
 
     def visit(self, name: str, inputs: list[Tensor]) -> None:
-        from llmslim.calibration.statistics import InputStats
+        from llmslim.calibration.statistics import InputStats, same_memory
 
-        if self._stats is None or not _same_memory(inputs, self._inputs):
+        if self._stats is None or not same_memory(inputs, self._inputs):
             self._stats = None  # free the last one before the next is made
             self._stats, self._inputs = InputStats.of(inputs, self.reference.get(name, ())), inputs
         self.reference.pop(name, None)
@@ -303,13 +315,6 @@ def block_of(stream: BlockStream, block: Block) -> Block:
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*.{p}") for p in patterns)
-
-
-def _same_memory(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(
-        x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
-        for x, y in zip(a, b, strict=True)
-    )
 
 
 def step_class(kind: str) -> type[Step]:

@@ -34,6 +34,13 @@ class Look:
         assert self.options.tokens is not None, "the step's needs_calibration says that it needs no text"
         return self.options.tokens
 
+    @property
+    def mask_token(self) -> int | None:
+        return self.files.tokenizer().mask_token_id
+
+    def progressed(self, done: int, total: int) -> None:
+        self.progress("survey", done, total)
+
     def blocks(self) -> Iterator[tuple[Block, BlockStream]]:
         model = self.reader.model_skeleton()
         stream = BlockStream(model, self.options.device, self.options.dtype)

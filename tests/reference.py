@@ -77,3 +77,43 @@ def sparsegpt(weight, hessian, sparsity: float, pattern: str, damp: float, colum
         work[:, j:] -= error[:, None] * inverse[0]
         work[:, j] *= mask[:, j]
     return work, mask
+
+
+def wanda(weight, inputs, sparsity: float):
+    """Mask by the paper's formula: in each row, the weights of least |w_ij| ||x_j|| go, in float64."""
+    rows, width = weight.shape
+    mask = torch.ones(rows, width, dtype=torch.bool)
+    norms = [float(inputs[:, j].double().norm()) for j in range(width)]
+    for i in range(rows):
+        scores = sorted((abs(float(weight[i, j])) * norms[j], j) for j in range(width))
+        for _, j in scores[: round(width * sparsity)]:
+            mask[i, j] = False
+    return mask
+
+
+def sparse_gptq(weight, hessian, sparsity: float, pattern: str, scale, zero, scheme, damp: float):
+    """Quantized values and mask, pruned and rounded in one pass over the columns in natural order, in float64.
+
+    As `sparsegpt`, but that what stays of a column is rounded to its grid, and its error spread as well.
+    """
+    work, hessian = weight.double().clone(), hessian.double().clone()
+    hessian.diagonal().add_(damp * hessian.diagonal().mean())
+    rows, width = weight.shape
+    group = scheme.group_width(width)
+    scale, zero = (x.double().expand(rows, -1) for x in (scale, zero))
+    mask, values = torch.ones(rows, width, dtype=torch.bool), torch.zeros(rows, width, dtype=torch.float64)
+    costs = [float(torch.linalg.inv(hessian[j:, j:])[0, 0]) for j in range(width)]
+    kept, together = (int(part) for part in pattern.split(":")) if ":" in pattern else (0, 128)
+    for j in range(width):
+        if j % together == 0:
+            block = range(j, min(j + together, width))
+            cells = [(float(work[row, k]) ** 2 / costs[k], row, k) for row in range(rows) for k in block]
+            for pool in [[c for c in cells if c[1] == row] for row in range(rows)] if kept else [cells]:
+                for _, row, k in sorted(pool)[: together - kept if kept else round(len(pool) * sparsity)]:
+                    mask[row, k] = False
+        s, z = scale[:, j // group], zero[:, j // group]
+        rounded = ((work[:, j] / s + z).round().clamp(0, scheme.max_code) - z) * s
+        values[:, j] = torch.where(mask[:, j], rounded, 0.0)
+        inverse = torch.linalg.inv(hessian[j:, j:])
+        work[:, j:] -= ((work[:, j] - values[:, j]) / inverse[0, 0])[:, None] * inverse[0]
+    return values, mask

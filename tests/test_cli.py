@@ -97,7 +97,7 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
 
 def typed(annotation: Any, flag: str) -> tuple[list[str], Any]:
     """Words that set a field of that type, and what the parser should make of them."""
-    if annotation is bool:
+    if annotation is bool or bool in get_args(annotation):
         return [f"--no-{flag[2:]}"], False
     if flag in ("--include", "--exclude"):
         return [flag, "a", flag, "b"], ["a", "b"]
@@ -110,13 +110,14 @@ def typed(annotation: Any, flag: str) -> tuple[list[str], Any]:
         return [flag, "0.5"], 0.5
     if annotation is int or int in get_args(annotation):
         return [flag, "8"], 8
-    choice = get_args(annotation)[-1]
+    choice = get_args(annotation)[0 if type(None) in get_args(annotation) else -1]
+    choice = get_args(choice)[-1] if get_args(choice) else choice
     return [flag, choice], choice
 
 
 NEEDED: dict[str, dict[str, Any]] = {
     "owl_outlier": {"layer_sparsity": "owl"},
-    "owl_range": {"layer_sparsity": "owl"},
+    "sparsity_range": {"layer_sparsity": "owl"},
     "ramp": {"rounds": 2},
 }
 """Fields that are refused without another one."""

@@ -22,6 +22,7 @@ from llmslim.checkpoint.verify import verify
 from llmslim.errors import UserError
 from llmslim.pipeline import compress
 from llmslim.pruning import importance
+from llmslim.pruning.heads import PruneHeads
 from llmslim.pruning.mlp import PruneMLP
 from llmslim.pruning.structured import Moments, Structured
 from llmslim.recipe import Calibration
@@ -173,6 +174,27 @@ def test_allocation_takes_what_costs_least_and_leaves_the_least() -> None:
     assert importance.allocate(scores, 2, [1, 3]) == [1, 1]
 
 
+@pytest.mark.parametrize("criterion", ["magnitude", "magnitude-l1"])
+def test_magnitudes_are_norms_of_all_that_a_unit_takes_with_it(criterion: Any) -> None:
+    model = tiny_model("llama")
+    block, exponent = next(iter(Anatomy.of(model).blocks)), 1 if criterion == "magnitude-l1" else 2
+    step = PruneMLP(criterion=criterion)
+    power = step.power(block, step.sites(block)[0])[0]
+    mlp = model.model.layers[0].mlp
+    for channel in (0, 77):
+        taken = [mlp.gate_proj.weight[channel], mlp.up_proj.weight[channel], mlp.down_proj.weight[:, channel]]
+        expected = sum(abs(value) ** exponent for part in taken for value in part.tolist())
+        assert float(power[channel]) == pytest.approx(expected, rel=1e-4)
+    heads = PruneHeads(criterion=criterion, unit="group")
+    power = heads.power(block, heads.sites(block)[0])[0]
+    attention = model.model.layers[0].self_attn
+    rows = {"q": slice(32, 64), "k": slice(16, 32), "v": slice(16, 32)}
+    parts = [getattr(attention, f"{role}_proj").weight[span] for role, span in rows.items()]
+    parts.append(attention.o_proj.weight[:, 32:64])
+    expected = sum(float(part.detach().abs().pow(exponent).sum()) for part in parts)
+    assert float(power[1]) == pytest.approx(expected, rel=1e-4)
+
+
 QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=8, seq_len=32), "evaluation": None}
 FEW = ("llama", "qwen2", "gpt2", "phi3", "gpt_neox", "bert", "t5", "mixtral", "qwen3_moe")
 CASES = [(family, kind, {}) for family in FEW for kind in ("heads", "mlp")] + [
@@ -181,6 +203,7 @@ CASES = [(family, kind, {}) for family in FEW for kind in ("heads", "mlp")] + [
     ("t5", "heads", {"criterion": "random"}),
     ("llama", "mlp", {"criterion": "output", "refit": False}),
     ("gpt2", "mlp", {"criterion": "magnitude", "refit": False}),
+    ("mixtral", "mlp", {"criterion": "magnitude-l1", "refit": False}),
 ]
 PLAIN = {  # what the plain config can express: everything about MLPs, heads where their width is a field
     ("llama", "heads"), ("qwen2", "heads"), ("phi3", "heads"),

@@ -38,8 +38,12 @@ def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
         ("mlp", {"ratio": 0.5, "allocation": "sensitivity", "multiple_of": 8}),
         ("magnitude", {"sparsity": 0.5, "threshold": "global"}),
         ("wanda", {"sparsity": 0.5, "layer_sparsity": "owl"}),
+        ("sparsegpt", {"sparsity": 0.5, "layer_sparsity": "error"}),
+        ("taylor", {"sparsity": 0.5, "threshold": "global"}),
+        ("snip", {"sparsity": 0.5, "layer_sparsity": "owl"}),
+        ("grasp", {"sparsity": 0.5, "threshold": "global"}),
     ],
-    ids=["taylor-mlp", "taylor-heads", "sensitivity", "global", "owl"],
+    ids=["taylor-mlp", "taylor-heads", "sensitivity", "global", "owl", "error", "taylor", "snip", "grasp"],
 )
 def test_a_step_that_surveys_runs_and_verifies(
     kind: str, fields: dict, family: str, folders: dict[str, Path], tmp_path: Path

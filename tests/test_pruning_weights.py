@@ -24,9 +24,9 @@ from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.checkpoint.verify import verify
 from llmslim.edit import EDITS, parse_edit
 from llmslim.errors import UserError
+from llmslim.masks import choose, kept_count, n_of_m, per_layer, per_row
 from llmslim.pipeline import compress
-from llmslim.pruning.allocation import Magnitudes, outlier_ratio, outlier_weighed
-from llmslim.pruning.masks import choose, kept_count, n_of_m, per_layer, per_row
+from llmslim.pruning.allocation import Histogram, outlier_ratio, outlier_weighed
 from llmslim.pruning.sparsegpt import sparsegpt
 from llmslim.pruning.weights import Magnitude, Random, SparseGPT, Wanda, WeightPruner
 from llmslim.quantization.gptq import GPTQ
@@ -125,11 +125,7 @@ def test_more_knowledge_of_the_inputs_costs_less_output(pattern: Any) -> None:
 
 def test_wanda_is_the_formula_per_row() -> None:
     weight, inputs = problem(rows=5, width=16)
-    mask = torch.zeros(5, 16, dtype=torch.bool)
-    for i in range(5):
-        scores = [abs(float(weight[i, j])) * float(inputs[:, j].norm()) for j in range(16)]
-        for j in sorted(range(16), key=lambda j, scores=scores: -scores[j])[:4]:
-            mask[i, j] = True
+    mask = reference.wanda(weight, inputs, 0.75)
     _, sparse = Wanda(sparsity=0.75).compress_linear("x", weight, stats_of(inputs), StepRecord())
     assert torch.equal(sparse.mask, mask)
     assert torch.equal(sparse.weight, weight * mask)
@@ -205,7 +201,7 @@ def _dense(model: nn.Module, name: str) -> Tensor:
 
 
 def test_magnitudes_of_unequal_weights_share_one_threshold() -> None:
-    magnitudes = Magnitudes()
+    magnitudes = Histogram()
     magnitudes.add("small", torch.linspace(0.001, 0.1, 100))
     magnitudes.add("large", torch.linspace(1, 2, 300))
     shares = magnitudes.sparsities(0.25)
@@ -492,7 +488,7 @@ def test_other_formats_refuse(form: str, folders: dict[str, Path], tmp_path: Pat
         ("wanda", {"pattern": "2:4", "layer_sparsity": "owl"}, "the same from every weight"),
         ("magnitude", {"threshold": "global", "pattern": "4:8"}, "the same from every weight"),
         ("magnitude", {"threshold": "global", "layer_sparsity": "owl"}, "use one"),
-        ("sparsegpt", {"owl_range": 0.1}, "layer_sparsity owl only"),
+        ("sparsegpt", {"sparsity_range": 0.1}, "owl and error only"),
         ("random", {"threshold": "row"}, "Unknown option"),
     ],
 )

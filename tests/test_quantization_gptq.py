@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from llmslim.anatomy import Anatomy
 from llmslim.calibration.factor import factor
 from llmslim.calibration.statistics import InputStats
+from llmslim.errors import UserError
+from llmslim.pruning.weights import SparseGPT
 from llmslim.quantization.gptq import GPTQ, descend, gptq, refit_scales
 from llmslim.quantization.grid import Scheme, min_max_grid, round_to_grid, search_grid
 from llmslim.quantization.rtn import RTN
-from llmslim.step import StepRecord
+from llmslim.step import StepRecord, build_step
 from tests import reference
+from tests.tiny import tiny_model
 
 SCHEMES = [
     Scheme(bits=bits, group_size=group, symmetric=symmetric, scale_dtype="float32")
@@ -200,3 +206,99 @@ def test_dead_inputs_do_no_harm() -> None:
     assert output_loss(weight, quantized.dequantize(), inputs) < output_loss(
         weight, rounded.dequantize(), inputs
     )
+
+
+# pruned in the same pass
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("width", "sparsity", "pattern"),
+    [(64, 0.5, "unstructured"), (160, 0.7, "unstructured"), (64, 0.0, "2:4"), (144, 0.5, "4:8")],
+)
+def test_pruning_in_the_pass_equals_the_naive_algorithm(
+    width: int, sparsity: float, pattern: Any, symmetric: bool
+) -> None:
+    weight, inputs = problem(rows=8, width=width)
+    hessian = (inputs.T @ inputs).double()
+    scheme = Scheme(bits=4, group_size=16, symmetric=symmetric, scale_dtype="float32")
+    scale, zero = search_grid(weight, scheme)
+    expected, mask = reference.sparse_gptq(weight, hessian, sparsity, pattern, scale, zero, scheme, 0.01)
+    pruned = torch.zeros_like(weight, dtype=torch.bool)
+    solved = factor(hessian, 0.01, act_order=False)  # in float64, so that no near tie falls the other way
+    grid = scale.double(), zero.double()
+    quantized = gptq(weight.double(), solved, *grid, scheme, pruned, sparsity, pattern).dequantize()
+    assert torch.equal(pruned, ~mask)
+    torch.testing.assert_close(quantized.double(), expected, rtol=1e-6, atol=1e-6)
+    blocks = [min(128, width - start) * 8 for start in range(0, width, 128)]
+    share = sparsity if pattern == "unstructured" else 0.5
+    assert int(pruned.sum()) == sum(round(block * share) for block in blocks)
+    assert bool((quantized[pruned] == 0).all())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8"])
+def test_one_pass_beats_pruning_and_then_rounding(pattern: Any, symmetric: bool) -> None:
+    weight, inputs = problem(rows=32, width=128)
+    fields: dict[str, Any] = {"bits": 4, "group_size": 32, "symmetric": symmetric}
+    record = StepRecord()
+    step = GPTQ(sparsity=0.5, pattern=pattern, **fields)
+    _, packed = step.compress_linear("x", weight, stats_of(inputs), record)
+    joint = packed.dequantize().float()  # type: ignore[operator]
+    _, sparse = SparseGPT(pattern=pattern).compress_linear("x", weight, stats_of(inputs), StepRecord())
+    assert isinstance(sparse.weight, torch.Tensor)
+    rtn = RTN(**fields)
+    rounded = rtn.quantize("x", sparse.weight.detach(), rtn.scheme("x"), None, StepRecord()).dequantize()
+    assert output_loss(weight, joint, inputs) < 0.95 * output_loss(weight, rounded, inputs)
+    assert record.linears[-1]["sparsity"] == float((joint == 0).float().mean()) >= 0.5
+    if pattern != "unstructured":
+        kept, group = (int(part) for part in pattern.split(":"))
+        assert bool(((joint != 0).reshape(32, -1, group).sum(-1) <= kept).all())
+
+
+def test_without_a_sparsity_nothing_changes() -> None:
+    weight, inputs = problem(width=160)
+    solved = factor(inputs.T @ inputs, 0.01, act_order=True)
+    scheme = Scheme(bits=4, group_size=32)
+    grid = search_grid(weight, scheme)
+    none = torch.zeros_like(weight, dtype=torch.bool)
+    plain, same = gptq(weight, solved, *grid, scheme), gptq(weight, solved, *grid, scheme, none, 0.0)
+    assert torch.equal(plain.codes, same.codes) and not bool(none.any())
+
+
+def test_weights_that_are_zero_already_count() -> None:
+    weight, inputs = problem(width=128)
+    zeros = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    step = GPTQ(bits=4, group_size=32, sparsity=0.5)
+    pruned = weight.masked_fill(zeros, 0)
+    quantized = step.quantize("x", pruned, step.scheme("x"), stats_of(inputs), StepRecord()).dequantize()
+    assert bool((quantized[zeros] == 0).all())
+    assert 0.5 <= float((quantized == 0).float().mean()) < 0.55
+
+
+def test_a_hopeless_hessian_still_prunes() -> None:
+    weight, inputs = problem()
+    stats = stats_of(inputs)
+    stats.hessian.fill_(float("nan"))
+    step = GPTQ(bits=4, group_size=16, pattern="2:4")
+    quantized = step.quantize("w", weight, step.scheme("w"), stats, StepRecord()).dequantize()
+    assert bool(((quantized != 0).reshape(len(weight), -1, 4).sum(-1) <= 2).all())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pattern": "2:4", "sparsity": 0.6}, "keeps half"),
+        ({"pattern": "2:4", "act_order": True}, "natural order"),
+        ({"sparsity": 1.0}, "less than 1"),
+    ],
+)
+def test_impossible_pruning_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_step("gptq", fields)
+
+
+def test_a_pattern_that_does_not_fit_is_refused() -> None:
+    model = tiny_model("llama", intermediate_size=130)
+    with pytest.raises(UserError, match=r"4:8 does not fit the 130 inputs of .*down_proj"):
+        GPTQ(pattern="4:8", group_size="channel").check(Anatomy.of(model))

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from llmslim.report import summary_table, write_report
-from llmslim.report.figures import notes, rows, verdict, worst_linears
+from llmslim.report.figures import notes, rows, verdict, worst_linears, zeros
 
 
 def perplexity(value: float) -> dict[str, Any]:
@@ -203,6 +203,19 @@ def test_what_was_skipped_is_said_with_its_reason(tmp_path: Path) -> None:
     assert "it was switched off" in printed(bare_report())
     assert "Speed of the result was not measured: the process died." in printed(half_report())
     assert "Quality was not measured" in card_of(encoder_report(), tmp_path)[1]
+
+
+def test_zeros_are_told_for_what_they_gain() -> None:
+    shapes = ([10, 10], [10, 30])
+    dense = [
+        {"name": "a", "shape": shape, "sparsity": s} for shape, s in zip(shapes, (0.2, 0.6), strict=True)
+    ]
+    packed = [row | {"bits": 4} for row in dense]
+    (said,) = zeros({"linears": dense})
+    assert said.startswith("50% of the weights of 2 Linears") and "the file is smaller" in said
+    (said,) = zeros({"linears": packed})
+    assert said.startswith("50% of the weights of 2 quantized Linears") and "as without them" in said
+    assert len(zeros({"linears": dense + packed})) == 2 and not zeros(full_report())
 
 
 def test_markup_in_names_is_text() -> None:

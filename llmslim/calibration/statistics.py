@@ -78,3 +78,11 @@ def output_error(weight: Tensor, result: Tensor, hessian: Tensor) -> float:
     difference = weight - result
     power = (weight @ hessian).mul_(weight).sum()
     return float((difference @ hessian).mul_(difference).sum() / power.clamp_min(1e-30))
+
+
+def same_memory(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Whether chunks of inputs are the very same, so that their statistics need not be computed again."""
+    return len(a) == len(b) and all(
+        x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
+        for x, y in zip(a, b, strict=True)
+    )

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-_SHIFT = 12  # bits of a float32 that magnitudes are counted without: bins of 1 part in 2048
-_BINS = 2**31 >> _SHIFT
+_SHIFT = 12  # bits of a float32 that scores are counted without: bins of 1 part in 2048
+_BINS = 2**32 >> _SHIFT
 
 
-class Magnitudes:
-    """Counts of the magnitudes of many weights: what one threshold over all of them takes from each.
+class Histogram:
+    """Counts of the scores of many weights: what one threshold over all of them takes from each.
 
-    A positive float32 read as an integer keeps its order; its leading bits are the bin.
+    A positive float32 read as an integer keeps its order, and so does a negative one with its other bits flipped;
+    the leading bits are the bin.
     """
 
     def __init__(self) -> None:
         self._counts: dict[str, tuple[Tensor, Tensor]] = {}  # the bins that occur, and how often
 
-    def add(self, name: str, weight: Tensor) -> None:
-        bins, counts = (weight.float().abs().view(torch.int32) >> _SHIFT).unique(return_counts=True)
-        self._counts[name] = (bins.long().cpu(), counts.cpu())
+    def add(self, name: str, score: Tensor) -> None:
+        bits = score.float().add(0.0).contiguous().view(torch.int32)  # + 0: -0 is 0
+        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> _SHIFT
+        bins, counts = ordered.unique(return_counts=True)
+        self._counts[name] = (bins.long().cpu() + _BINS // 2, counts.cpu())
 
     def sparsities(self, sparsity: float) -> dict[str, float]:
-        """The share of each weight that lies below the magnitude under which `sparsity` of all weights lie.
+        """The share of each weight that lies below the score under which `sparsity` of all weights lie.
 
         The bin that the threshold falls into goes in the same part from each.
         """
@@ -69,3 +73,56 @@ def outlier_weighed(ratios: list[float], sizes: list[int], sparsity: float, reac
     shift = (scaled * weights).sum() / weights.sum() - scaled
     room = torch.where(shift > 0, 0.75 * (1 - sparsity) / shift, -0.75 * sparsity / shift)
     return (sparsity + shift * min(1.0, float(room[shift != 0].min()))).tolist()
+
+
+def within(sparsity: float, reach: float, points: int) -> Tensor:
+    """Sparsities [points] evenly over `sparsity` +- `reach`, float64.
+
+    A reach that would leave a weight with nothing or with everything is narrowed until it has a quarter of what it
+    would have uniformly, or loses that much.
+    """
+    reach = min(reach, 0.75 * sparsity, 0.75 * (1 - sparsity))
+    return torch.linspace(sparsity - reach, sparsity + reach, points, dtype=torch.float64)
+
+
+def least_error(curves: list[Tensor], sizes: list[int], grid: Tensor, sparsity: float) -> list[float]:
+    """The sparsities of least summed error whose mean, weighted by size, is `sparsity`.
+
+    min sum_i e_i(s_i) subject to sum_i n_i s_i = s sum_i n_i, e_i the lower convex hull of a measured curve, straight
+    between the measured points. Then a weight loses more as long as one more zero there costs less than the Lagrange
+    multiplier: the pieces of all hulls are taken in the order of their slopes until the budget is spent. All weights
+    but one end on measured points.
+
+    Args:
+        curves: float [points] per weight, its error at each sparsity of `grid`.
+        sizes: of the weights.
+        grid: ascending, [points]; `sparsity` lies within.
+    """
+    points = grid.tolist()
+    pieces = []  # cost of one zero more, weight, length
+    for index, (curve, size) in enumerate(zip(curves, sizes, strict=True)):
+        errors = curve.tolist()
+        hull = _lower_hull(points, errors)
+        for a, b in pairwise(hull):
+            length = points[b] - points[a]
+            pieces.append(((errors[b] - errors[a]) / (length * size), index, length))
+    shares = [points[0]] * len(curves)
+    budget = (sparsity - points[0]) * sum(sizes)
+    for _, index, length in sorted(pieces):
+        taken = min(length, budget / sizes[index])
+        shares[index] += taken
+        budget -= taken * sizes[index]
+    return shares
+
+
+def _lower_hull(xs: list[float], ys: list[float]) -> list[int]:
+    """Indices of the points on the lower convex hull, from left to right."""
+    hull: list[int] = []
+    for index in range(len(xs)):
+        while len(hull) > 1:
+            a, b = hull[-2:]
+            if (ys[b] - ys[a]) * (xs[index] - xs[a]) < (ys[index] - ys[a]) * (xs[b] - xs[a]):
+                break
+            hull.pop()
+        hull.append(index)
+    return hull

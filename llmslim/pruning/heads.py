@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,9 @@ from llmslim.pruning.amount import Share, to_nearest
 from llmslim.pruning.edits import NarrowAttention, narrow_attention
 from llmslim.pruning.structured import Choice, Site, Structured, row_power
 from llmslim.step import Outlook, StepRecord
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class PruneHeads(Structured):
@@ -127,10 +130,11 @@ class PruneHeads(Structured):
 
     def power(self, block: Block, site: Site) -> Tensor:
         attention = _attention_of(block, site.name)
-        rows = row_power(attention.o) + row_power(attention.q)
+        rows = row_power(attention.o, self.exponent) + row_power(attention.q, self.exponent)
         if site.units.shape[0] == 1:  # whole groups: with their KV head
             run = attention.num_heads // attention.num_kv_heads
-            kv = (row_power(attention.k) + row_power(attention.v)).view(attention.num_kv_heads, -1)
+            kv = row_power(attention.k, self.exponent) + row_power(attention.v, self.exponent)
+            kv = kv.view(attention.num_kv_heads, -1)
             rows = rows + (kv / run).repeat_interleave(run, 0).reshape(-1)
         power = torch.empty_like(rows)
         power[attention.o.rows] = rows

@@ -92,11 +92,11 @@ class PruneMLP(Structured):
     def power(self, block: Block, site: Site) -> Tensor:
         mlp = block.mlp
         if isinstance(mlp, MLP):
-            power = row_power(mlp.down) + row_power(mlp.up)
-            return (power + row_power(mlp.gate) if mlp.gate else power)[None]
+            parts = [part for part in (mlp.down, mlp.up, mlp.gate) if part is not None]
+            return torch.stack([row_power(part, self.exponent) for part in parts]).sum(0)[None]
         model, expert = block.model, site.name.rpartition(".")[0]
-        both = dense_weight(model.get_submodule(f"{expert}.gate_up")).float().square().sum(1)
-        down = dense_weight(model.get_submodule(site.name)).float().square().sum(0)
+        both = dense_weight(model.get_submodule(f"{expert}.gate_up")).float().abs().pow(self.exponent).sum(1)
+        down = dense_weight(model.get_submodule(site.name)).float().abs().pow(self.exponent).sum(0)
         return (down + both.view(2, -1).sum(0))[None]
 
     def opened(self, block: Block) -> AbstractContextManager[None]:

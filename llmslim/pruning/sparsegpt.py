@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from llmslim.calibration.factor import Factor
-from llmslim.pruning.masks import Pattern, n_of_m, parse, per_layer, zeros_last
-
-COLUMNS = (
-    128  # a mask is chosen for so many columns at a time, and their updates are applied at once to the rest
-)
+from llmslim.masks import COLUMNS, Pattern, least_cost, span
 
 
 def sparsegpt(weight: Tensor, factor: Factor, sparsity: float, pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -34,19 +30,14 @@ def sparsegpt(weight: Tensor, factor: Factor, sparsity: float, pattern: Pattern)
     work = weight.T.contiguous()  # one row per column of the weight: contiguous updates
     alive = work != 0
     mask = torch.ones_like(alive)
-    group = None if pattern == "unstructured" else parse(pattern)
-    cost = upper.diagonal().square().reciprocal().unsqueeze(-1)
+    together, cost = span(pattern), upper.diagonal().square().reciprocal()
     errors = torch.empty(COLUMNS, weight.shape[0], dtype=work.dtype, device=work.device)
     for start in range(0, in_features, COLUMNS):
         stop = min(start + COLUMNS, in_features)
-        if group is None:
-            worth = zeros_last(work[start:stop].square() * cost[start:stop], alive[start:stop])
-            mask[start:stop] = per_layer(worth.T, sparsity).T & alive[start:stop]
         for j in range(start, stop):
-            if group is not None and j % group[1] == 0:
-                now = slice(j, j + group[1])
-                worth = zeros_last(work[now].square() * cost[now], alive[now])
-                mask[now] = n_of_m(worth.T, *group).T & alive[now]
+            if j % together == 0:
+                now = slice(j, j + together)
+                mask[now] = least_cost(work[now], cost[now], sparsity, pattern, alive[now]) & alive[now]
             error = torch.mul(work[j], ~mask[j], out=errors[j - start]).div_(upper[j, j])
             work[j] *= mask[j]
             if j + 1 < stop:

@@ -80,10 +80,10 @@ class Moments:
 class Structured(Share):
     """A step that removes units of a block's inner width. Subclasses say which (`sites`) and do it (`narrow`)."""
 
-    criterion: Literal["obs", "output", "magnitude", "taylor", "random"] = Field(
+    criterion: Literal["obs", "output", "magnitude", "magnitude-l1", "taylor", "random"] = Field(
         "obs",
-        description="what matters least: obs, output error after refit; output, before it; magnitude; "
-        "taylor, gradient x weight; random",
+        description="what matters least: obs, output error after refit; output, before it; magnitude, "
+        "L2 norm of the weights; magnitude-l1; taylor, gradient x weight; random",
     )
     refit: bool = Field(True, description="refit the weights that read what stays")
     refit_damping: float = Field(
@@ -107,6 +107,11 @@ class Structured(Share):
         """Whether the uncompressed model is looked at before the first block is changed."""
         return self.allocation == "sensitivity" or self.criterion == "taylor"
 
+    @property
+    def exponent(self) -> int:
+        """Of the norm that magnitudes are taken by: L1, or L2 squared."""
+        return 1 if self.criterion == "magnitude-l1" else 2
+
     def sites(self, block: Block, removes: dict[str, int] | None = None) -> list[Site]:
         """What is pruned in a block, in order of execution.
 
@@ -116,7 +121,7 @@ class Structured(Share):
         raise TypeError(f"{type(self).__name__} does not define sites()")
 
     def power(self, block: Block, site: Site) -> Tensor:
-        """[pools, size], the squared norm of all weights that a unit takes with it."""
+        """[pools, size], the sum of |w|^`exponent` over all weights that a unit takes with it."""
         raise TypeError(f"{type(self).__name__} does not define power()")
 
     def opened(self, block: Block) -> AbstractContextManager[None]:
@@ -131,11 +136,11 @@ class Structured(Share):
         widths = [site.units.numel() for block in anatomy.blocks for site in self.sites(block)]
         hidden = anatomy.model.config.get_text_config().hidden_size
         # the Hessian and its damped copy, inverse and factor; the weight, its copy and the moved one
-        deciding = max((width * (64 * width + 24 * hidden) for width in widths), default=0)
-        if self.criterion != "taylor":
-            return deciding
-        whole = sum(parameter.numel() for parameter in anatomy.model.parameters())
-        return max(deciding, 4 * whole + 8 * hidden * max(widths, default=0))  # in float32, and a gradient
+        return max((width * (64 * width + 24 * hidden) for width in widths), default=0)
+
+    @property
+    def survey_copies(self) -> int:
+        return 1 if self.criterion == "taylor" else 0
 
     def survey(self, look: Survey) -> dict[str, Tensor]:
         """Scores of all units of the uncompressed model: matrix name -> [pools, size].
@@ -192,7 +197,7 @@ class Structured(Share):
             name: lambda weight, gradient, reduce=reduce: reduce(weight, gradient).square()  # type: ignore[misc]
             for name, reduce in reduces.items()
         }
-        sums = accumulate(look.loaded(), look.tokens, squared, look.seed)
+        sums = accumulate(look.loaded(), look.tokens, squared, look.seed, look.progressed, look.mask_token)
         return {
             site: sums[name] if expert is None else sums[name][expert][None]
             for site, (name, expert) in places.items()
@@ -256,7 +261,7 @@ class Structured(Share):
         if self.criterion == "random":  # of the matrix's name: the same in every run
             generator = torch.Generator().manual_seed(zlib.crc32(site.name.encode()))
             return torch.rand(site.units.shape[:2], generator=generator)
-        if self.criterion == "magnitude" or moments is None:
+        if self.criterion in ("magnitude", "magnitude-l1") or moments is None:
             return self.power(block, site)
         if self.criterion == "output":
             return importance.output_increase(weight, moments.hessian, site.units)
@@ -308,7 +313,7 @@ class Structured(Share):
         return Choice(keep, columns)
 
 
-def row_power(projection: Projection) -> Tensor:
-    """Squared norm of the weights of each row (for o and down: column) of a projection, in its order."""
+def row_power(projection: Projection, exponent: int) -> Tensor:
+    """sum |w|^exponent over each row (for o and down: column) of a projection, in its order."""
     weight = dense_weight(projection.module).detach().float()
-    return weight.square().sum(1 if projection.side == "out" else 0)[projection.rows]
+    return weight.abs().pow(exponent).sum(1 if projection.side == "out" else 0)[projection.rows]

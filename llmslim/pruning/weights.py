@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import zlib
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from llmslim.anatomy import Anatomy, Block
+from llmslim.anatomy import Anatomy
 from llmslim.calibration.factor import factor_of
 from llmslim.calibration.statistics import InputStats, output_error
-from llmslim.calibration.stream import BlockStream
 from llmslim.edit import Edit
 from llmslim.errors import UserError
-from llmslim.pruning.allocation import Magnitudes, outlier_ratio, outlier_weighed
+from llmslim.masks import COLUMNS, Pattern, Scope, check_pattern, choose, nonzeros, zeros_last
+from llmslim.pruning.allocation import Histogram
 from llmslim.pruning.amount import Amount
-from llmslim.pruning.masks import Pattern, Scope, choose, nonzeros, parse, zeros_last
-from llmslim.pruning.sparsegpt import COLUMNS, sparsegpt
+from llmslim.pruning.layer_sparsity import by_error, by_outliers, wanda_score
+from llmslim.pruning.sparsegpt import sparsegpt
 from llmslim.sparse import SparseLinear, SparsifyLinear
 from llmslim.step import LinearStep, Outlook, StepRecord, Survey, dense_weight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class WeightPruner(Amount, LinearStep):
@@ -36,14 +39,16 @@ class WeightPruner(Amount, LinearStep):
     pattern: Pattern = Field(
         "unstructured", description="2:4 and 4:8: of each 4 (8) consecutive inputs 2 (4) stay"
     )
-    layer_sparsity: Literal["uniform", "owl"] = Field(
-        "uniform", description="owl: blocks with more outliers lose less (arXiv:2310.05175)"
+    layer_sparsity: Literal["uniform", "owl", "error"] = Field(
+        "uniform",
+        description="owl: blocks with more outliers lose less (arXiv:2310.05175); "
+        "error: each Linear loses what makes the sum of relative output errors least",
     )
     owl_outlier: float = Field(
         5.0, gt=0, description="owl: a weight is an outlier above so many times the mean score of its block"
     )
-    owl_range: float = Field(
-        0.08, gt=0, le=0.5, description="owl: how far a block's sparsity may be from the mean"
+    sparsity_range: float = Field(
+        0.08, gt=0, le=0.5, description="owl, error: how far a sparsity may be from the mean"
     )
 
     @model_validator(mode="after")
@@ -51,7 +56,7 @@ class WeightPruner(Amount, LinearStep):
         if self.pattern != "unstructured":
             if self.sparsity != 0.5:
                 raise ValueError(f"pattern {self.pattern} keeps half of the weights: leave sparsity at 0.5")
-            if self.needs_survey:
+            if self.uneven:
                 raise ValueError(
                     f"pattern {self.pattern} takes the same from every weight; use pattern unstructured"
                 )
@@ -60,15 +65,16 @@ class WeightPruner(Amount, LinearStep):
                 raise ValueError(
                     f"pattern {self.pattern} takes half at once: {what} needs pattern unstructured"
                 )
-        for name in ("owl_outlier", "owl_range"):  # a recipe out of a report names every field
-            given = getattr(self, name) != type(self).model_fields[name].default
-            if given and self.layer_sparsity != "owl":
-                raise ValueError(f"{name} is an option of layer_sparsity owl only")
+        fields = type(self).model_fields  # by value, since a recipe that a report tells has all fields
+        if self.owl_outlier != fields["owl_outlier"].default and self.layer_sparsity != "owl":
+            raise ValueError("owl_outlier is an option of layer_sparsity owl only")
+        if self.sparsity_range != fields["sparsity_range"].default and self.layer_sparsity == "uniform":
+            raise ValueError("sparsity_range is an option of layer_sparsity owl and error only")
         return self
 
     @property
     def uneven(self) -> str:
-        return "layer_sparsity owl" if self.layer_sparsity == "owl" else ""
+        return "" if self.layer_sparsity == "uniform" else f"layer_sparsity {self.layer_sparsity}"
 
     def amounts(self, anatomy: Anatomy) -> list[float]:
         """In thousandths."""
@@ -85,12 +91,12 @@ class WeightPruner(Amount, LinearStep):
 
     @property
     def needs_calibration(self) -> bool:
-        return self.layer_sparsity == "owl"
+        return self.layer_sparsity != "uniform"
 
     @property
     def needs_survey(self) -> bool:
         """Whether sparsities are settled in a look at the whole model before the first block is pruned."""
-        return self.layer_sparsity == "owl"
+        return bool(self.uneven)
 
     def check(self, anatomy: Anatomy) -> None:
         chosen = {name: shape for block in anatomy.blocks for name, shape in self.targets(block).items()}
@@ -106,11 +112,7 @@ class WeightPruner(Amount, LinearStep):
                 f"Nothing to prune: include={list(self.include)} and exclude={list(self.exclude)} leave no Linear."
             )
         for name, (rows, width) in chosen.items():
-            if self.pattern != "unstructured" and width % parse(self.pattern)[1]:
-                raise UserError(
-                    f"pattern {self.pattern} does not fit the {width} inputs of {name}, which are not divisible "
-                    f"by {parse(self.pattern)[1]}; --exclude it or use pattern unstructured."
-                )
+            check_pattern(name, width, self.pattern)
             if not self._nonzeros(rows, width):
                 raise UserError(
                     f"sparsity {self.sparsity:g} leaves nothing of {name}, which is {rows} x {width}; use less."
@@ -129,7 +131,12 @@ class WeightPruner(Amount, LinearStep):
 
     def workspace_bytes(self, anatomy: Anatomy) -> int:
         shapes = [shape for block in anatomy.blocks for shape in self.targets(block).values()]
-        return max((self._workspace(*shape) for shape in shapes), default=0)
+        deciding = max((self._workspace(*shape) for shape in shapes), default=0)
+        if self.layer_sparsity != "error":
+            return deciding
+        # the statistics of two inputs for a moment; the weight, what is left of it, its scores and their order
+        measuring = max((4 * width * (2 * width + 8 * rows) for rows, width in shapes), default=0)
+        return max(deciding, measuring)
 
     def _workspace(self, rows: int, width: int) -> int:
         """Bytes that deciding on one weight [rows, width] takes: scores and their int64 order above all."""
@@ -137,26 +144,17 @@ class WeightPruner(Amount, LinearStep):
 
     def survey(self, look: Survey) -> dict[str, Tensor]:
         """The sparsity of each weight by name, float64 [], decided from the whole uncompressed model."""
-        ratios, sizes, names = [], [], []
-        for block, stream in look.blocks():
-            self.prepare_block(block, stream, StepRecord())
-            targets = self.targets(block)
-            scores = wanda_scores(block, stream, list(targets))
-            ratios.append(outlier_ratio(scores, self.owl_outlier) if scores else 0.0)
-            sizes.append(sum(rows * width for rows, width in targets.values()))
-            names.append(list(targets))
-        used = [index for index, size in enumerate(sizes) if size]
-        shares = outlier_weighed(
-            [ratios[index] for index in used],
-            [sizes[index] for index in used],
-            self.sparsity,
-            self.owl_range,
-        )
         return {
-            name: torch.tensor(share, dtype=torch.float64)
-            for index, share in zip(used, shares, strict=True)
-            for name in names[index]
+            name: torch.tensor(share, dtype=torch.float64) for name, share in self.sparsities(look).items()
         }
+
+    def sparsities(self, look: Survey) -> dict[str, float]:
+        """How much each weight loses, by name, where that differs."""
+        return by_error(self, look) if self.layer_sparsity == "error" else by_outliers(self, look)
+
+    def share(self, name: str, record: StepRecord) -> float:
+        """How much the weight of that name loses."""
+        return float(record.survey[name]) if self.uneven else self.sparsity
 
     def compress_linear(
         self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord
@@ -166,7 +164,7 @@ class WeightPruner(Amount, LinearStep):
             raise UserError(
                 f"{name} has NaN or infinite weights, which cannot be ranked; --exclude it or mend the model."
             )
-        sparsity = float(record.survey[name]) if self.needs_survey else self.sparsity
+        sparsity = self.share(name, record)
         pruned, mask = self.prune(name, full, sparsity, stats, record)
         if not bool(mask.any()):  # of a global threshold
             mask.view(-1)[full.abs().argmax()] = True
@@ -196,49 +194,60 @@ class WeightPruner(Amount, LinearStep):
         raise TypeError(f"{type(self).__name__} does not define score()")
 
 
-class Magnitude(WeightPruner):
-    """Magnitude pruning: the smallest weights go (Han et al. 2015, arXiv:1506.02626); needs no calibration.
+class ThresholdPruner(WeightPruner):
+    """A step whose scores can be compared over the whole model.
 
-    `threshold` says among which weights: of each row, of each matrix, or of all matrices of the model, whose
-    sparsities then differ and are `sparsity` on the whole.
+    `threshold` says among which weights the lowest are sought: of each row, of each matrix, or of all matrices of the
+    model, whose sparsities then differ and are `sparsity` on the whole.
     """
 
-    kind: ClassVar[str] = "magnitude"
-
-    threshold: Literal["row", "layer", "global"] = Field(
-        "layer", description="where the smallest weights are sought: in each row, each matrix, or all of them"
+    threshold: Literal["row", "layer", "global"] | None = Field(
+        None,
+        description="where the lowest scores are sought: in each row, each matrix, or all of them "
+        "(default: layer; taylor, snip and grasp: global, where pattern and layer_sparsity allow it)",
     )
 
+    @property
+    def among(self) -> Literal["row", "layer", "global"]:
+        """`threshold`, or what the step takes by default."""
+        return self.threshold or "layer"
+
     @model_validator(mode="after")
-    def _one_allocation(self) -> Magnitude:
-        if self.threshold == "global" and self.layer_sparsity == "owl":
+    def _one_allocation(self) -> ThresholdPruner:
+        if self.threshold == "global" and self.layer_sparsity != "uniform":
             raise ValueError(
-                "threshold global and layer_sparsity owl both say how much a weight loses; use one"
+                f"threshold global and layer_sparsity {self.layer_sparsity} both say how much a weight loses; use one"
             )
         return self
 
     @property
-    def uneven(self) -> str:
-        return "threshold global" if self.threshold == "global" else super().uneven
-
-    @property
     def scope(self) -> Scope:
-        return "row" if self.threshold == "row" else "layer"
+        return "row" if self.among == "row" else "layer"
 
     @property
-    def needs_survey(self) -> bool:
-        return self.threshold == "global" or super().needs_survey
+    def uneven(self) -> str:
+        return "threshold global" if self.among == "global" else super().uneven
 
-    def survey(self, look: Survey) -> dict[str, Tensor]:
+
+class Magnitude(ThresholdPruner):
+    """Magnitude pruning: the smallest weights go (Han et al. 2015, arXiv:1506.02626); needs no calibration.
+
+    Single weights rank by |w|, which is their L1 norm as it is their L2 norm. `threshold` says among which weights:
+    of each row, of each matrix, or of all matrices of the model, whose sparsities then differ and are `sparsity` on
+    the whole.
+    """
+
+    kind: ClassVar[str] = "magnitude"
+
+    def sparsities(self, look: Survey) -> dict[str, float]:
         if self.threshold != "global":
-            return super().survey(look)
-        magnitudes = Magnitudes()
+            return super().sparsities(look)
+        magnitudes = Histogram()
         for block, stream in look.blocks():
             self.prepare_block(block, stream, StepRecord())
             for name in self.targets(block):
-                magnitudes.add(name, dense_weight(stream.model.get_submodule(name)))
-        shares = magnitudes.sparsities(self.sparsity)
-        return {name: torch.tensor(share, dtype=torch.float64) for name, share in shares.items()}
+                magnitudes.add(name, dense_weight(stream.model.get_submodule(name)).abs())
+        return magnitudes.sparsities(self.sparsity)
 
     def score(self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord) -> Tensor:
         return weight.abs()
@@ -313,21 +322,3 @@ class Random(WeightPruner):
     def score(self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord) -> Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.draw} {name}".encode()))
         return torch.rand(weight.shape, generator=generator).to(weight.device)
-
-
-def wanda_score(weight: Tensor, power: Tensor) -> Tensor:
-    """|W_ij| ||X_j||_2 [out, in], from the inputs' sums of squares [in]."""
-    return weight.abs() * power.sqrt()
-
-
-def wanda_scores(block: Block, stream: BlockStream, names: list[str]) -> dict[str, Tensor]:
-    """Wanda's score of each named Linear of a block that tokens reach; passes the lane through the block."""
-    scores = {}
-
-    def visit(name: str, inputs: list[Tensor]) -> None:
-        power = sum(chunk.reshape(-1, chunk.shape[-1]).float().square().sum(0) for chunk in inputs)
-        weight = dense_weight(stream.model.get_submodule(name)).float()
-        scores[name] = wanda_score(weight, torch.as_tensor(power))
-
-    stream.walk(block, stream.lanes["calibration"], names, visit)
-    return scores

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
+from llmslim.anatomy import Anatomy
 from llmslim.calibration.factor import Factor, factor_of
 from llmslim.calibration.statistics import InputStats
+from llmslim.edit import Edit
+from llmslim.masks import Pattern, check_pattern, choose, least_cost, span
 from llmslim.quantization.grid import (
     QuantizedWeight,
     Scheme,
@@ -18,6 +21,7 @@ from llmslim.quantization.grid import (
     round_to_nearest,
     search_grid,
 )
+from llmslim.quantization.packed import PackedLinear
 from llmslim.quantization.quantizer import Quantizer
 from llmslim.step import StepRecord
 
@@ -31,6 +35,8 @@ def gptq(
     zero: Tensor,
     scheme: Scheme,
     pruned: Tensor | None = None,
+    sparsity: float = 0.0,
+    pattern: Pattern = "unstructured",
 ) -> QuantizedWeight:
     """Quantize `weight` onto a fixed grid with error feedback (Frantar et al. 2023, arXiv:2210.17323).
 
@@ -39,10 +45,16 @@ def gptq(
     column keeps the scale of its group as it stands in memory ("static groups"), so any order costs nothing at
     run time.
 
+    With a sparsity or a pattern the same pass prunes (Frantar & Alistarh 2023, arXiv:2301.00774, section 3.5): of
+    every 128 columns, as the columns before have left them, the weights of least w_j^2 / U[j, j]^2 become zero (of
+    every M columns, for an N:M pattern), and the errors of pruning and rounding are spread alike.
+
     Args:
         weight: float32 [out, in].
+        factor: for an N:M pattern with columns in natural order.
         scale, zero: the grid, float32 of `Scheme.scale_shape`.
-        pruned: bool [out, in], weights that get the code of exactly zero whatever errors reach them.
+        pruned: bool [out, in], weights that get the code of exactly zero whatever errors reach them; those chosen
+            here are added to it.
     """
     assert factor.inverse is not None
     out_features, in_features = weight.shape
@@ -54,10 +66,17 @@ def gptq(
     inverse_scales = scales.reciprocal()
     codes = torch.empty_like(work)
     pinned = None if pruned is None else pruned.T[order]
+    together = span(pattern) if sparsity or pattern != "unstructured" else 0
+    cost = upper.diagonal().square().reciprocal()
     errors = torch.empty(_COLUMNS, out_features, dtype=work.dtype, device=work.device)
     for start in range(0, in_features, _COLUMNS):
         stop = min(start + _COLUMNS, in_features)
         for j in range(start, stop):
+            if together and j % together == 0:
+                now = slice(j, j + together)
+                assert pinned is not None
+                open_ = work[now].masked_fill(pinned[now], 0)  # what is zero already counts, and goes first
+                pinned[now] |= ~least_cost(open_, cost[now], sparsity, pattern)
             column, error = work[j], errors[j - start]
             code = torch.mul(column, inverse_scales[j], out=codes[j])
             code.add_(zeros[j]).round_().clamp_(0, scheme.max_code)
@@ -68,6 +87,8 @@ def gptq(
                 work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
         if stop < in_features:
             work[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+    if together and pruned is not None and pinned is not None:
+        pruned[:, order] = pinned.T
     original = torch.empty_like(codes)
     original[order] = codes
     return assemble(original.T.contiguous(), scale, zero, scheme)
@@ -171,7 +192,9 @@ class GPTQ(Quantizer):
     from half of the calibration text, and shrunk by 1 - in / n for n tokens of it: few tokens tell little, and no
     more of them than inputs tell nothing.
 
-    Weights that are exactly zero were pruned, here or elsewhere: they stay exactly zero.
+    Weights that are exactly zero were pruned, here or elsewhere: they stay exactly zero. With `sparsity` or `pattern`
+    weights are pruned in the same pass (SparseGPT, Frantar & Alistarh 2023, arXiv:2301.00774, section 3.5), which
+    leaves the packed weight as large and as fast as it is without.
     """
 
     kind: ClassVar[str] = "gptq"
@@ -179,7 +202,11 @@ class GPTQ(Quantizer):
     damp_percent: float = Field(
         0.01, gt=0, le=1, description="damping as a share of the Hessian's mean diagonal"
     )
-    act_order: bool = Field(True, description="quantize the most excited columns first; free at run time")
+    act_order: bool | None = Field(
+        None,
+        description="quantize the most excited columns first, free at run time; "
+        "on, but in a pass that prunes, which it harms",
+    )
     refine: int = Field(
         1, ge=0, le=8, description="rounds of coordinate descent and refitted scales after GPTQ"
     )
@@ -190,6 +217,24 @@ class GPTQ(Quantizer):
         description="how far to make good what quantized inputs differ from the original; 0 saves time",
     )
 
+    sparsity: float = Field(0.0, ge=0, lt=1, description="share of the weights to zero in the same pass")
+    pattern: Pattern = Field(
+        "unstructured", description="2:4 and 4:8: of each 4 (8) consecutive inputs 2 (4) stay"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GPTQ:
+        if self.pattern != "unstructured" and self.sparsity not in (0, 0.5):
+            raise ValueError(f"pattern {self.pattern} keeps half of the weights: leave sparsity out")
+        if self.pattern != "unstructured" and self.act_order:
+            raise ValueError(f"pattern {self.pattern} takes columns in natural order: leave act_order out")
+        return self
+
+    @property
+    def prunes(self) -> bool:
+        """Whether weights become zero in the same pass."""
+        return self.sparsity > 0 or self.pattern != "unstructured"
+
     @property
     def needs_calibration(self) -> bool:
         return True
@@ -198,13 +243,31 @@ class GPTQ(Quantizer):
     def needs_reference(self) -> bool:
         return self.input_correction > 0
 
+    def check(self, anatomy: Anatomy) -> None:
+        super().check(anatomy)
+        for block in anatomy.blocks:
+            for name, (_, width) in self.targets(block).items():
+                check_pattern(name, width, self.pattern)
+
+    def compress_linear(
+        self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord
+    ) -> tuple[Edit, nn.Module]:
+        edit, packed = super().compress_linear(name, weight, stats, record)
+        if self.prunes:
+            assert isinstance(packed, PackedLinear)
+            record.linears[-1]["sparsity"] = float((packed.dequantize() == 0).float().mean())
+        return edit, packed
+
     def quantize(
         self, name: str, weight: Tensor, scheme: Scheme, stats: InputStats | None, record: StepRecord
     ) -> QuantizedWeight:
-        solved = factor_of(stats, self.damp_percent, self.act_order) if stats is not None else None
+        act_order = not self.prunes if self.act_order is None else self.act_order
+        solved = factor_of(stats, self.damp_percent, act_order) if stats is not None else None
         if stats is None or solved is None or solved.inverse is None:
             if solved is not None:
                 record.note(name, "the Hessian cannot be factorized with any damping: rounded to nearest")
+            if self.prunes:
+                weight = weight * choose(weight.abs(), self.sparsity, self.pattern, "layer")
             return round_to_nearest(weight, scheme)
         if solved.damp_percent != self.damp_percent:
             record.note(name, f"damping raised from {self.damp_percent:g} to {solved.damp_percent:g}")
@@ -214,9 +277,13 @@ class GPTQ(Quantizer):
             else weight.addmm(weight, solved.shift, alpha=self.input_correction)
         )
         zeros = weight == 0
-        pruned = zeros if bool(zeros.any()) else None
-        grid = search_grid(target.masked_fill(zeros, 0), scheme, solved.importance)
-        quantized = gptq(target, solved, *grid, scheme, pruned)
+        pruned = zeros if self.prunes or bool(zeros.any()) else None
+        fitted = target.masked_fill(zeros, 0)
+        if self.prunes:  # scales are for what stays, as far as that is known beforehand
+            score = fitted.square() * solved.importance
+            fitted = fitted * choose(score, self.sparsity, self.pattern, "layer")
+        grid = search_grid(fitted, scheme, solved.importance)
+        quantized = gptq(target, solved, *grid, scheme, pruned, self.sparsity, self.pattern)
         for _ in range(self.refine):
             quantized = descend(target, quantized, stats.hessian, pruned)
             quantized = refit_scales(target, quantized, stats.hessian)

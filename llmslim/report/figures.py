@@ -54,17 +54,23 @@ def chosen(report: dict[str, Any]) -> list[str]:
 
 def zeros(report: dict[str, Any]) -> list[str]:
     """What pruned single weights gain and what they do not; empty when there are none."""
-    rows = list(
-        {row["name"]: row for row in report["linears"] if "sparsity" in row}.values()
-    )  # of the last round
-    if not rows:
-        return []
-    sizes = [row["shape"][0] * row["shape"][1] for row in rows]
-    share = sum(size * row["sparsity"] for size, row in zip(sizes, rows, strict=True)) / sum(sizes)
-    return [
-        f"{share:.0%} of the weights of {len(rows)} Linears are zero: the file is smaller for it; memory and speed are "
-        "a dense model's, since no kernel here skips zeros"
-    ]
+    last = {row["name"]: row for row in report["linears"] if "sparsity" in row}  # of the last round
+    rows = list(last.values())
+    gains = (
+        (False, "Linears are zero: the file is smaller for it; memory and speed are a dense model's, since no kernel "
+         "here skips zeros"),
+        (True, "quantized Linears are zero: file, memory and speed are as without them, since a zero takes as many "
+         "bits as any weight and no kernel here skips it"),
+    )  # fmt: skip
+    said = []
+    for packed, gain in gains:
+        chosen = [
+            (row["shape"][0] * row["shape"][1], row["sparsity"]) for row in rows if ("bits" in row) == packed
+        ]
+        if chosen:
+            share = sum(size * sparsity for size, sparsity in chosen) / sum(size for size, _ in chosen)
+            said.append(f"{share:.0%} of the weights of {len(chosen)} {gain}")
+    return said
 
 
 def verdict(report: dict[str, Any]) -> str:

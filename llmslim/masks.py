@@ -7,8 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llmslim.errors import UserError
+
 Scope = Literal["row", "layer"]
 Pattern = Literal["unstructured", "2:4", "4:8"]
+
+COLUMNS = 128  # where errors are fed back, an unstructured mask is chosen for so many columns at a time
 
 
 def kept_count(total: int, sparsity: float) -> int:
@@ -66,6 +70,38 @@ def n_of_m(score: Tensor, kept: int, group: int) -> Tensor:
     if score.shape[1] % group:
         raise ValueError(f"{score.shape[1]} inputs are not divisible by {group}")
     return _highest(score.reshape(-1, group), kept).reshape(score.shape)
+
+
+def span(pattern: Pattern) -> int:
+    """For how many columns at a time error feedback chooses a mask."""
+    return COLUMNS if pattern == "unstructured" else parse(pattern)[1]
+
+
+def least_cost(
+    columns: Tensor, cost: Tensor, sparsity: float, pattern: Pattern, alive: Tensor | None = None
+) -> Tensor:
+    """SparseGPT's choice among `span(pattern)` columns: those of least w_j^2 / U[j, j]^2 go (arXiv:2301.00774).
+
+    Args:
+        columns: float [columns, out], as the columns before have left them.
+        cost: 1 / U[j, j]^2 [columns].
+        alive: bool [columns, out]; what is not goes first.
+
+    Returns:
+        bool [columns, out], what stays.
+    """
+    score = columns.square() * cost[:, None]
+    score = score if alive is None else zeros_last(score, alive)
+    return choose(score.T, sparsity, pattern, "layer").T
+
+
+def check_pattern(name: str, width: int, pattern: Pattern) -> None:
+    """Refuse a weight whose inputs an N:M pattern does not divide."""
+    if pattern != "unstructured" and width % parse(pattern)[1]:
+        raise UserError(
+            f"pattern {pattern} does not fit the {width} inputs of {name}, which are not divisible "
+            f"by {parse(pattern)[1]}; --exclude it or use pattern unstructured."
+        )
 
 
 def _highest(score: Tensor, count: int) -> Tensor:
