@@ -21,7 +21,7 @@ from llmslim.quantization.grid import (
 from llmslim.quantization.quantizer import Quantizer
 from llmslim.step import StepRecord
 
-_COLUMNS = 128  # columns whose updates are applied at once to the rest
+_COLUMNS = 16  # columns decided one by one; updates of more at once are matrix products
 
 
 def gptq(
@@ -51,23 +51,12 @@ def gptq(
     groups = order // scheme.group_width(in_features)
     scales = scale.expand(out_features, -1).T.contiguous()[groups]
     zeros = zero.expand(out_features, -1).T.contiguous()[groups]
-    inverse_scales = scales.reciprocal()
-    codes = torch.empty_like(work)
-    pinned = None if pruned is None else pruned.T[order]
-    errors = torch.empty(_COLUMNS, out_features, dtype=work.dtype, device=work.device)
-    for start in range(0, in_features, _COLUMNS):
-        stop = min(start + _COLUMNS, in_features)
-        for j in range(start, stop):
-            column, error = work[j], errors[j - start]
-            code = torch.mul(column, inverse_scales[j], out=codes[j])
-            code.add_(zeros[j]).round_().clamp_(0, scheme.max_code)
-            if pinned is not None:
-                code.copy_(torch.where(pinned[j], zeros[j], code))
-            torch.sub(code, zeros[j], out=error).mul_(scales[j]).sub_(column).div_(-upper[j, j])
-            if j + 1 < stop:
-                work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
-        if stop < in_features:
-            work[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+    lowest, highest = -zeros, scheme.max_code - zeros
+    if pruned is not None:
+        for bound in (lowest, highest):
+            bound.masked_fill_(pruned.T[order], 0)
+    coupling = upper / upper.diagonal().unsqueeze(-1)
+    codes = _sweep(work, coupling, scales, lowest, highest, spread_error=True).add_(zeros)
     original = torch.empty_like(codes)
     original[order] = codes
     return assemble(original.T.contiguous(), scale, zero, scheme)
@@ -87,33 +76,62 @@ def descend(
         hessian: float32 [in, in].
         pruned: bool [out, in], weights whose codes stay.
     """
-    scheme, in_features = quantized.scheme, weight.shape[1]
-    grid = _Grid(quantized, weight.shape)
+    scheme = quantized.scheme
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    power = hessian.diagonal().clamp_min(1e-30)
-    codes = quantized.codes.T.float()  # one row per column of the weight, as in `gptq`
-    gradient = hessian @ (quantized.dequantize() - weight).T
-    for start in range(0, in_features, _COLUMNS):
-        columns = order[start : start + _COLUMNS]
-        local, inside = gradient[columns], hessian[columns][:, columns]
-        moves = torch.zeros_like(local)
-        steps = grid.scales[grid.groups[columns]]
-        targets = local.mul(-1 / power[columns, None])
-        highest = (scheme.max_code - codes[columns]).contiguous()
-        lowest = (-codes[columns]).contiguous()
-        for k in range(len(columns)):
-            move = torch.div(targets[k], steps[k], out=moves[k]).round_()
-            move.clamp_(lowest[k], highest[k])
-            if pruned is not None:
-                move.masked_fill_(pruned[:, columns[k]], 0)
-            codes[columns[k]] += move
-            move.mul_(steps[k])
-            if k + 1 < len(columns):
-                targets[k + 1 :].addr_(inside[k, k + 1 :] / power[columns[k + 1 :]], move, alpha=-1)
-        gradient.addmm_(hessian[:, columns], moves)
-    return QuantizedWeight(
-        scheme, codes.T.to(torch.uint8).contiguous(), quantized.scale, quantized.zero_point
-    )
+    coupling = hessian[order][:, order]
+    coupling /= coupling.diagonal().clamp_min(1e-30)
+    codes = quantized.codes.T[order].float()  # one row per column of the weight, as in `gptq`
+    # what would take each column to its best value, all others as they are: -G_j / H_jj
+    wanted = coupling.T @ (weight - quantized.dequantize()).T[order]
+    lowest, highest = -codes, scheme.max_code - codes
+    if pruned is not None:
+        for bound in (lowest, highest):
+            bound.masked_fill_(pruned.T[order], 0)
+    groups = order // scheme.group_width(len(order))
+    scales = quantized.scale.expand(len(weight), -1).T.contiguous()[groups]
+    codes += _sweep(wanted, coupling, scales, lowest, highest, spread_error=False)
+    original = torch.empty(codes.shape, dtype=torch.uint8, device=codes.device)
+    original[order] = codes.to(torch.uint8)
+    return QuantizedWeight(scheme, original.T.contiguous(), quantized.scale, quantized.zero_point)
+
+
+def _sweep(
+    work: Tensor, coupling: Tensor, scales: Tensor, lowest: Tensor, highest: Tensor, spread_error: bool
+) -> Tensor:
+    """Round row j of `work` to a whole multiple of its scales, and take x_j coupling[j, k] off each later row k.
+
+    x_j is the error work_j - rounded_j, or the rounded row itself. The rows are halved again and again, so that
+    nearly all of that is matrix products.
+
+    Args:
+        work: float32 [in, out]; holds all x_j afterwards.
+        coupling: float32 [in, in], of which only what is above the diagonal is read.
+        scales, lowest, highest: float32 [in, out]; the least and the greatest multiple allowed.
+
+    Returns:
+        The multiples, float32 [in, out].
+    """
+    multiples = torch.empty_like(work)
+
+    def sweep(start: int, stop: int) -> None:
+        if stop - start > _COLUMNS:
+            middle = (start + stop) // 2
+            sweep(start, middle)
+            work[middle:stop].addmm_(coupling[start:middle, middle:stop].T, work[start:middle], alpha=-1)
+            sweep(middle, stop)
+            return
+        for j in range(start, stop):
+            row, scale = work[j], scales[j]
+            multiple = torch.div(row, scale, out=multiples[j]).round_().clamp_(lowest[j], highest[j])
+            if spread_error:
+                row.addcmul_(multiple, scale, value=-1)
+            else:
+                torch.mul(multiple, scale, out=row)
+            if j + 1 < stop:
+                work[j + 1 : stop].addr_(coupling[j, j + 1 : stop], row, alpha=-1)
+
+    sweep(0, len(work))
+    return multiples
 
 
 def refit_scales(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
@@ -134,27 +152,16 @@ def refit_scales(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) ->
     centred = quantized.codes.float().reshape(rows, groups, width) - zero
     right = ((weight @ hessian).reshape(rows, groups, width) * centred).sum(-1)
     system = torch.empty(rows, groups, groups, device=weight.device)
-    for group in range(groups):
-        reach = (centred[:, group] @ hessian[group * width : (group + 1) * width]).reshape(
-            rows, groups, width
-        )
-        system[:, group] = reach.mul_(centred).sum(-1)
+    for group in range(groups):  # the system is symmetric: its upper half suffices
+        rows_of_group = hessian[group * width : (group + 1) * width, group * width :]
+        reach = (centred[:, group] @ rows_of_group).reshape(rows, groups - group, width)
+        system[:, group, group:] = system[:, group:, group] = reach.mul_(centred[:, group:]).sum(-1)
     diagonal = system.diagonal(dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + 1e-30
     fitted, failed = torch.linalg.solve_ex(system, right)
     usable = fitted.isfinite().all(-1, keepdim=True) & (failed == 0).unsqueeze(-1)
     scale = torch.where(usable, fitted, quantized.scale)
     return QuantizedWeight(scheme, quantized.codes, round_scale(scale, scheme), quantized.zero_point)
-
-
-class _Grid:
-    """Scales per group with one row per group, and each column's group: what column loops look up."""
-
-    def __init__(self, quantized: QuantizedWeight, shape: torch.Size) -> None:
-        out_features, in_features = shape
-        width = quantized.scheme.group_width(in_features)
-        self.scales = quantized.scale.expand(out_features, -1).T.contiguous()
-        self.groups = torch.arange(in_features, device=quantized.scale.device) // width
 
 
 class GPTQ(Quantizer):
