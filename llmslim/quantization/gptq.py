@@ -22,6 +22,7 @@ from llmslim.quantization.quantizer import Quantizer
 from llmslim.step import StepRecord
 
 _COLUMNS = 16  # columns decided one by one; updates of more at once are matrix products
+_GRID_STEPS = 8  # shrunken ranges tried; scales are fitted to the codes afterwards, and more bring nothing
 
 
 def gptq(
@@ -222,7 +223,7 @@ class GPTQ(Quantizer):
         )
         zeros = weight == 0
         pruned = zeros if bool(zeros.any()) else None
-        grid = search_grid(target.masked_fill(zeros, 0), scheme, solved.importance)
+        grid = search_grid(target.masked_fill(zeros, 0), scheme, solved.importance, _GRID_STEPS)
         quantized = gptq(target, solved, *grid, scheme, pruned)
         for _ in range(self.refine):
             quantized = descend(target, quantized, stats.hessian, pruned)
