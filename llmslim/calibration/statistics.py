@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_TILE = 192  # rows of a product computed at a time
+_TILE = 192
 
 
 class InputStats:
@@ -41,16 +41,24 @@ class InputStats:
 
     def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
         """Add input rows [..., in], and optionally the same rows in the uncompressed model."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        if rows.dtype != torch.bfloat16:  # products of bfloat16 are exact, and half the time
-            rows = rows.float()
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
         self.tokens += rows.shape[0]
-        _add_product(self.hessian, rows, rows, upper=True)
+        self._add_upper_triangle(rows)
         if reference is not None:
             if self.cross is None:
                 self.cross = torch.zeros_like(self.hessian)
             self.paired += rows.shape[0]
-            _add_product(self.cross, rows, reference.reshape(rows.shape).to(rows.dtype) - rows)
+            self.cross.addmm_(rows.T, reference.reshape(rows.shape).float() - rows)
+
+    def _add_upper_triangle(self, rows: Tensor) -> None:
+        """Half of a symmetric product suffices; tiles keep the matrix product fast.
+
+        In float32: bfloat16 products, rounded once per chunk, took the demo model at 4 bits from 38.8 to 49.4.
+        """
+        width = rows.shape[1]
+        for start in range(0, width, _TILE):
+            stop = min(start + _TILE, width)
+            self.hessian[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
 
     def finish(self) -> InputStats:
         """Mirror the upper triangle into the lower one, and scale `cross`; call once, after the last `add`."""
@@ -59,21 +67,6 @@ class InputStats:
         upper = self.hessian.triu_()
         upper.add_(upper.triu(1).T)
         return self
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, upper: bool = False) -> None:
-    """total += left^T right, or of a symmetric product only the tiles that reach its upper triangle.
-
-    Of bfloat16 rows each chunk's sum is rounded once, to 8 bits, and chunks are added in float32: far below what
-    the choice of text does to the sums.
-    """
-    for start in range(0, len(total), _TILE):
-        first, stop = start if upper else 0, start + _TILE
-        tile, a, b = total[start:stop, first:], left[:, start:stop].T, right[:, first:]
-        if a.dtype == total.dtype:
-            tile.addmm_(a, b)
-        else:
-            tile.add_(a @ b)
 
 
 def output_error(weight: Tensor, result: Tensor, hessian: Tensor) -> float:
