@@ -57,7 +57,7 @@ def gptq(
         for bound in (lowest, highest):
             bound.masked_fill_(pruned.T[order], 0)
     coupling = upper / upper.diagonal().unsqueeze(-1)
-    codes = _sweep(work, coupling, scales, lowest, highest, spread_error=True).add_(zeros)
+    codes = _sweep(work, coupling, scales, lowest, highest, torch.empty_like(work), True).add_(zeros)
     original = torch.empty_like(codes)
     original[order] = codes
     return assemble(original.T.contiguous(), scale, zero, scheme)
@@ -90,14 +90,20 @@ def descend(
             bound.masked_fill_(pruned.T[order], 0)
     groups = order // scheme.group_width(len(order))
     scales = quantized.scale.expand(len(weight), -1).T.contiguous()[groups]
-    codes += _sweep(wanted, coupling, scales, lowest, highest, spread_error=False)
+    codes += _sweep(wanted, coupling, scales, lowest, highest, torch.empty_like(wanted), False)
     original = torch.empty(codes.shape, dtype=torch.uint8, device=codes.device)
     original[order] = codes.to(torch.uint8)
     return QuantizedWeight(scheme, original.T.contiguous(), quantized.scale, quantized.zero_point)
 
 
 def _sweep(
-    work: Tensor, coupling: Tensor, scales: Tensor, lowest: Tensor, highest: Tensor, spread_error: bool
+    work: Tensor,
+    coupling: Tensor,
+    scales: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    multiples: Tensor,
+    spread_error: bool,
 ) -> Tensor:
     """Round row j of `work` to a whole multiple of its scales, and take x_j coupling[j, k] off each later row k.
 
@@ -108,30 +114,25 @@ def _sweep(
         work: float32 [in, out]; holds all x_j afterwards.
         coupling: float32 [in, in], of which only what is above the diagonal is read.
         scales, lowest, highest: float32 [in, out]; the least and the greatest multiple allowed.
-
-    Returns:
-        The multiples, float32 [in, out].
+        multiples: float32 [in, out], where the multiples go; returned.
     """
-    multiples = torch.empty_like(work)
-
-    def sweep(start: int, stop: int) -> None:
-        if stop - start > _COLUMNS:
-            middle = (start + stop) // 2
-            sweep(start, middle)
-            work[middle:stop].addmm_(coupling[start:middle, middle:stop].T, work[start:middle], alpha=-1)
-            sweep(middle, stop)
-            return
-        for j in range(start, stop):
-            row, scale = work[j], scales[j]
-            multiple = torch.div(row, scale, out=multiples[j]).round_().clamp_(lowest[j], highest[j])
-            if spread_error:
-                row.addcmul_(multiple, scale, value=-1)
-            else:
-                torch.mul(multiple, scale, out=row)
-            if j + 1 < stop:
-                work[j + 1 : stop].addr_(coupling[j, j + 1 : stop], row, alpha=-1)
-
-    sweep(0, len(work))
+    middle = len(work) // 2
+    if len(work) > _COLUMNS:
+        rows = (scales, lowest, highest, multiples)
+        done, left = work[:middle], work[middle:]
+        _sweep(done, coupling[:middle, :middle], *(part[:middle] for part in rows), spread_error)
+        left.addmm_(coupling[:middle, middle:].T, done, alpha=-1)
+        _sweep(left, coupling[middle:, middle:], *(part[middle:] for part in rows), spread_error)
+        return multiples
+    for j in range(len(work)):
+        row, scale = work[j], scales[j]
+        multiple = torch.div(row, scale, out=multiples[j]).round_().clamp_(lowest[j], highest[j])
+        if spread_error:
+            row.addcmul_(multiple, scale, value=-1)
+        else:
+            torch.mul(multiple, scale, out=row)
+        if j + 1 < len(work):
+            work[j + 1 :].addr_(coupling[j, j + 1 :], row, alpha=-1)
     return multiples
 
 
