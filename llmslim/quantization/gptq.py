@@ -118,11 +118,11 @@ def _sweep(
     """
     middle = len(work) // 2
     if len(work) > _COLUMNS:
-        rows = (scales, lowest, highest, multiples)
-        done, left = work[:middle], work[middle:]
-        _sweep(done, coupling[:middle, :middle], *(part[:middle] for part in rows), spread_error)
-        left.addmm_(coupling[:middle, middle:].T, done, alpha=-1)
-        _sweep(left, coupling[middle:, middle:], *(part[middle:] for part in rows), spread_error)
+        for half in (slice(None, middle), slice(middle, None)):
+            parts = [part[half] for part in (work, scales, lowest, highest, multiples)]
+            _sweep(parts[0], coupling[half, half], parts[1], parts[2], parts[3], parts[4], spread_error)
+            if half.start is None:
+                work[middle:].addmm_(coupling[:middle, middle:].T, work[:middle], alpha=-1)
         return multiples
     for j in range(len(work)):
         row, scale = work[j], scales[j]
@@ -177,8 +177,7 @@ class GPTQ(Quantizer):
     With `input_correction` = a > 0 the target is W + a W (X_ref - X) X^T H^-1: at a = 1 the weight whose outputs on the
     inputs as they are come closest to the uncompressed model's. That is the objective of GPTAQ (Li et al. 2025,
     arXiv:2504.02692), met by moving the target in closed form instead of inside the column loop. It is estimated
-    from half of the calibration text, and shrunk by 1 - in / n for n tokens of it: few tokens tell little, and no
-    more of them than inputs tell nothing.
+    from half of the calibration text.
 
     Weights that are exactly zero were pruned, here or elsewhere: they stay exactly zero.
     """
