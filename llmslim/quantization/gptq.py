@@ -177,7 +177,7 @@ class GPTQ(Quantizer):
     With `input_correction` = a > 0 the target is W + a W (X_ref - X) X^T H^-1: at a = 1 the weight whose outputs on the
     inputs as they are come closest to the uncompressed model's. That is the objective of GPTAQ (Li et al. 2025,
     arXiv:2504.02692), met by moving the target in closed form instead of inside the column loop. It is estimated
-    from half of the calibration text.
+    from half of the calibration text, for Linears of which each input has 8 tokens of it or more: few tell little.
 
     Weights that are exactly zero were pruned, here or elsewhere: they stay exactly zero.
     """
