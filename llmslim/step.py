@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 STEPS: dict[str, type[Step]] = {}
 
+TOKENS_PER_INPUT = 8  # of the uncompressed model, that a comparison with its inputs takes; fewer tell little
+
 
 @dataclass
 class StepRecord:
@@ -254,7 +256,9 @@ class LinearStep(BlockStep):
             lane = reference.lanes["calibration"]
             # a token may go to another expert than in the uncompressed model: there, rows do not pair
             experts = f"{block.mlp.name}." if isinstance(block.mlp, Experts) else "\0"
-            paired = [name for name in names if not name.startswith(experts)]
+            widths = {name: features(linear)[1] for name, linear in block.linears().items()}
+            enough = sum(hidden.shape[:-1].numel() for hidden in lane.hidden) / TOKENS_PER_INPUT
+            paired = [name for name in names if not name.startswith(experts) and widths[name] <= enough]
             visitor.reference = reference.inputs_of(block_of(reference, block), lane, paired)
         stream.walk(block, stream.lanes["calibration"], names, visitor.visit)
         for name in names:

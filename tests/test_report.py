@@ -208,14 +208,17 @@ def test_what_was_skipped_is_said_with_its_reason(tmp_path: Path) -> None:
 def test_zeros_are_told_for_what_they_gain() -> None:
     shapes = ([10, 10], [10, 30])
     dense = [
-        {"name": "a", "shape": shape, "sparsity": s} for shape, s in zip(shapes, (0.2, 0.6), strict=True)
+        {"name": name, "shape": shape, "sparsity": s}
+        for name, shape, s in zip("ab", shapes, (0.2, 0.6), strict=True)
     ]
     packed = [row | {"bits": 4} for row in dense]
     (said,) = zeros({"linears": dense})
     assert said.startswith("50% of the weights of 2 Linears") and "the file is smaller" in said
     (said,) = zeros({"linears": packed})
     assert said.startswith("50% of the weights of 2 quantized Linears") and "as without them" in said
-    assert len(zeros({"linears": dense + packed})) == 2 and not zeros(full_report())
+    both = zeros({"linears": dense + [row | {"name": f"{row['name']} packed"} for row in packed]})
+    assert len(both) == 2 and zeros({"linears": dense + packed}) == [said]
+    assert not zeros(full_report())
 
 
 def test_markup_in_names_is_text() -> None:

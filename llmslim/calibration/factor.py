@@ -60,11 +60,11 @@ def factor(hessian: Tensor, damp_percent: float, act_order: bool, cross: Tensor 
         damped.diagonal()[dead] = 1.0  # an input that is always zero: its column is free
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            shift = None
-            if cross is not None:  # solved first: of wide inputs each of these matrices is large
-                shift = torch.cholesky_solve(cross[order], lower)[torch.argsort(order)].T
             torch.cholesky_inverse(lower, out=damped)
             del lower
+            shift = None
+            if cross is not None:
+                shift = (cross[order].T @ damped)[:, torch.argsort(order)]
             upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
             if not failed and bool(upper.diagonal().isfinite().all()):
                 return Factor(order, upper, damp, shift)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_TILE = 384
+_TILE = 192
 
 
 class InputStats:
@@ -54,7 +54,11 @@ class InputStats:
             self.cross.addmm_(rows.T, reference.reshape(rows.shape).float() - rows)
 
     def _add_upper_triangle(self, rows: Tensor) -> None:
-        """Half of a symmetric product suffices; tiles keep the matrix product fast."""
+        """Half of a symmetric product suffices; tiles keep the matrix product fast.
+
+        In float32: with bfloat16 products, rounded once per chunk, here and in `cross`, the demo model's 4-bit
+        perplexity rose from 38.8 to 49.4.
+        """
         width = rows.shape[1]
         for start in range(0, width, _TILE):
             stop = min(start + _TILE, width)

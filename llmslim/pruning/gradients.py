@@ -42,7 +42,7 @@ class GradientPruner(ThresholdPruner):
     @property
     def among(self) -> Literal["row", "layer", "global"]:
         """By default one threshold for the whole model, as in the papers, where nothing else says how much goes."""
-        free = self.pattern == "unstructured" and self.layer_sparsity == "uniform"
+        free = self.pattern == "unstructured" and self.layer_sparsity == "uniform" and self.target_size is None
         return self.threshold or ("global" if free else "layer")
 
     @property
@@ -128,7 +128,7 @@ def _view(scores: Tensor, part: int | bool) -> Tensor:
 
 
 class Taylor(GradientPruner):
-    """First-order Taylor: the weights of least sum over windows of |w g| go (Molchanov et al. 2019, arXiv:1906.10771).
+    """Taylor: the weights of least sum over windows of |w g| go (Molchanov et al. 2019, arXiv:1906.10771).
 
     g is the gradient of a window's loss; |w g| is what the loss changes by when w goes, to first order. It is taken
     without the paper's square, per window, so that windows do not cancel.
@@ -157,7 +157,7 @@ class SNIP(GradientPruner):
 
 
 class GraSP(GradientPruner):
-    """GraSP: the weights of highest -w (H g) go, without which the gradient grows (Wang et al. 2020, arXiv:2002.07376).
+    """GraSP: the weights of highest -w (H g) go, so that gradients grow (Wang et al. 2020, arXiv:2002.07376).
 
     The paper prunes before training, to keep gradients flowing. H g is a finite difference of gradients, in three
     runs over the text; of a mixture of experts it is unreliable, since a step along g sends tokens to other experts.

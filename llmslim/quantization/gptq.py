@@ -12,7 +12,7 @@ from llmslim.anatomy import Anatomy
 from llmslim.calibration.factor import Factor, factor_of
 from llmslim.calibration.statistics import InputStats
 from llmslim.edit import Edit
-from llmslim.masks import Pattern, check_pattern, choose, least_cost, span
+from llmslim.masks import COLUMNS, Pattern, check_pattern, choose, least_cost, span
 from llmslim.quantization.grid import (
     QuantizedWeight,
     Scheme,
@@ -25,7 +25,8 @@ from llmslim.quantization.packed import PackedLinear
 from llmslim.quantization.quantizer import Quantizer
 from llmslim.step import StepRecord
 
-_COLUMNS = 128  # columns whose updates are applied at once to the rest
+_COLUMNS = 16  # columns decided one by one; updates of more at once are matrix products
+_GRID_STEPS = 8  # shrunken ranges tried; scales are fitted to the codes afterwards, and more bring nothing
 
 
 def gptq(
@@ -63,32 +64,21 @@ def gptq(
     groups = order // scheme.group_width(in_features)
     scales = scale.expand(out_features, -1).T.contiguous()[groups]
     zeros = zero.expand(out_features, -1).T.contiguous()[groups]
-    inverse_scales = scales.reciprocal()
-    codes = torch.empty_like(work)
+    lowest, highest = -zeros, scheme.max_code - zeros
     pinned = None if pruned is None else pruned.T[order]
-    together = span(pattern) if sparsity or pattern != "unstructured" else 0
-    cost = upper.diagonal().square().reciprocal()
-    errors = torch.empty(_COLUMNS, out_features, dtype=work.dtype, device=work.device)
-    for start in range(0, in_features, _COLUMNS):
-        stop = min(start + _COLUMNS, in_features)
-        for j in range(start, stop):
-            if together and j % together == 0:
-                now = slice(j, j + together)
-                assert pinned is not None
-                open_ = work[now].masked_fill(pinned[now], 0)  # what is zero already counts, and goes first
-                pinned[now] |= ~least_cost(open_, cost[now], sparsity, pattern)
-            column, error = work[j], errors[j - start]
-            code = torch.mul(column, inverse_scales[j], out=codes[j])
-            code.add_(zeros[j]).round_().clamp_(0, scheme.max_code)
-            if pinned is not None:
-                code.copy_(torch.where(pinned[j], zeros[j], code))
-            torch.sub(code, zeros[j], out=error).mul_(scales[j]).sub_(column).div_(-upper[j, j])
-            if j + 1 < stop:
-                work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
-        if stop < in_features:
-            work[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
-    if together and pruned is not None and pinned is not None:
+    if pinned is not None:
+        for bound in (lowest, highest):
+            bound.masked_fill_(pinned, 0)
+    coupling = upper / upper.diagonal().unsqueeze(-1)
+    codes = torch.empty_like(work)
+    if sparsity or pattern != "unstructured":
+        assert pruned is not None and pinned is not None
+        cost = upper.diagonal().square().reciprocal()
+        _pruning_sweep(work, coupling, scales, lowest, highest, codes, pinned, cost, sparsity, pattern)
         pruned[:, order] = pinned.T
+    else:
+        _sweep(work, coupling, scales, lowest, highest, codes, True)
+    codes += zeros
     original = torch.empty_like(codes)
     original[order] = codes
     return assemble(original.T.contiguous(), scale, zero, scheme)
@@ -108,33 +98,97 @@ def descend(
         hessian: float32 [in, in].
         pruned: bool [out, in], weights whose codes stay.
     """
-    scheme, in_features = quantized.scheme, weight.shape[1]
-    grid = _Grid(quantized, weight.shape)
+    scheme = quantized.scheme
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    power = hessian.diagonal().clamp_min(1e-30)
-    codes = quantized.codes.T.float()  # one row per column of the weight, as in `gptq`
-    gradient = hessian @ (quantized.dequantize() - weight).T
-    for start in range(0, in_features, _COLUMNS):
-        columns = order[start : start + _COLUMNS]
-        local, inside = gradient[columns], hessian[columns][:, columns]
-        moves = torch.zeros_like(local)
-        steps = grid.scales[grid.groups[columns]]
-        targets = local.mul(-1 / power[columns, None])
-        highest = (scheme.max_code - codes[columns]).contiguous()
-        lowest = (-codes[columns]).contiguous()
-        for k in range(len(columns)):
-            move = torch.div(targets[k], steps[k], out=moves[k]).round_()
-            move.clamp_(lowest[k], highest[k])
-            if pruned is not None:
-                move.masked_fill_(pruned[:, columns[k]], 0)
-            codes[columns[k]] += move
-            move.mul_(steps[k])
-            if k + 1 < len(columns):
-                targets[k + 1 :].addr_(inside[k, k + 1 :] / power[columns[k + 1 :]], move, alpha=-1)
-        gradient.addmm_(hessian[:, columns], moves)
-    return QuantizedWeight(
-        scheme, codes.T.to(torch.uint8).contiguous(), quantized.scale, quantized.zero_point
-    )
+    coupling = hessian[order][:, order]
+    coupling /= coupling.diagonal().clamp_min(1e-30)
+    codes = quantized.codes.T[order].float()  # one row per column of the weight, as in `gptq`
+    # what would take each column to its best value, all others as they are: -G_j / H_jj
+    wanted = coupling.T @ (weight - quantized.dequantize()).T[order]
+    lowest, highest = -codes, scheme.max_code - codes
+    if pruned is not None:
+        for bound in (lowest, highest):
+            bound.masked_fill_(pruned.T[order], 0)
+    groups = order // scheme.group_width(len(order))
+    scales = quantized.scale.expand(len(weight), -1).T.contiguous()[groups]
+    codes += _sweep(wanted, coupling, scales, lowest, highest, torch.empty_like(wanted), False)
+    original = torch.empty(codes.shape, dtype=torch.uint8, device=codes.device)
+    original[order] = codes.to(torch.uint8)
+    return QuantizedWeight(scheme, original.T.contiguous(), quantized.scale, quantized.zero_point)
+
+
+def _sweep(
+    work: Tensor,
+    coupling: Tensor,
+    scales: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    multiples: Tensor,
+    spread_error: bool,
+) -> Tensor:
+    """Round row j of `work` to a whole multiple of its scales, and take x_j coupling[j, k] off each later row k.
+
+    x_j is the error work_j - rounded_j, or the rounded row itself. The rows are halved again and again, so that
+    nearly all of that is matrix products.
+
+    Args:
+        work: float32 [in, out]; holds all x_j afterwards.
+        coupling: float32 [in, in], of which only what is above the diagonal is read.
+        scales, lowest, highest: float32 [in, out]; the least and the greatest multiple allowed.
+        multiples: float32 [in, out], where the multiples go; returned.
+    """
+    middle = len(work) // 2
+    if len(work) > _COLUMNS:
+        for half in (slice(None, middle), slice(middle, None)):
+            parts = [part[half] for part in (work, scales, lowest, highest, multiples)]
+            _sweep(parts[0], coupling[half, half], parts[1], parts[2], parts[3], parts[4], spread_error)
+            if half.start is None:
+                work[middle:].addmm_(coupling[:middle, middle:].T, work[:middle], alpha=-1)
+        return multiples
+    for j in range(len(work)):
+        row, scale = work[j], scales[j]
+        multiple = torch.div(row, scale, out=multiples[j]).round_().clamp_(lowest[j], highest[j])
+        if spread_error:
+            row.addcmul_(multiple, scale, value=-1)
+        else:
+            torch.mul(multiple, scale, out=row)
+        if j + 1 < len(work):
+            work[j + 1 :].addr_(coupling[j, j + 1 :], row, alpha=-1)
+    return multiples
+
+
+def _pruning_sweep(
+    work: Tensor,
+    coupling: Tensor,
+    scales: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    multiples: Tensor,
+    pinned: Tensor,
+    cost: Tensor,
+    sparsity: float,
+    pattern: Pattern,
+) -> None:
+    """`_sweep` that also decides what goes, of as many rows at a time as the pattern asks for.
+
+    Args:
+        pinned: bool [in, out], what is zero already, and goes first; holds all that is zero afterwards.
+        cost: 1 / U[j, j]^2 [in].
+    """
+    together, count = span(pattern), len(work)
+    for start in range(0, count, COLUMNS):
+        stop = min(start + COLUMNS, count)
+        for first in range(start, stop, together):
+            now = slice(first, min(first + together, stop))
+            open_ = work[now].masked_fill(pinned[now], 0)
+            pinned[now] |= ~least_cost(open_, cost[now], sparsity, pattern)
+            for bound in (lowest, highest):
+                bound[now].masked_fill_(pinned[now], 0)
+            _sweep(
+                work[now], coupling[now, now], scales[now], lowest[now], highest[now], multiples[now], True
+            )
+            work[now.stop : stop].addmm_(coupling[now, now.stop : stop].T, work[now], alpha=-1)
+        work[stop:].addmm_(coupling[start:stop, stop:].T, work[start:stop], alpha=-1)
 
 
 def refit_scales(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
@@ -155,27 +209,16 @@ def refit_scales(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) ->
     centred = quantized.codes.float().reshape(rows, groups, width) - zero
     right = ((weight @ hessian).reshape(rows, groups, width) * centred).sum(-1)
     system = torch.empty(rows, groups, groups, device=weight.device)
-    for group in range(groups):
-        reach = (centred[:, group] @ hessian[group * width : (group + 1) * width]).reshape(
-            rows, groups, width
-        )
-        system[:, group] = reach.mul_(centred).sum(-1)
+    for group in range(groups):  # the system is symmetric: its upper half suffices
+        rows_of_group = hessian[group * width : (group + 1) * width, group * width :]
+        reach = (centred[:, group] @ rows_of_group).reshape(rows, groups - group, width)
+        system[:, group, group:] = system[:, group:, group] = reach.mul_(centred[:, group:]).sum(-1)
     diagonal = system.diagonal(dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + 1e-30
     fitted, failed = torch.linalg.solve_ex(system, right)
     usable = fitted.isfinite().all(-1, keepdim=True) & (failed == 0).unsqueeze(-1)
     scale = torch.where(usable, fitted, quantized.scale)
     return QuantizedWeight(scheme, quantized.codes, round_scale(scale, scheme), quantized.zero_point)
-
-
-class _Grid:
-    """Scales per group with one row per group, and each column's group: what column loops look up."""
-
-    def __init__(self, quantized: QuantizedWeight, shape: torch.Size) -> None:
-        out_features, in_features = shape
-        width = quantized.scheme.group_width(in_features)
-        self.scales = quantized.scale.expand(out_features, -1).T.contiguous()
-        self.groups = torch.arange(in_features, device=quantized.scale.device) // width
 
 
 class GPTQ(Quantizer):
@@ -189,8 +232,7 @@ class GPTQ(Quantizer):
     With `input_correction` = a > 0 the target is W + a W (X_ref - X) X^T H^-1: at a = 1 the weight whose outputs on the
     inputs as they are come closest to the uncompressed model's. That is the objective of GPTAQ (Li et al. 2025,
     arXiv:2504.02692), met by moving the target in closed form instead of inside the column loop. It is estimated
-    from half of the calibration text, and shrunk by 1 - in / n for n tokens of it: few tokens tell little, and no
-    more of them than inputs tell nothing.
+    from half of the calibration text, for Linears of which each input has 8 tokens of it or more: few tell little.
 
     Weights that are exactly zero were pruned, here or elsewhere: they stay exactly zero. With `sparsity` or `pattern`
     weights are pruned in the same pass (SparseGPT, Frantar & Alistarh 2023, arXiv:2301.00774, section 3.5), which
@@ -282,7 +324,7 @@ class GPTQ(Quantizer):
         if self.prunes:  # scales are for what stays, as far as that is known beforehand
             score = fitted.square() * solved.importance
             fitted = fitted * choose(score, self.sparsity, self.pattern, "layer")
-        grid = search_grid(fitted, scheme, solved.importance)
+        grid = search_grid(fitted, scheme, solved.importance, _GRID_STEPS)
         quantized = gptq(target, solved, *grid, scheme, pruned, self.sparsity, self.pattern)
         for _ in range(self.refine):
             quantized = descend(target, quantized, stats.hessian, pruned)

@@ -54,8 +54,10 @@ def chosen(report: dict[str, Any]) -> list[str]:
 
 def zeros(report: dict[str, Any]) -> list[str]:
     """What pruned single weights gain and what they do not; empty when there are none."""
-    last = {row["name"]: row for row in report["linears"] if "sparsity" in row}  # of the last round
-    rows = list(last.values())
+    merged: dict[str, dict[str, Any]] = {}  # what several rounds, or pruning and then quantizing, left of each
+    for row in report["linears"]:
+        merged[row["name"]] = {**merged.get(row["name"], {}), **row}
+    rows = [row for row in merged.values() if "sparsity" in row]
     gains = (
         (False, "Linears are zero: the file is smaller for it; memory and speed are a dense model's, since no kernel "
          "here skips zeros"),
