@@ -62,6 +62,7 @@ def _single() -> dict[str, Steps]:
     for pattern in ("2:4", "4:8"):
         for method in ("sparsegpt", "wanda", "magnitude"):
             found[f"single/{pattern}/{method}"] = [{method: {"pattern": pattern}}]
+    found["single/50%/sparsegpt-3-rounds"] = [{"sparsegpt": {"sparsity": 0.5, "rounds": 3}}]
     found["single/50%/gptq-4bit"] = [{"gptq": {"bits": 4, "group_size": 64, "sparsity": 0.5}}]
     found["single/50%/sparsegpt-then-gptq-4bit"] = [
         {"sparsegpt": {}},
@@ -76,6 +77,9 @@ def _channels() -> dict[str, Steps]:
         f"channels/25%-of-them/{name}": [{"mlp": {"ratio": 0.25, **choice}}]
         for name, choice in CHOICES.items()
     }
+    found["channels/25%-of-them/output-refit-3-rounds"] = [
+        {"mlp": {"ratio": 0.25, "criterion": "output", "rounds": 3}}
+    ]
     found["channels/25%-of-them/obs-refit-sensitivity"] = [
         {"mlp": {"ratio": 0.25, "allocation": "sensitivity"}}
     ]
@@ -99,8 +103,15 @@ def _structured() -> dict[str, Steps]:
                     {"heads": head},
                     {"mlp": {**rest_of, **CHOICES[name]}},
                 ]
+        for basis in ("channels", "pca"):
+            found[f"width/{share}%/{basis}"] = [
+                {"width": {"ratio": share / 100, "multiple_of": 1, "basis": basis}}
+            ]
         for name, choice in LAYERS.items():
             found[f"layers/{share}%/{name}"] = [{"layers": {"ratio": share / 100, **choice}}]
+    found["width/10%/pca-refit"] = [
+        {"width": {"ratio": 0.1, "multiple_of": 1, "basis": "pca", "refit": True}}
+    ]
     found["layers/10%/perplexity-refit"] = [{"layers": {"ratio": 0.1, "criterion": "perplexity"}}]
     for heads, (unit, ratio) in HEADS.items():
         for name in ("obs-refit", "output-refit", "output", "random-refit", "random"):

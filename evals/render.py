@@ -72,20 +72,42 @@ def quantization(result: Result) -> str:
 
 
 def pruning(result: Result) -> str:
-    rows = [
+    base = next(row for row in result["rows"] if row["name"] == "base")["quality"]["perplexity"]
+    rows = [row for row in result["rows"] if row["name"] != "base"]
+    curves = [row for row in rows if row["name"].split("/")[1] in CURVE]
+    listed = [
         [
             row["name"],
-            f"{100 * row['blocks_left']:.1f} %" if "steps" in row else "",
+            f"{100 * row['blocks_left']:.1f} %",
             f"{row['quality']['perplexity']:.2f}",
-            f"{row['cpu_seconds']['steps']:.0f}" if "steps" in row else "",
-            f"{row['peak_memory_mb']['process']:.0f}" if "steps" in row else "",
+            f"{row['cpu_seconds']['steps']:.0f}",
+            f"{row['peak_memory_mb']['process']:.0f}",
         ]
-        for row in result["rows"]
+        for row in rows
+        if row not in curves
     ]
-    return table(
-        ["what / how much / choice", "bytes left in blocks", "WikiText-2 perplexity", "CPU s", "peak MB"],
-        rows,
-    )
+    listed.insert(0, ["float32", "", f"{base:.2f}", "", ""])
+    headings = [
+        "what / how much / choice",
+        "bytes left in blocks",
+        "WikiText-2 perplexity",
+        "CPU s",
+        "peak MB",
+    ]
+    lines: dict[str, dict[str, float]] = {}
+    for row in curves:
+        what, share, choice = row["name"].split("/")
+        lines.setdefault(f"{what}, {choice}", {})[share] = row["quality"]["perplexity"]
+    cells = [
+        [name, *(f"{line[share]:.1f}" if share in line else "" for share in CURVE)]
+        for name, line in lines.items()
+    ]
+    removed = [f"{share} of the blocks' parameters removed" for share in CURVE]
+    picture = "![perplexity against what is removed](evals/results/pruning.svg)"
+    return "\n\n".join([table(headings, listed), table(["what, choice", *removed], cells), picture])
+
+
+CURVE = ("10%", "20%", "30%")
 
 
 def pruning_encoder(result: Result) -> str:
