@@ -226,23 +226,9 @@ def settings(options: Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    made = record.parser(__doc__ or "", "pruning")
-    shared = record.ROOT.parent / "shared" / "data"
-    made.add_argument(
-        "--variants", nargs="+", metavar="PATTERN", default=["*"], help="names, or patterns of them"
-    )
-    made.add_argument("--list", action="store_true", help="name the variants, and stop")
+    made = record.sweep(__doc__ or "", "pruning")
     made.add_argument("--plot", action="store_true", help="draw the results file, and stop")
-    made.add_argument("--again", action="store_true", help="measure anew what is in the results file")
     made.add_argument("--model", default="demo")
-    made.add_argument(
-        "--data",
-        default=str(shared) if shared.is_dir() else "",
-        help="folder of data sets (default: the Hub)",
-    )
-    made.add_argument("--num-samples", type=int, default=32)
-    made.add_argument("--seq-len", type=int, default=512)
-    made.add_argument("--windows", type=int, default=16)
     options = record.parse(made)
     if options.plot:
         curves(json.loads(options.output.read_text()), options.output.with_suffix(".svg"))

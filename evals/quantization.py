@@ -131,23 +131,9 @@ def worse_than_simpler(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    made = record.parser(__doc__ or "", "quantization")
-    shared = record.ROOT.parent / "shared" / "data"
-    made.add_argument(
-        "--variants", nargs="+", metavar="PATTERN", default=["*"], help="names, or patterns of them"
-    )
-    made.add_argument("--list", action="store_true", help="name the variants, and stop")
-    made.add_argument("--again", action="store_true", help="measure anew what is in the results file")
+    made = record.sweep(__doc__ or "", "quantization")
     made.add_argument("--keep", action="store_true", help="keep the checkpoints in the work folder")
-    made.add_argument(
-        "--data",
-        default=str(shared) if shared.is_dir() else "",
-        help="folder of data sets (default: the Hub)",
-    )
     made.add_argument("--group-size", type=int, default=64)
-    made.add_argument("--num-samples", type=int, default=32)
-    made.add_argument("--seq-len", type=int, default=512)
-    made.add_argument("--windows", type=int, default=16)
     options = record.parse(made)
     chosen = [name for name in variants() if any(fnmatch(name, pattern) for pattern in options.variants)]
     if options.list or not chosen:

@@ -39,6 +39,23 @@ def parser(docstring: str, name: str) -> ArgumentParser:
     return made
 
 
+def sweep(docstring: str, name: str) -> ArgumentParser:
+    """The options of a script that measures one variant after another on texts; with those of `parser`."""
+    made = parser(docstring, name)
+    made.add_argument(
+        "--variants", nargs="+", metavar="PATTERN", default=["*"], help="names, or patterns of them"
+    )
+    made.add_argument("--list", action="store_true", help="name the variants, and stop")
+    made.add_argument("--again", action="store_true", help="measure anew what is in the results file")
+    shared = ROOT.parent / "shared" / "data"
+    there = str(shared) if shared.is_dir() else ""
+    made.add_argument("--data", default=there, help="folder of data sets (default: the Hub)")
+    made.add_argument("--num-samples", type=int, default=32)
+    made.add_argument("--seq-len", type=int, default=512)
+    made.add_argument("--windows", type=int, default=16)
+    return made
+
+
 def parse(made: ArgumentParser) -> Namespace:
     """Parse the command line, and keep this process and its children to `--threads` cores."""
     options = made.parse_args()
