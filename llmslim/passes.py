@@ -20,7 +20,7 @@ from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import parse_edit
 from llmslim.loaders.models import ModelFiles, place, release, tie
-from llmslim.step import BlockStep, StepRecord
+from llmslim.step import REFERENCE_PART, BlockStep, StepRecord
 from llmslim.work import Progress, WorkFolder, load_tensors, save_tensors
 
 PROBE_TOKENS = 64  # length of the window that verification sends through the saved checkpoint
@@ -66,7 +66,8 @@ class BlockPass:
         self.model = self.reader.model_skeleton()
         self.stream = BlockStream(self.model, options.device, options.dtype)
         self.reference: BlockStream | None = None
-        if step.needs_reference:
+        tokens = 0 if options.tokens is None else options.tokens.numel()
+        if step.follows_reference(self.stream.anatomy, tokens):
             self.reference = BlockStream(self.reader.model_skeleton(), options.device, options.dtype)
         folder.mkdir(parents=True, exist_ok=True)
         self.writer = CheckpointWriter(folder, form, options.stored)
@@ -228,8 +229,8 @@ class BlockPass:
             assert self.options.tokens is not None
             lane = Lane.of_tokens("calibration", self.options.tokens, two_sided)
             self.stream.add(lane)
-            if self.reference:  # half of the text tells the drift of the inputs well enough
-                self.reference.add(Lane("calibration", lane.inputs[: (len(lane.inputs) + 1) // 2]))
+            if self.reference:
+                self.reference.add(Lane("calibration", lane.inputs[: -(-len(lane.inputs) // REFERENCE_PART)]))
         probe = probe_tokens(self.model, self.options.seed)
         self.stream.add(Lane.of_tokens("probe", probe, two_sided))
         save_tensors(self.scratch / "tokens.safetensors", {"tokens": probe})

@@ -20,7 +20,7 @@ from llmslim.memory import available_memory, resident_bytes
 from llmslim.outlook import edited_bytes
 from llmslim.passes import PassOptions
 from llmslim.recipe import Recipe
-from llmslim.step import BlockStep
+from llmslim.step import REFERENCE_PART, BlockStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,14 +128,15 @@ class _Shape:
 def _peak_memory(shape: _Shape, recipe: Recipe, anatomy: Anatomy, streams: bool) -> int:
     """The process as it is now, plus the larger of: gradients, entering the blocks, working on one, evaluating."""
     weights = shape.block * (shape.compute + shape.stored) if streams else shape.total * shape.compute
-    reference = any(step.needs_reference for step in recipe.steps if isinstance(step, BlockStep))
+    blocks = [step for step in recipe.steps if isinstance(step, BlockStep)]
+    reference = any(step.follows_reference(anatomy, shape.tokens) for step in blocks)
     models = 2 if reference else 1
-    lanes = 1.5 if reference else 1  # the reference carries half of the calibration windows
+    lanes = 1 + reference / REFERENCE_PART
     chunk = 2048 * (3 * shape.widest + 4 * shape.hidden) * shape.compute if shape.tokens else 0
     paused = shape.tokens * (shape.widest + 2 * shape.hidden) * shape.compute
     step = max((step.workspace_bytes(anatomy) for step in recipe.steps), default=0)
     working = models * weights + int(lanes * shape.lane_bytes) + paused + max(chunk, step)
-    copies = max((step.survey_copies for step in recipe.steps if isinstance(step, BlockStep)), default=0)
+    copies = max((step.survey_copies for step in blocks), default=0)
     # in float32: weights and what is as large, one gradient, what one window's backward needs
     window = shape.window * (shape.widths + 3 * shape.vocabulary)
     surveying = 4 * (copies * shape.total + shape.block + window) if copies else 0

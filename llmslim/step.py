@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 STEPS: dict[str, type[Step]] = {}
 
-TOKENS_PER_INPUT = 8  # of the uncompressed model, that a comparison with its inputs takes; fewer tell little
+REFERENCE_PART = 3  # one window of so many is followed through the model as it was before the step
+TOKENS_PER_INPUT = 8  # of those, that a comparison of a Linear's inputs takes; fewer tell little
 
 
 @dataclass
@@ -177,7 +178,7 @@ class BlockStep(Step):
         """Change one block, which is filled, and pass the lane "calibration" through the result.
 
         Args:
-            reference: the model as it was before the step, with the first half of the same lane, still in front of
+            reference: the model as it was before the step, with the first third of the same lane, still in front of
                 this block, when `needs_reference`; the step passes it through the block.
         """
         raise TypeError(f"{type(self).__name__} does not define compress_block()")
@@ -186,6 +187,10 @@ class BlockStep(Step):
     def needs_reference(self) -> bool:
         """Whether the step compares with the inputs that the uncompressed model has."""
         return False
+
+    def follows_reference(self, anatomy: Anatomy, tokens: int) -> bool:
+        """Whether `needs_reference`, and a text of so many tokens tells enough for it."""
+        return self.needs_reference
 
 
 class LinearStep(BlockStep):
@@ -233,6 +238,11 @@ class LinearStep(BlockStep):
         if self.unfusing(block):
             shapes.update(_expert_shapes(block, cast(Experts, block.mlp)))
         return {name: shape for name, shape in shapes.items() if self.selects(name)}
+
+    def follows_reference(self, anatomy: Anatomy, tokens: int) -> bool:
+        widths = {width for block in anatomy.blocks for _, width in self.targets(block).values()}
+        enough = tokens / REFERENCE_PART / TOKENS_PER_INPUT
+        return self.needs_reference and any(width <= enough for width in widths)
 
     def prepare_block(self, block: Block, stream: BlockStream, record: StepRecord) -> None:
         """Bring the block into the shape that this step's Linears need, before they are listed."""

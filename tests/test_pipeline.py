@@ -27,6 +27,7 @@ from tests.tiny import DECODERS, FAMILIES, save_tiny
 
 ROOT = Path(__file__).parents[1]
 QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=4, seq_len=32), "evaluation": None}
+LONG = Calibration(num_samples=52, seq_len=32)  # 24 tokens for each of the 64 inputs, and some more
 STEP = GPTQ(bits=4, group_size=32, symmetric=False, embeddings_bits=8)
 
 
@@ -128,16 +129,31 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     family: str, asymmetric: float, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     step = STEP.model_copy(update={"input_correction": asymmetric})
-    whole = compress(str(folders[family]), [step], tmp_path / "whole", **QUICK)
+    options = (
+        {**QUICK, "calibration": LONG} if asymmetric else QUICK
+    )  # a short text is not compared with the original
+    whole = compress(str(folders[family]), [step], tmp_path / "whole", **options)
     blocks = whole.report["plan"]["blocks"]
     for block in range(blocks + 1):  # each time a little further: blocks done are not done again
         with pytest.raises(Stop):
-            compress(str(folders[family]), [step], tmp_path / "out", progress=stop_at(block), **QUICK)
-    resumed = compress(str(folders[family]), [step], tmp_path / "out", **QUICK)
+            compress(str(folders[family]), [step], tmp_path / "out", progress=stop_at(block), **options)
+    resumed = compress(str(folders[family]), [step], tmp_path / "out", **options)
     assert resumed.report["run"]["resumed"]
     assert weights(resumed.folder) == weights(whole.folder)
     assert (resumed.folder / "config.json").read_bytes() == (whole.folder / "config.json").read_bytes()
     assert resumed.report["linears"] == whole.report["linears"]
+
+
+def test_inputs_are_corrected_where_the_text_is_long_enough(folders: dict[str, Path], tmp_path: Path) -> None:
+    def quantized(name: str, correction: float, text: Calibration) -> bytes:
+        step = STEP.model_copy(update={"input_correction": correction})
+        return weights(
+            compress(str(folders["llama"]), [step], tmp_path / name, **{**QUICK, "calibration": text}).folder
+        )
+
+    short = QUICK["calibration"]
+    assert quantized("a", 0.6, short) == quantized("b", 0.0, short)
+    assert quantized("c", 0.6, LONG) != quantized("d", 0.0, LONG)
 
 
 def test_a_killed_process_loses_nothing(folders: dict[str, Path], tmp_path: Path) -> None:

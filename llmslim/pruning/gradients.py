@@ -42,7 +42,9 @@ class GradientPruner(ThresholdPruner):
     @property
     def among(self) -> Literal["row", "layer", "global"]:
         """By default one threshold for the whole model, as in the papers, where nothing else says how much goes."""
-        free = self.pattern == "unstructured" and self.layer_sparsity == "uniform" and self.target_size is None
+        free = (
+            self.pattern == "unstructured" and self.layer_sparsity == "uniform" and self.target_size is None
+        )
         return self.threshold or ("global" if free else "layer")
 
     @property

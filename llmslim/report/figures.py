@@ -54,7 +54,9 @@ def chosen(report: dict[str, Any]) -> list[str]:
 
 def zeros(report: dict[str, Any]) -> list[str]:
     """What pruned single weights gain and what they do not; empty when there are none."""
-    merged: dict[str, dict[str, Any]] = {}  # what several rounds, or pruning and then quantizing, left of each
+    merged: dict[
+        str, dict[str, Any]
+    ] = {}  # what several rounds, or pruning and then quantizing, left of each
     for row in report["linears"]:
         merged[row["name"]] = {**merged.get(row["name"], {}), **row}
     rows = [row for row in merged.values() if "sparsity" in row]
