@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import llmslim
 from llmslim import pipeline
 from llmslim.anatomy import Anatomy, Block
-from llmslim.calibration.statistics import InputStats, output_error
+from llmslim.calibration.statistics import output_error
 from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.checkpoint.verify import verify
 from llmslim.errors import UserError
@@ -101,7 +101,7 @@ def test_a_bias_takes_the_mean() -> None:
     x, weight, _ = problem()
     x = x + 5 * torch.arange(24, dtype=torch.float64)
     keep = torch.arange(16)
-    moments = Moments(InputStats.of([x.float()]), affine=True, damping=1e-9)
+    moments = Moments([x.float()], affine=True, damping=1e-9)
     new = torch.zeros_like(weight).float()
     new[:, keep] = importance.refit(weight.float(), moments.damped, keep)
     bias = moments.bias_shift(weight.float(), new)

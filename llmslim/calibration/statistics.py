@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 _TILE = 192
+_ROWS = 2048  # of inputs, that one product sums over
 
 
 class InputStats:
@@ -20,7 +21,6 @@ class InputStats:
         tokens: how many input rows were added.
         paired: how many of them came with those of the uncompressed model.
         hessian: X^T X, float32 [in, in].
-        total: the sum of the rows of X, float32 [in].
         cross: X^T (X_ref - X), float32 [in, in], where X_ref are the inputs in the uncompressed model; None
             unless `add` was given them. Where only some rows came with theirs, scaled up to all of them.
     """
@@ -29,23 +29,23 @@ class InputStats:
         self.tokens = 0
         self.paired = 0
         self.hessian = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        self.total = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.cross: Tensor | None = None
         self.derived: dict[object, object] = {}  # factors of the Hessian, kept by who computes them
 
     @classmethod
     def of(cls, inputs: Sequence[Tensor], references: Sequence[Tensor] = ()) -> InputStats:
         """Those of chunks [..., in]; `references` are the first chunks as they are in the uncompressed model."""
-        stats = cls(inputs[0].shape[-1], inputs[0].device)
-        for index, chunk in enumerate(inputs):
-            stats.add(chunk, references[index] if index < len(references) else None)
+        stats, paired = cls(inputs[0].shape[-1], inputs[0].device), len(references)
+        for now, then in zip(_batches(inputs[:paired]), _batches(references), strict=True):
+            stats.add(now, then)
+        for now in _batches(inputs[paired:]):
+            stats.add(now)
         return stats.finish()
 
     def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
         """Add input rows [..., in], and optionally the same rows in the uncompressed model."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
         self.tokens += rows.shape[0]
-        self.total += rows.sum(0)
         self._add_upper_triangle(rows)
         if reference is not None:
             if self.cross is None:
@@ -72,9 +72,12 @@ class InputStats:
         upper.add_(upper.triu(1).T)
         return self
 
-    def centered(self) -> Tensor:
-        """(X - mean)^T (X - mean) [in, in]: what is left for the weights where a bias takes the mean."""
-        return self.hessian - torch.outer(self.total, self.total / self.tokens)
+
+def _batches(chunks: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The rows of the chunks, some chunks at a time: the sums are read and written once for each."""
+    count = max(1, _ROWS // max(1, chunks[0].shape[:-1].numel())) if chunks else 1
+    for start in range(0, len(chunks), count):
+        yield torch.cat([chunk.reshape(-1, chunk.shape[-1]) for chunk in chunks[start : start + count]])
 
 
 def output_error(weight: Tensor, result: Tensor, hessian: Tensor) -> float:

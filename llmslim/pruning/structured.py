@@ -59,14 +59,19 @@ class Moments:
     """Second moments of a matrix's inputs, as choosing and refitting need them.
 
     Attributes:
-        affine: the mean is left to the bias: moments are those of the centered inputs.
+        affine: the mean, `mean` [in], is left to the bias: moments are those of the centered inputs.
         hessian: X^T X, float32 [in, in].
         damped: H + lambda I, float64, computed when first asked for.
     """
 
-    def __init__(self, stats: InputStats, affine: bool, damping: float) -> None:
-        self.stats, self.affine, self.damping = stats, affine, damping
-        self.hessian = stats.centered() if affine else stats.hessian
+    def __init__(self, inputs: Sequence[Tensor], affine: bool, damping: float) -> None:
+        self.stats, self.affine, self.damping = InputStats.of(inputs), affine, damping
+        self.hessian = self.stats.hessian
+        if affine:
+            rows = (chunk.reshape(-1, chunk.shape[-1]).float() for chunk in inputs)
+            total = torch.stack([chunk.sum(0) for chunk in rows]).sum(0)
+            self.mean = total / self.stats.tokens
+            self.hessian = self.hessian - torch.outer(total, self.mean)
 
     @cached_property
     def damped(self) -> Tensor:
@@ -74,7 +79,7 @@ class Moments:
 
     def bias_shift(self, weight: Tensor, new: Tensor) -> Tensor:
         """[out], what the bias gains so that the mean output stays what it is with `weight`."""
-        return (weight - new) @ self.stats.total / self.stats.tokens
+        return (weight - new) @ self.mean
 
 
 class Structured(Share):
@@ -270,7 +275,7 @@ class Structured(Share):
 
     def _moments(self, linear: nn.Module, inputs: Sequence[Tensor]) -> Moments:
         """Of a matrix's inputs; where it is refitted and has a bias, that takes the mean, and the rest is centered."""
-        return Moments(InputStats.of(inputs), self.refit and linear.bias is not None, self.refit_damping)
+        return Moments(inputs, self.refit and linear.bias is not None, self.refit_damping)
 
     def _choose(
         self,
