@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 _TILE = 192
-_ROWS = 2048  # of inputs, that one product sums over
 
 
 class InputStats:
@@ -35,11 +34,9 @@ class InputStats:
     @classmethod
     def of(cls, inputs: Sequence[Tensor], references: Sequence[Tensor] = ()) -> InputStats:
         """Those of chunks [..., in]; `references` are the first chunks as they are in the uncompressed model."""
-        stats, paired = cls(inputs[0].shape[-1], inputs[0].device), len(references)
-        for now, then in zip(_batches(inputs[:paired]), _batches(references), strict=True):
-            stats.add(now, then)
-        for now in _batches(inputs[paired:]):
-            stats.add(now)
+        stats = cls(inputs[0].shape[-1], inputs[0].device)
+        for index, chunk in enumerate(inputs):
+            stats.add(chunk, references[index] if index < len(references) else None)
         return stats.finish()
 
     def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
@@ -71,13 +68,6 @@ class InputStats:
         upper = self.hessian.triu_()
         upper.add_(upper.triu(1).T)
         return self
-
-
-def _batches(chunks: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The rows of the chunks, some chunks at a time: the sums are read and written once for each."""
-    count = max(1, _ROWS // max(1, chunks[0].shape[:-1].numel())) if chunks else 1
-    for start in range(0, len(chunks), count):
-        yield torch.cat([chunk.reshape(-1, chunk.shape[-1]) for chunk in chunks[start : start + count]])
 
 
 def output_error(weight: Tensor, result: Tensor, hessian: Tensor) -> float:
