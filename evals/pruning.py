@@ -109,6 +109,12 @@ def _structured() -> dict[str, Steps]:
             ]
         for name, choice in LAYERS.items():
             found[f"layers/{share}%/{name}"] = [{"layers": {"ratio": share / 100, **choice}}]
+    for share in (20, 30):  # a tenth of the blocks, and channels of those that stay
+        rest = (share / 100 - 0.1) / 0.9 / MLP_SHARE
+        found[f"layers+channels/{share}%/output-refit"] = [
+            {"layers": {"ratio": 0.1}},
+            {"mlp": {"ratio": round(rest, 4), "multiple_of": 1, **CHOICES["output-refit"]}},
+        ]
     found["width/10%/pca-refit"] = [
         {"width": {"ratio": 0.1, "multiple_of": 1, "basis": "pca", "refit": True}}
     ]
@@ -194,7 +200,10 @@ def curves(result: dict[str, Any], path: Path) -> None:
     points: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in result["rows"]:
         what, _, choice = row["name"].partition("/")
-        if what in ("channels", "heads", "heads+channels", "layers", "width") and "25%-of-them" not in choice:
+        if (
+            what in ("channels", "heads", "heads+channels", "layers", "layers+channels", "width")
+            and "25%-of-them" not in choice
+        ):
             choice = (
                 choice.split("/")[1].removeprefix("group-").removeprefix("1-of-3-").removeprefix("2-groups-")
             )
