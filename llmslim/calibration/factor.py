@@ -40,12 +40,11 @@ class Factor:
         return cost
 
 
-def factor(hessian: Tensor, damp_percent: float, act_order: bool, cross: Tensor | None = None) -> Factor:
+def factor(hessian: Tensor, damp_percent: float, act_order: bool) -> Factor:
     """Permute, damp and factorize a Hessian; damping rises tenfold until the factorization succeeds.
 
     Args:
         hessian: X^T X, float32 [in, in].
-        cross: X^T (X_ref - X), when calibration is asymmetric.
     """
     diagonal = hessian.diagonal()
     order = (
@@ -62,20 +61,29 @@ def factor(hessian: Tensor, damp_percent: float, act_order: bool, cross: Tensor 
         if not failed:
             torch.cholesky_inverse(lower, out=damped)
             del lower
-            shift = None
-            if cross is not None:
-                shift = (cross[order].T @ damped)[:, torch.argsort(order)]
             upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
             if not failed and bool(upper.diagonal().isfinite().all()):
-                return Factor(order, upper, damp, shift)
+                return Factor(order, upper, damp)
         damp = damp * 10 if damp * 10 <= 1.0 else None
     return Factor(order, None, None)
+
+
+def drift(cross: Tensor, hessian: Tensor, damp_percent: float) -> Tensor | None:
+    """D^T H^-1 [in, in] for D = X^T (X_ref - X) and H = X^T X of the same rows; None where H cannot be factorized."""
+    damped = hessian.clone()
+    damped.diagonal().add_(damp_percent * hessian.diagonal().mean())
+    damped.diagonal()[damped.diagonal() == 0] = 1.0
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    return None if failed else torch.cholesky_solve(cross, lower).T
 
 
 def factor_of(stats: InputStats, damp_percent: float, act_order: bool) -> Factor:
     """The factor of the statistics' Hessian, kept with them for the next weight that reads the same inputs."""
     key = (damp_percent, act_order)
     if key not in stats.derived:
-        stats.derived[key] = factor(stats.hessian, damp_percent, act_order, stats.cross)
-        stats.cross = None  # it lives on in the factor's shift
+        found = factor(stats.hessian, damp_percent, act_order)
+        if stats.cross is not None and stats.paired_hessian is not None:
+            found.shift = drift(stats.cross, stats.paired_hessian, damp_percent)
+            stats.cross = stats.paired_hessian = None  # they live on in the shift
+        stats.derived[key] = found
     return cast(Factor, stats.derived[key])

@@ -18,17 +18,18 @@ class InputStats:
 
     Attributes:
         tokens: how many input rows were added.
-        paired: how many of them came with those of the uncompressed model.
         hessian: X^T X, float32 [in, in].
-        cross: X^T (X_ref - X), float32 [in, in], where X_ref are the inputs in the uncompressed model; None
-            unless `add` was given them. Where only some rows came with theirs, scaled up to all of them.
+        cross: X^T (X_ref - X), float32 [in, in], over the rows that came with those of the uncompressed model,
+            X_ref; None when none did.
+        paired_hessian: X^T X over the same rows: what `cross` must be divided by. Few tokens have nearly all of the
+            power of some inputs, so that those of all rows may be far from it in proportion.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.tokens = 0
-        self.paired = 0
         self.hessian = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.cross: Tensor | None = None
+        self.paired_hessian: Tensor | None = None
         self.derived: dict[object, object] = {}  # factors of the Hessian, kept by who computes them
 
     @classmethod
@@ -40,14 +41,15 @@ class InputStats:
         return stats.finish()
 
     def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
-        """Add input rows [..., in], and optionally the same rows in the uncompressed model."""
+        """Add input rows [..., in]; those that come with the same rows in the uncompressed model first."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        if reference is None and self.cross is not None and self.paired_hessian is None:
+            self.paired_hessian = self.hessian.clone()
         self.tokens += rows.shape[0]
         self._add_upper_triangle(rows)
         if reference is not None:
             if self.cross is None:
                 self.cross = torch.zeros_like(self.hessian)
-            self.paired += rows.shape[0]
             self.cross.addmm_(rows.T, reference.reshape(rows.shape).float() - rows)
 
     def _add_upper_triangle(self, rows: Tensor) -> None:
@@ -62,11 +64,12 @@ class InputStats:
             self.hessian[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
 
     def finish(self) -> InputStats:
-        """Mirror the upper triangle into the lower one, and scale `cross`; call once, after the last `add`."""
-        if self.cross is not None:
-            self.cross *= self.tokens / self.paired
-        upper = self.hessian.triu_()
-        upper.add_(upper.triu(1).T)
+        """Mirror upper triangles into the lower ones; call once, after the last `add`."""
+        for upper in (self.hessian, self.paired_hessian):
+            if upper is not None:
+                upper.triu_().add_(upper.triu(1).T)
+        if self.cross is not None and self.paired_hessian is None:
+            self.paired_hessian = self.hessian
         return self
 
 
