@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 STEPS: dict[str, type[Step]] = {}
 
-REFERENCE_PART = 2  # one window of so many is followed through the model as it was before the step
+REFERENCE_PART = 3  # one window of so many is followed through the model as it was before the step
 TOKENS_PER_INPUT = 8  # of those, that a comparison of a Linear's inputs takes; fewer tell little
 
 
@@ -178,7 +178,7 @@ class BlockStep(Step):
         """Change one block, which is filled, and pass the lane "calibration" through the result.
 
         Args:
-            reference: the model as it was before the step, with the first half of the same lane, still in front of
+            reference: the model as it was before the step, with the first third of the same lane, still in front of
                 this block, when `needs_reference`; the step passes it through the block.
         """
         raise TypeError(f"{type(self).__name__} does not define compress_block()")

@@ -27,7 +27,7 @@ from tests.tiny import DECODERS, FAMILIES, save_tiny
 
 ROOT = Path(__file__).parents[1]
 QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=4, seq_len=32), "evaluation": None}
-LONG = Calibration(num_samples=36, seq_len=32)  # 16 tokens for each of the 64 inputs, and some more
+LONG = Calibration(num_samples=52, seq_len=32)  # 24 tokens for each of the 64 inputs, and some more
 STEP = GPTQ(bits=4, group_size=32, symmetric=False, embeddings_bits=8)
 
 

@@ -52,7 +52,7 @@ class PruneWidth(Share):
 
     An RMSNorm over d' channels divides by sqrt(d/d') too much when the rest was nothing, which its weight makes good.
 
-    With `refit` every block is then fitted in closed form to the uncompressed model, on half of the windows: what
+    With `refit` every block is then fitted in closed form to the uncompressed model, on a third of the windows: what
     reads the stream to its old outputs, what writes to it to Q^T x of the uncompressed stream x behind it. It asks for
     norms in front of attention and MLP; experts' down projections are left as they are.
     """

@@ -232,7 +232,7 @@ class GPTQ(Quantizer):
     With `input_correction` = a > 0 the target is W + a W (X_ref - X) X^T H^-1: at a = 1 the weight whose outputs on the
     inputs as they are come closest to the uncompressed model's. That is the objective of GPTAQ (Li et al. 2025,
     arXiv:2504.02692), met by moving the target in closed form instead of inside the column loop. It is estimated
-    from half of the calibration text, for Linears of which each input has 8 tokens of it or more: few tell little.
+    from a third of the calibration text, for Linears of which each input has 8 tokens of it or more: few tell little.
 
     Weights that are exactly zero were pruned, here or elsewhere: they stay exactly zero. With `sparsity` or `pattern`
     weights are pruned in the same pass (SparseGPT, Frantar & Alistarh 2023, arXiv:2301.00774, section 3.5), which
@@ -256,7 +256,7 @@ class GPTQ(Quantizer):
         0.6,
         ge=0,
         le=1,
-        description="how far to make good what quantized inputs differ from the original, where the text has 16 tokens "
+        description="how far to make good what quantized inputs differ from the original, where the text has 24 tokens "
         "per input; 0 saves time",
     )
 
