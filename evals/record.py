@@ -61,7 +61,7 @@ def parse(made: ArgumentParser) -> Namespace:
     options = made.parse_args()
     options.output, options.work = options.output.absolute(), options.work.absolute()
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
     os.environ |= {
         "OMP_NUM_THREADS": str(options.threads),
         "MKL_NUM_THREADS": str(options.threads),
