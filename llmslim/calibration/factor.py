@@ -53,15 +53,12 @@ def factor(hessian: Tensor, damp_percent: float, act_order: bool) -> Factor:
     order = order.to(hessian.device)
     damp: float | None = damp_percent
     while damp is not None:
-        damped = hessian[order][:, order]
-        damped.diagonal().add_(damp * diagonal.mean())
-        dead = damped.diagonal() == 0
-        damped.diagonal()[dead] = 1.0  # an input that is always zero: its column is free
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            torch.cholesky_inverse(lower, out=damped)
+        work = hessian[order][:, order]
+        lower = damped_cholesky(work, damp * diagonal.mean())
+        if lower is not None:
+            torch.cholesky_inverse(lower, out=work)
             del lower
-            upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
+            upper, failed = torch.linalg.cholesky_ex(work, upper=True)
             if not failed and bool(upper.diagonal().isfinite().all()):
                 return Factor(order, upper, damp)
         damp = damp * 10 if damp * 10 <= 1.0 else None
@@ -70,11 +67,16 @@ def factor(hessian: Tensor, damp_percent: float, act_order: bool) -> Factor:
 
 def drift(cross: Tensor, hessian: Tensor, damp_percent: float) -> Tensor | None:
     """D^T H^-1 [in, in] for D = X^T (X_ref - X) and H = X^T X of the same rows; None where H cannot be factorized."""
-    damped = hessian.clone()
-    damped.diagonal().add_(damp_percent * hessian.diagonal().mean())
-    damped.diagonal()[damped.diagonal() == 0] = 1.0
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    return None if failed else torch.cholesky_solve(cross, lower).T
+    lower = damped_cholesky(hessian.clone(), damp_percent * hessian.diagonal().mean())
+    return None if lower is None else torch.cholesky_solve(cross, lower).T
+
+
+def damped_cholesky(hessian: Tensor, ridge: Tensor) -> Tensor | None:
+    """The lower factor of H + `ridge` I, None if there is none; H is changed in place."""
+    diagonal = hessian.diagonal().add_(ridge)
+    diagonal[diagonal == 0] = 1.0  # an input that is always zero: its column is free
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    return None if failed else lower
 
 
 def factor_of(stats: InputStats, damp_percent: float, act_order: bool) -> Factor:

@@ -73,11 +73,14 @@ class InputStats:
         return self
 
 
+def output_power(weight: Tensor, hessian: Tensor) -> Tensor:
+    """||W X||^2 = tr(W H W^T), for float32 weights [out, in], from H = X^T X [in, in]."""
+    return (weight @ hessian).mul_(weight).sum()
+
+
 def output_error(weight: Tensor, result: Tensor, hessian: Tensor) -> float:
     """||(W - W') X||^2 / ||W X||^2 for float32 weights [out, in], from X^T X [in, in]."""
-    difference = weight - result
-    power = (weight @ hessian).mul_(weight).sum()
-    return float((difference @ hessian).mul_(difference).sum() / power.clamp_min(1e-30))
+    return float(output_power(weight - result, hessian) / output_power(weight, hessian).clamp_min(1e-30))
 
 
 def same_memory(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

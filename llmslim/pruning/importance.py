@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmslim.calibration.statistics import InputStats
+from llmslim.calibration.statistics import InputStats, output_power
 
 
 def output_increase(weight: Tensor, hessian: Tensor, units: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def output_increase(weight: Tensor, hessian: Tensor, units: Tensor) -> Tensor:
         columns = flat[:, 0]
         scores = hessian.diagonal()[columns] * weight[:, columns].square().sum(0)
     else:
-        scores = torch.stack([_trace(weight[:, unit], hessian[unit][:, unit]) for unit in flat])
+        scores = torch.stack([output_power(weight[:, unit], hessian[unit][:, unit]) for unit in flat])
     return scores.view(units.shape[:2])
 
 
@@ -157,11 +157,6 @@ def allocate(scores: list[Tensor], remove: int, least: list[int]) -> list[int]:
     owner = torch.cat([torch.full((len(cost),), index) for index, cost in enumerate(costs)])
     chosen = owner[torch.cat(costs).argsort(stable=True)[:remove]]
     return torch.bincount(chosen, minlength=len(scores)).tolist()
-
-
-def _trace(weight: Tensor, hessian: Tensor) -> Tensor:
-    """tr(W H W^T)."""
-    return ((weight @ hessian) * weight).sum()
 
 
 def _without(weight: Tensor, inverse: Tensor, gone: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:

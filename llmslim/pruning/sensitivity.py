@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from llmslim.anatomy import Block
-from llmslim.calibration.statistics import InputStats
+from llmslim.calibration.statistics import InputStats, output_power
 from llmslim.calibration.stream import BlockStream
 from llmslim.pruning import importance
+from llmslim.pruning._depth import mean_cosine
 from llmslim.pruning.heads import PruneHeads
 from llmslim.pruning.mlp import PruneMLP
 from llmslim.pruning.structured import Site
@@ -33,10 +34,10 @@ def sensitivity(look: Survey) -> list[dict[str, Any]]:
     rows = []
     for block, stream in look.blocks():
         lane = stream.lanes["calibration"]
-        before = [hidden.clone() for hidden in lane.hidden]
+        before = list(lane.hidden)
         row: dict[str, Any] = {"block": block.name, "heads": [], "channels": []}
         _measure(block, stream, row)
-        row["influence"] = _influence(before, lane.hidden)
+        row["influence"] = 1 - mean_cosine(before, lane.hidden)
         rows.append(row)
     return rows
 
@@ -61,7 +62,7 @@ def _measure(block: Block, stream: BlockStream, row: dict[str, Any]) -> None:
 def _heads(weight: Tensor, hessian: Tensor, site: Site) -> dict[str, list[float]]:
     damped = importance.damped(hessian, DAMPING)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped)).to(weight.dtype)
-    power = _power(weight, hessian)
+    power = output_power(weight, hessian).clamp_min(1e-30)
     return {
         "lost": (importance.output_increase(weight, hessian, site.units) / power).view(-1).tolist(),
         "refitted": (importance.refit_increase(weight, inverse, site.units) / power).view(-1).tolist(),
@@ -72,7 +73,7 @@ def _channels(weight: Tensor, hessian: Tensor) -> dict[str, Any]:
     width = weight.shape[1]
     units = torch.arange(width, device=weight.device).view(1, -1, 1)
     order = importance.output_increase(weight, hessian, units)[0].argsort(stable=True)
-    damped, power = importance.damped(hessian, DAMPING), _power(weight, hessian)
+    damped, power = importance.damped(hessian, DAMPING), output_power(weight, hessian).clamp_min(1e-30)
     lost: list[float] = []
     refitted: list[float] = []
     for share in SHARES:
@@ -83,18 +84,5 @@ def _channels(weight: Tensor, hessian: Tensor) -> dict[str, Any]:
             (importance.refit(weight, damped, keep), refitted),
         ):
             new[:, keep] = weights
-            found.append(float(_power(weight - new, hessian) / power))
+            found.append(float(output_power(weight - new, hessian) / power))
     return {"width": width, "lost": lost, "refitted": refitted}
-
-
-def _power(weight: Tensor, hessian: Tensor) -> Tensor:
-    """||W X||^2."""
-    return (weight @ hessian).mul_(weight).sum().clamp_min(1e-30)
-
-
-def _influence(before: list[Tensor], behind: list[Tensor]) -> float:
-    cosines = [
-        torch.cosine_similarity(a.float(), b.float(), dim=-1).reshape(-1)
-        for a, b in zip(before, behind, strict=True)
-    ]
-    return float(1 - torch.cat(cosines).mean())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block, Experts
 from llmslim.anatomy.parts import Projection, is_conv1d
-from llmslim.calibration.statistics import InputStats, output_error
+from llmslim.calibration.statistics import InputStats, output_error, output_power
 from llmslim.calibration.stream import BlockStream
 from llmslim.pruning import importance
 from llmslim.pruning.amount import Share
@@ -169,7 +169,7 @@ class Structured(Share):
                 weight, moments = dense_weight(linear).float(), self._moments(linear, inputs)
                 cost, stats = self._scores(block, site, weight, moments, None), moments.stats
                 # an error counts by its share of the output, so that blocks of any scale compare
-                power = (weight @ stats.hessian).mul_(weight).sum().clamp_min(1e-30)
+                power = output_power(weight, stats.hessian).clamp_min(1e-30)
                 scores[name] = cost / power if self.criterion in ("obs", "output") else cost / cost.mean()
 
             with self.opened(block):
