@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -64,20 +64,18 @@ def gptq(
     groups = order // scheme.group_width(in_features)
     scales = scale.expand(out_features, -1).T.contiguous()[groups]
     zeros = zero.expand(out_features, -1).T.contiguous()[groups]
-    lowest, highest = -zeros, scheme.max_code - zeros
+    columns = _Columns(work, scales, -zeros, scheme.max_code - zeros, torch.empty_like(work))
     pinned = None if pruned is None else pruned.T[order]
     if pinned is not None:
-        for bound in (lowest, highest):
-            bound.masked_fill_(pinned, 0)
+        columns.pin(pinned)
     coupling = upper / upper.diagonal().unsqueeze(-1)
-    codes = torch.empty_like(work)
     if sparsity or pattern != "unstructured":
         assert pruned is not None and pinned is not None
         cost = upper.diagonal().square().reciprocal()
-        _pruning_sweep(work, coupling, scales, lowest, highest, codes, pinned, cost, sparsity, pattern)
+        codes = _pruning_sweep(columns, coupling, pinned, cost, sparsity, pattern)
         pruned[:, order] = pinned.T
     else:
-        _sweep(work, coupling, scales, lowest, highest, codes, True)
+        codes = _sweep(columns, coupling, True)
     codes += zeros
     original = torch.empty_like(codes)
     original[order] = codes
@@ -105,43 +103,59 @@ def descend(
     codes = quantized.codes.T[order].float()  # one row per column of the weight, as in `gptq`
     # what would take each column to its best value, all others as they are: -G_j / H_jj
     wanted = coupling.T @ (weight - quantized.dequantize()).T[order]
-    lowest, highest = -codes, scheme.max_code - codes
-    if pruned is not None:
-        for bound in (lowest, highest):
-            bound.masked_fill_(pruned.T[order], 0)
     groups = order // scheme.group_width(len(order))
     scales = quantized.scale.expand(len(weight), -1).T.contiguous()[groups]
-    codes += _sweep(wanted, coupling, scales, lowest, highest, torch.empty_like(wanted), False)
+    columns = _Columns(wanted, scales, -codes, scheme.max_code - codes, torch.empty_like(wanted))
+    if pruned is not None:
+        columns.pin(pruned.T[order])
+    codes += _sweep(columns, coupling, False)
     original = torch.empty(codes.shape, dtype=torch.uint8, device=codes.device)
     original[order] = codes.to(torch.uint8)
     return QuantizedWeight(scheme, original.T.contiguous(), quantized.scale, quantized.zero_point)
 
 
-def _sweep(
-    work: Tensor,
-    coupling: Tensor,
-    scales: Tensor,
-    lowest: Tensor,
-    highest: Tensor,
-    multiples: Tensor,
-    spread_error: bool,
-) -> Tensor:
+class _Columns(NamedTuple):
+    """Columns of a weight, one row each, and the grids that they are rounded to; float32 [in, out] all.
+
+    Attributes:
+        work: what is rounded, changed on the way.
+        lowest, highest: the least and the greatest multiple of the scale allowed.
+        multiples: where the multiples go.
+    """
+
+    work: Tensor
+    scales: Tensor
+    lowest: Tensor
+    highest: Tensor
+    multiples: Tensor
+
+    def at(self, rows: slice) -> _Columns:
+        """Some of the columns, on the same memory."""
+        return _Columns(*(part[rows] for part in self))
+
+    def pin(self, mask: Tensor) -> None:
+        """Allow the multiple 0 alone where the bool mask [in, out] is set."""
+        for bound in (self.lowest, self.highest):
+            bound.masked_fill_(mask, 0)
+
+
+def _sweep(columns: _Columns, coupling: Tensor, spread_error: bool) -> Tensor:
     """Round row j of `work` to a whole multiple of its scales, and take x_j coupling[j, k] off each later row k.
 
-    x_j is the error work_j - rounded_j, or the rounded row itself. The rows are halved again and again, so that
-    nearly all of that is matrix products.
+    x_j is the error work_j - rounded_j, or the rounded row itself; `work` holds all x_j afterwards. The rows are halved
+    again and again, so that nearly all of that is matrix products.
 
     Args:
-        work: float32 [in, out]; holds all x_j afterwards.
         coupling: float32 [in, in], of which only what is above the diagonal is read.
-        scales, lowest, highest: float32 [in, out]; the least and the greatest multiple allowed.
-        multiples: float32 [in, out], where the multiples go; returned.
+
+    Returns:
+        The multiples.
     """
+    work, scales, lowest, highest, multiples = columns
     middle = len(work) // 2
     if len(work) > _COLUMNS:
         for half in (slice(None, middle), slice(middle, None)):
-            parts = [part[half] for part in (work, scales, lowest, highest, multiples)]
-            _sweep(parts[0], coupling[half, half], parts[1], parts[2], parts[3], parts[4], spread_error)
+            _sweep(columns.at(half), coupling[half, half], spread_error)
             if half.start is None:
                 work[middle:].addmm_(coupling[:middle, middle:].T, work[:middle], alpha=-1)
         return multiples
@@ -158,37 +172,26 @@ def _sweep(
 
 
 def _pruning_sweep(
-    work: Tensor,
-    coupling: Tensor,
-    scales: Tensor,
-    lowest: Tensor,
-    highest: Tensor,
-    multiples: Tensor,
-    pinned: Tensor,
-    cost: Tensor,
-    sparsity: float,
-    pattern: Pattern,
-) -> None:
+    columns: _Columns, coupling: Tensor, pinned: Tensor, cost: Tensor, sparsity: float, pattern: Pattern
+) -> Tensor:
     """`_sweep` that also decides what goes, of as many rows at a time as the pattern asks for.
 
     Args:
         pinned: bool [in, out], what is zero already, and goes first; holds all that is zero afterwards.
         cost: 1 / U[j, j]^2 [in].
     """
-    together, count = span(pattern), len(work)
-    for start in range(0, count, COLUMNS):
-        stop = min(start + COLUMNS, count)
+    work, together = columns.work, span(pattern)
+    for start in range(0, len(work), COLUMNS):
+        stop = min(start + COLUMNS, len(work))
         for first in range(start, stop, together):
             now = slice(first, min(first + together, stop))
             open_ = work[now].masked_fill(pinned[now], 0)
             pinned[now] |= ~least_cost(open_, cost[now], sparsity, pattern)
-            for bound in (lowest, highest):
-                bound[now].masked_fill_(pinned[now], 0)
-            _sweep(
-                work[now], coupling[now, now], scales[now], lowest[now], highest[now], multiples[now], True
-            )
+            columns.at(now).pin(pinned[now])
+            _sweep(columns.at(now), coupling[now, now], True)
             work[now.stop : stop].addmm_(coupling[now, now.stop : stop].T, work[now], alpha=-1)
         work[stop:].addmm_(coupling[start:stop, stop:].T, work[start:stop], alpha=-1)
+    return columns.multiples
 
 
 def refit_scales(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> QuantizedWeight:
