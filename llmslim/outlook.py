@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -26,26 +25,24 @@ class Foresight:
         edits: of all steps so far.
         form: chooses the format that holds a result of these edits.
         stored: what dense tensors are stored in.
+        model: what these edits leave of it; None without edits.
     """
 
     origin: PreTrainedModel
     edits: tuple[Edit, ...]
     form: Callable[[list[Edit]], Format]
     stored: torch.dtype
+    model: PreTrainedModel | None = None
     _forms: dict[frozenset[str], Format] = field(default_factory=dict)  # by kinds of edits, which decide it
 
     def after(self, edits: list[Edit]) -> Foresight:
-        later = replace(self, edits=(*self.edits, *edits))
         model = copy.deepcopy(self.anatomy.model)
         replay(model, edits)
-        later.__dict__["anatomy"] = Anatomy(model)
-        return later
+        return replace(self, edits=(*self.edits, *edits), model=model)
 
     @cached_property
     def anatomy(self) -> Anatomy:
-        model = copy.deepcopy(self.origin)
-        replay(model, list(self.edits))
-        return Anatomy.of(model)
+        return Anatomy.of(copy.deepcopy(self.origin)) if self.model is None else Anatomy(self.model)
 
     @property
     def parameters(self) -> int:
@@ -61,12 +58,3 @@ class Foresight:
         if kinds not in self._forms:
             self._forms[kinds] = self.form(list(self.edits))
         return weight_bytes(self.anatomy.model, self._forms[kinds], self.stored)
-
-
-def edited_bytes(model: PreTrainedModel, edits: list[Edit], form: Format, stored: torch.dtype) -> int:
-    """Bytes of the weight files: the edits are made on a copy of the skeleton, whose tensors are counted."""
-    edited = copy.deepcopy(model)
-    for edit in edits:
-        with suppress(ValueError):  # packed by an earlier step, so that this one will pass over it
-            edit.apply(edited)
-    return weight_bytes(edited, form, stored)

@@ -28,7 +28,7 @@ from llmslim.passes import BlockPass, PassOptions
 from llmslim.plan import Plan, make_plan
 from llmslim.recipe import Recipe
 from llmslim.report import write_report
-from llmslim.step import BlockStep, Outlook, Step, StepRecord
+from llmslim.step import BlockStep, Step, StepRecord
 from llmslim.survey import run_survey
 from llmslim.work import Progress, WorkFolder
 
@@ -181,9 +181,9 @@ def prepare(
     def form_of(edits: list[Edit]) -> Format:
         return choose(recipe.format, [*before, *edits], origin, stored)
 
-    steps, edits, chosen = _resolved(recipe.steps, Foresight(reader_model, (), form_of, stored))
+    steps, outlook, chosen = _resolved(recipe.steps, Foresight(reader_model, (), form_of, stored))
     recipe = recipe.model_copy(update={"steps": steps})
-    form = form_of(edits)
+    form = form_of(list(outlook.edits))
     text = None
     if any(step.needs_calibration for step in recipe.steps):
         choice = recipe.calibration
@@ -195,27 +195,24 @@ def prepare(
     if recipe.evaluation is not None:
         _check_length(recipe.evaluation.seq_len, files)
     streams = reader.streams if reader else True
-    plan = make_plan(files, reader_model, recipe, options, form, edits, streams, chosen)
+    plan = make_plan(files, reader_model, recipe, options, form, outlook, streams, chosen)
     return Prepared(files, recipe, options, form, text, plan)
 
 
 def _resolved(
-    steps: Sequence[Step], outlook: Outlook
-) -> tuple[tuple[Step, ...], list[Edit], tuple[str, ...]]:
-    """The steps that run, the edits of all, and what was chosen; each sees what those before it leave of the model."""
+    steps: Sequence[Step], outlook: Foresight
+) -> tuple[tuple[Step, ...], Foresight, tuple[str, ...]]:
+    """The steps that run, what they leave, and what was chosen; each sees what those before it leave of the model."""
     settled: list[Step] = []
-    edits: list[Edit] = []
     chosen: list[str] = []
     for asked in steps:
         running, told = asked.resolve(outlook)
         chosen += [told] if told else []
         for step in running:
             step.check(outlook.anatomy)
-            planned = step.planned_edits(outlook.anatomy)
-            outlook = outlook.after(planned)
+            outlook = outlook.after(step.planned_edits(outlook.anatomy))
             settled.append(step)
-            edits += planned
-    return tuple(settled), edits, tuple(chosen)
+    return tuple(settled), outlook, tuple(chosen)
 
 
 def run_step(

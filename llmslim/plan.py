@@ -13,11 +13,11 @@ import torch
 from llmslim.anatomy import Anatomy
 from llmslim.anatomy.parts import features, is_matrix
 from llmslim.checkpoint.formats import Format
-from llmslim.edit import Edit
+from llmslim.checkpoint.writer import weight_bytes
 from llmslim.errors import UserError
 from llmslim.loaders.models import ModelFiles
 from llmslim.memory import available_memory, resident_bytes
-from llmslim.outlook import edited_bytes
+from llmslim.outlook import Foresight
 from llmslim.passes import PassOptions
 from llmslim.recipe import Recipe
 from llmslim.step import REFERENCE_PART, BlockStep
@@ -79,14 +79,14 @@ def make_plan(
     recipe: Recipe,
     options: PassOptions,
     form: Format,
-    edits: list[Edit],
+    outlook: Foresight,
     streams: bool,
     chosen: tuple[str, ...] = (),
 ) -> Plan:
-    """Work out the plan from a skeleton on meta."""
+    """Work out the plan from a skeleton on meta, and what the steps will leave of it."""
     anatomy = Anatomy.of(model)
     shape = _Shape(anatomy, options, files.dtype)
-    output = edited_bytes(model, edits, form, options.stored)
+    output = weight_bytes(outlook.anatomy.model, form, options.stored)
     lanes = 2 * shape.lane_bytes + sum(1 for _ in anatomy.blocks) * 64 * shape.hidden * 4
     return Plan(
         peak_memory=_peak_memory(shape, recipe, anatomy, streams),
@@ -99,7 +99,7 @@ def make_plan(
         streams=streams,
         compute_dtype=str(options.dtype).removeprefix("torch."),
         blocks=len(anatomy.blocks),
-        linears=len(edits),
+        linears=len(outlook.edits),
         chosen=chosen,
     )
 
@@ -158,9 +158,8 @@ def _seconds(
     for step in recipe.steps:
         if step.needs_calibration:
             flops += 2.0 * shape.tokens * weights
-            if (
-                isinstance(step, BlockStep) and step.needs_survey
-            ):  # a forward, with a backward if it takes gradients
+            if isinstance(step, BlockStep) and step.needs_survey:
+                # a forward, with a backward if it takes gradients
                 flops += (6.0 if step.survey_copies else 2.0) * shape.tokens * weights
             flops += 1.25 * shape.tokens * sum(width * width for _, width in shape.matrices) / 2
         flops += 2.0 * sum(rows * width * width for rows, width in shape.matrices) * 2

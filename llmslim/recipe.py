@@ -86,8 +86,13 @@ class Recipe(BaseModel):
                 )
             kind, fields = next(iter(entry.items()))
             steps.append(build_step(kind, fields or {}))
+        return cls.checked(**{**record, "steps": tuple(steps)})
+
+    @classmethod
+    def checked(cls, **fields: Any) -> Recipe:
+        """A recipe of these fields; what is wrong with one is refused in one sentence."""
         try:
-            return cls(**{**record, "steps": tuple(steps)})
+            return cls(**fields)
         except ValidationError as error:
             raise UserError(_explain_nested(error)) from error
 

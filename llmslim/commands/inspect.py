@@ -84,7 +84,7 @@ def _sensitivity(options: dict[str, Any]) -> None:
     named = {
         key.removeprefix(CALIBRATION): value for key, value in options.items() if key.startswith(CALIBRATION)
     }
-    recipe = Recipe.parse({"steps": ["rtn"], "calibration": named, "seed": options.get("seed", 0)})
+    recipe = Recipe.checked(steps=(), calibration=named, seed=options.get("seed", 0))
     device = str(device_of(options)) if "device" in options else None
     with progress_for() as progress:
         found = sensitivity(
