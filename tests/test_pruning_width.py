@@ -18,7 +18,7 @@ from llmslim.checkpoint.verify import verify
 from llmslim.errors import UserError
 from llmslim.pipeline import compress
 from llmslim.pruning import width as room
-from llmslim.pruning._stream_refit import fit
+from llmslim.pruning.importance import least_squares
 from llmslim.pruning.residual import narrow_block, narrow_outer, stream_norms, untie
 from llmslim.pruning.width import PruneWidth, components, turning
 from llmslim.recipe import Calibration, Recipe
@@ -318,7 +318,7 @@ def test_fit_is_ridge_regression_to_what_was_there() -> None:
     ridge = (damping * float(hessian.diagonal().mean())) ** 0.5
     rows = torch.cat([x, ridge * torch.eye(12, dtype=torch.float64)])
     expected = torch.linalg.lstsq(rows, torch.cat([wanted, ridge * prior.T])).solution.T
-    found = fit(wanted.T @ x, hessian, prior, damping)
+    found = least_squares(wanted.T @ x, hessian, damping, prior)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -118,7 +118,7 @@ class _Pending:
             error = (wanted - rest.float() - self.output(index, rest).float()) * scale
             rows.append(self.inputs[index].float().reshape(-1, weight.shape[1]) * scale.view(-1, 1))
             errors.append(error.reshape(-1, weight.shape[0]))
-        step = importance.least_squares(rows, errors, damping)
+        step = importance.least_squares(*importance.moments(errors, rows), damping)
         before = sum(float(error.square().sum()) for error in errors)
         after = sum(float((e - x @ step.T).square().sum()) for e, x in zip(errors, rows, strict=True))
         weight.copy_(weight.float() + step)

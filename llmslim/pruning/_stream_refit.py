@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmslim.anatomy import MLP, Block
 from llmslim.calibration.stream import BlockStream
+from llmslim.pruning import importance
 from llmslim.pruning.residual import Site, Slot, Turn, stream_norms
 from llmslim.step import dense_weight
 
@@ -39,26 +40,6 @@ def trace(block: Block, stream: BlockStream) -> Trace:
     with torch.no_grad():
         read = [[module(chunk) for chunk in chunks] for module, chunks in zip(modules, states, strict=True)]
     return Trace((states[0], states[1], list(lane.hidden)), {"attention": read[0], "mlp": read[1]})
-
-
-def fit(cross: Tensor, hessian: Tensor, prior: Tensor, damping: float) -> Tensor:
-    """min_W ||T - W X||^2 + lambda ||W - W_0||^2, lambda = `damping` x the mean of H's diagonal.
-
-    Its answer is (T X^T + lambda W_0) (H + lambda I)^-1.
-
-    Args:
-        cross: T X^T [out, in], T the outputs wanted.
-        hessian: H = X X^T [in, in].
-        prior: W_0 [out, in], what is pulled to.
-
-    Returns:
-        float32 [out, in].
-    """
-    ridge = damping * hessian.diagonal().double().mean().clamp_min(1e-30)
-    damped = hessian.double()
-    damped.diagonal().add_(ridge)
-    wanted = cross.double() + ridge * prior.double()
-    return torch.cholesky_solve(wanted.T, torch.linalg.cholesky(damped)).T.float()
 
 
 class Refit:
@@ -100,7 +81,7 @@ class Refit:
         slots = [slot for slot in self.old if slot.side == "reads" and slot.site == site]
         width = self.old[slots[0]].shape[slots[0].dim]
         prior = self.turn(Slot(slots[0].name, 1, "reads", site), torch.eye(width, device=read[0].device), 1)
-        matrix = fit(*_moments(wanted, read), prior, self.damping)
+        matrix = importance.least_squares(*importance.moments(wanted, read), self.damping, prior)
         for slot in slots:
             new = (self.old[slot].float().movedim(slot.dim, -1) @ matrix).movedim(-1, slot.dim)
             place(self.block.model, slot.name, new.to(self.old[slot].dtype).contiguous())
@@ -113,7 +94,8 @@ class Refit:
             wanted = [chunk - linear.bias.float() for chunk in wanted]  # type: ignore[operator]
         view = dense_weight(linear)
         with torch.no_grad():
-            view.copy_(fit(*_moments(wanted, inputs[: len(states)]), view.detach().float(), self.damping))
+            moments = importance.moments(wanted, inputs[: len(states)])
+            view.copy_(importance.least_squares(*moments, self.damping, view.detach()))
 
     def seen(self, states: Tensor) -> Tensor:
         """The uncompressed stream [..., d] in the narrow basis: [..., d']."""
@@ -126,15 +108,3 @@ class Refit:
         ]
         lost = sum(float((full - now).square().sum()) for full, now in pairs)
         return lost / max(sum(float(full.square().sum()) for full, _ in pairs), 1e-30)
-
-
-def _moments(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(T X^T [out, in], X X^T [in, in]) over chunks [..., out] and [..., in], in float32."""
-    width, rows = inputs[0].shape[-1], outputs[0].shape[-1]
-    cross = torch.zeros(rows, width, device=inputs[0].device)
-    hessian = torch.zeros(width, width, device=inputs[0].device)
-    for wanted, given in zip(outputs, inputs, strict=True):
-        x = given.flatten(0, -2).float()
-        cross.addmm_(wanted.flatten(0, -2).float().T, x)
-        hessian.addmm_(x.T, x)
-    return cross, hessian

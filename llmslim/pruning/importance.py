@@ -7,6 +7,8 @@ int64 [pools, size, width]: the `width` columns of each unit. From every pool eq
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -60,9 +62,14 @@ def refit_increase(weight: Tensor, inverse: Tensor, units: Tensor) -> Tensor:
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """H + lambda I in float64, lambda = `damping` x its mean diagonal."""
     result = hessian.double()
-    ridge = damping * result.diagonal().mean()
-    result.diagonal().add_(ridge if ridge > 0 else 1.0)  # no input was ever but zero: any weight will do
+    result.diagonal().add_(_ridge(hessian, damping))
     return result
+
+
+def _ridge(hessian: Tensor, damping: float) -> Tensor:
+    """lambda in float64; 1 where no input was ever but zero: any weight will do."""
+    ridge = damping * hessian.diagonal().double().mean()
+    return ridge if ridge > 0 else torch.ones_like(ridge)
 
 
 def keep_best(scores: Tensor, remove: int) -> Tensor:
@@ -125,21 +132,32 @@ def refit(weight: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
     return (weight[:, keep] + moved).to(weight.dtype)
 
 
-def least_squares(rows: list[Tensor], errors: list[Tensor], damping: float) -> Tensor:
-    """The change D of a matrix that makes good for an error best: min_D sum ||e - D x||^2 + lambda ||D||^2.
+def moments(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(T^T X [out, in], X^T X [in, in]) over chunks [..., out] and [..., in], in float32."""
+    hessian = InputStats.of(inputs).hessian
+    cross = torch.zeros(outputs[0].shape[-1], len(hessian), device=hessian.device)
+    for wanted, given in zip(outputs, inputs, strict=True):
+        cross.addmm_(wanted.flatten(0, -2).float().T, given.flatten(0, -2).float())
+    return cross, hessian
+
+
+def least_squares(cross: Tensor, hessian: Tensor, damping: float, prior: Tensor | None = None) -> Tensor:
+    """min_W ||T - X W^T||^2 + lambda ||W - W_0||^2, lambda = `damping` x the mean diagonal of H.
+
+    Its answer is (T^T X + lambda W_0) (H + lambda I)^-1.
 
     Args:
-        rows: inputs x, [tokens, in] in chunks.
-        errors: what is missing, e, [tokens, out] in the same chunks.
-        damping: lambda = `damping` x the mean diagonal of X^T X.
+        cross: T^T X [out, in], T the outputs wanted.
+        hessian: H = X^T X [in, in].
+        prior: W_0 [out, in], what is pulled to; 0 when None.
 
     Returns:
-        float32 [out, in]: E^T X (X^T X + lambda I)^-1.
+        float32 [out, in].
     """
-    stats = InputStats.of(rows)
-    cross = sum((x.T @ e for x, e in zip(rows, errors, strict=True)), torch.zeros((), device=rows[0].device))
-    lower = torch.linalg.cholesky(damped(stats.hessian, damping))
-    return torch.cholesky_solve(cross.double(), lower).T.float()
+    wanted = cross.double()
+    if prior is not None:
+        wanted = wanted + _ridge(hessian, damping) * prior.double()
+    return torch.cholesky_solve(wanted.T, torch.linalg.cholesky(damped(hessian, damping))).T.float()
 
 
 def allocate(scores: list[Tensor], remove: int, least: list[int]) -> list[int]:
