@@ -58,13 +58,17 @@ def minilm() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
+def glue(data: str) -> str:
+    return f"{data}/nyu-mll/glue" if data else "nyu-mll/glue"
+
+
 def sentences(data: str, split: str, tasks: dict[str, tuple[str, ...]], count: int) -> list[str]:
     """`count` sentences, as many of each task, evenly over its rows."""
     from datasets import load_dataset
 
     found = []
     for task, columns in tasks.items():
-        rows = load_dataset(f"{data}/nyu-mll/glue" if data else "nyu-mll/glue", task, split=split)
+        rows = load_dataset(glue(data), task, split=split)
         step = max(1, len(rows) * len(columns) * len(tasks) // count)
         found += [row[column] for row in rows.select(range(0, len(rows), step)) for column in columns]
     return found[:count]
@@ -95,12 +99,13 @@ def worker(base: str, result: str, data: str, count: int) -> dict[str, Any]:
     from scipy.stats import spearmanr
 
     texts = sentences(data, "validation", TASKS, count)
-    cosine = torch.cosine_similarity(embed(base, texts), embed(result, texts))
-    pairs = load_dataset(f"{data}/nyu-mll/glue" if data else "nyu-mll/glue", "stsb", split="validation")
+    pairs = load_dataset(glue(data), "stsb", split="validation")
     both = list(pairs["sentence1"]) + list(pairs["sentence2"])
+    embedded = {name: embed(model, [*texts, *both]) for name, model in (("base", base), ("result", result))}
+    cosine = torch.cosine_similarity(*(rows[: len(texts)] for rows in embedded.values()))
     correlations = {}
-    for name, model in (("base", base), ("result", result)):
-        first, second = embed(model, both).chunk(2)
+    for name, rows in embedded.items():
+        first, second = rows[len(texts) :].chunk(2)
         correlations[name] = float(
             spearmanr(torch.cosine_similarity(first, second).numpy(), pairs["label"]).statistic
         )

@@ -89,10 +89,7 @@ def measure(name: str, options: Namespace, text: dict[str, str]) -> dict[str, An
         "name": name,
         "options": settings(options),
         **cost,
-        "size": report["size"]["result"],
-        "format": report["format"],
-        "compute_dtype": report["environment"]["compute_dtype"],
-        "notes": len(report["notes"]),
+        **record.outcome(report),
         "recipe": report["recipe"]["steps"],
         "quality": quality,
     }

@@ -200,8 +200,18 @@ def llmslim(*words: str) -> list[str]:
     return [sys.executable, "-m", "llmslim", *words]
 
 
+def outcome(report: dict[str, Any]) -> dict[str, Any]:
+    """What a report says of the result itself."""
+    return {
+        "size": report["size"]["result"],
+        "format": report["format"],
+        "compute_dtype": report["environment"]["compute_dtype"],
+        "notes": len(report["notes"]),
+    }
+
+
 def quantized(command: list[str], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run a `quantize` command that writes to `folder`; its report, and what it cost.
+    """Run a command such as `quantize` that writes to `folder`; its report, and what it cost.
 
     cpu_seconds: "steps" is the quantization alone (read, calibrate, solve, write), "command" everything:
     Python's start, imports, the passes, and the verification in a process of its own.

@@ -72,7 +72,7 @@ def quantization(result: Result) -> str:
 
 
 def pruning(result: Result) -> str:
-    base = next(row for row in result["rows"] if row["name"] == "base")["quality"]["perplexity"]
+    bases = [row["quality"]["perplexity"] for row in result["rows"] if row["name"] == "base"]
     rows = [row for row in result["rows"] if row["name"] != "base"]
     curves = [row for row in rows if row["name"].split("/")[1] in CURVE]
     listed = [
@@ -86,7 +86,7 @@ def pruning(result: Result) -> str:
         for row in rows
         if row not in curves
     ]
-    listed.insert(0, ["float32", "", f"{base:.2f}", "", ""])
+    listed[:0] = [["float32", "", f"{base:.2f}", "", ""] for base in bases]
     headings = [
         "what / how much / choice",
         "bytes left in blocks",

@@ -122,5 +122,16 @@ def _child(how: str, job: dict[str, Any]) -> None:
     save_file(logits, job["result"])
 
 
+def outlook(family: str, **overrides: Any) -> Any:
+    """What steps are settled by, of a tiny model with nothing done to it."""
+    from llmslim.checkpoint.formats import choose
+    from llmslim.loaders.models import skeleton
+    from llmslim.outlook import Foresight
+    from tests.tiny import tiny_config
+
+    model = skeleton(tiny_config(family, **overrides))
+    return Foresight(model, (), lambda edits: choose("auto", edits, model), torch.float32)
+
+
 if __name__ == "__main__":
     _child(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()))

@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 
 import llmslim
 from llmslim import pipeline
-from llmslim.checkpoint.verify import verify
 from llmslim.errors import UserError
 from llmslim.pipeline import compress, prepare
 from llmslim.quantization.gptq import GPTQ
 from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration, Evaluation, Recipe
 from tests.tiny import DECODERS, FAMILIES, save_tiny
+
+pytestmark = pytest.mark.usefixtures("verified_here")
 
 ROOT = Path(__file__).parents[1]
 QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=4, seq_len=32), "evaluation": None}
@@ -39,12 +40,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
-
-
-@pytest.fixture(autouse=True)
-def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same verification without a process for each run; `test_every_family...` does it in a fresh one."""
-    monkeypatch.setattr(pipeline, "verify_in_fresh_process", verify)
 
 
 EVERY = [(family, STEP) for family in FAMILIES]

@@ -13,10 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmslim import pipeline
 from llmslim.anatomy import Anatomy, Block, Experts
 from llmslim.calibration.stream import BlockStream, Lane
-from llmslim.checkpoint.verify import verify
 from llmslim.errors import UserError
 from llmslim.pipeline import compress
 from llmslim.pruning.edits import narrow_experts
@@ -24,6 +22,8 @@ from llmslim.pruning.experts import PruneExperts, Routing
 from llmslim.recipe import Calibration
 from llmslim.step import StepRecord, build_step
 from tests.tiny import example_inputs, save_tiny, tiny_model
+
+pytestmark = pytest.mark.usefixtures("verified_here")
 
 QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=4, seq_len=32), "evaluation": None}
 MIXTURES = ("mixtral", "qwen3_moe")
@@ -33,11 +33,6 @@ MIXTURES = ("mixtral", "qwen3_moe")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {family: save_tiny(family, root / family) for family in (*MIXTURES, "llama")}
-
-
-@pytest.fixture(autouse=True)
-def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "verify_in_fresh_process", verify)
 
 
 def mixtures(model: PreTrainedModel) -> list[tuple[Block, Experts]]:

@@ -44,13 +44,10 @@ from tests.tiny import (
     tiny_model,
 )
 
+pytestmark = pytest.mark.usefixtures("verified_here")
+
 QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=8, seq_len=32), "evaluation": None}
 LLAMA = "model.layers"
-
-
-@pytest.fixture(autouse=True)
-def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "verify_in_fresh_process", verify)
 
 
 @pytest.fixture(scope="module")

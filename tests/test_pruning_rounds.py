@@ -10,13 +10,9 @@ import torch
 from torch import Tensor
 
 import llmslim
-from llmslim import pipeline
 from llmslim.anatomy import MLP, Anatomy
 from llmslim.calibration.factor import factor
-from llmslim.checkpoint.formats import choose
-from llmslim.checkpoint.verify import verify
 from llmslim.errors import UserError
-from llmslim.loaders.models import skeleton
 from llmslim.outlook import Foresight
 from llmslim.pipeline import compress
 from llmslim.pruning.amount import ramp_up
@@ -24,8 +20,11 @@ from llmslim.pruning.sparsegpt import sparsegpt
 from llmslim.recipe import Calibration, Recipe
 from llmslim.sparse import SparseLinear
 from llmslim.step import Step, StepRecord, build_step
+from tests.checkpoints import outlook
 from tests.test_quantization_gptq import problem, stats_of
-from tests.tiny import save_tiny, tiny_config
+from tests.tiny import save_tiny
+
+pytestmark = pytest.mark.usefixtures("verified_here")
 
 QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=4, seq_len=32), "evaluation": None}
 
@@ -34,16 +33,6 @@ QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=4, seq_len=32), 
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {family: save_tiny(family, root / family) for family in ("llama", "gpt2", "mixtral")}
-
-
-@pytest.fixture(autouse=True)
-def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "verify_in_fresh_process", verify)
-
-
-def outlook(family: str, **overrides: Any) -> Foresight:
-    model = skeleton(tiny_config(family, **overrides))
-    return Foresight(model, (), lambda edits: choose("auto", edits, model), torch.float32)
 
 
 def rounds_of(kind: str, fields: dict[str, Any], before: Foresight) -> list[Any]:

@@ -14,11 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import llmslim
-from llmslim import pipeline
 from llmslim.anatomy import Anatomy, Block
 from llmslim.calibration.statistics import output_error
 from llmslim.calibration.stream import BlockStream, Lane
-from llmslim.checkpoint.verify import verify
 from llmslim.errors import UserError
 from llmslim.pipeline import compress
 from llmslim.pruning import importance
@@ -28,6 +26,8 @@ from llmslim.pruning.structured import Moments, Structured
 from llmslim.recipe import Calibration
 from llmslim.step import build_step
 from tests.tiny import example_inputs, save_tiny, tiny_model
+
+pytestmark = pytest.mark.usefixtures("verified_here")
 
 
 def problem(
@@ -215,11 +215,6 @@ PLAIN = {  # what the plain config can express: everything about MLPs, heads whe
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {family: save_tiny(family, root / family) for family in FEW}
-
-
-@pytest.fixture(autouse=True)
-def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "verify_in_fresh_process", verify)
 
 
 @pytest.mark.parametrize(("family", "kind", "fields"), CASES)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from llmslim import compress, pipeline
-from llmslim.checkpoint.verify import verify
+from llmslim import compress
 from llmslim.step import build_step
 from tests.tiny import save_tiny
+
+pytestmark = pytest.mark.usefixtures("verified_here")
 
 QUICK = {"calibration": {"text": "builtin", "num_samples": 4, "seq_len": 32}, "evaluation": None, "seed": 3}
 
@@ -22,11 +23,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         save_tiny(family, root / family)
         made[family] = root / family
     return made
-
-
-@pytest.fixture(autouse=True)
-def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "verify_in_fresh_process", verify)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "mixtral", "t5"])

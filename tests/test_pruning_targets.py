@@ -6,20 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from llmslim import pipeline
 from llmslim.anatomy import Anatomy
-from llmslim.checkpoint.formats import choose
-from llmslim.checkpoint.verify import verify
 from llmslim.errors import UserError
-from llmslim.loaders.models import skeleton
 from llmslim.outlook import Foresight
 from llmslim.pipeline import compress, prepare
 from llmslim.pruning.amount import Amount, parse_bytes
 from llmslim.recipe import Calibration, Recipe
 from llmslim.step import Step, build_step
-from tests.tiny import save_tiny, tiny_config
+from tests.checkpoints import outlook
+from tests.tiny import save_tiny
+
+pytestmark = pytest.mark.usefixtures("verified_here")
 
 QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=4, seq_len=32), "evaluation": None}
 
@@ -28,16 +26,6 @@ QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=4, seq_len=32), 
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {family: save_tiny(family, root / family) for family in ("llama", "qwen2", "mixtral", "t5")}
-
-
-@pytest.fixture(autouse=True)
-def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "verify_in_fresh_process", verify)
-
-
-def outlook(family: str, **overrides: Any) -> Foresight:
-    model = skeleton(tiny_config(family, **overrides))
-    return Foresight(model, (), lambda edits: choose("auto", edits, model), torch.float32)
 
 
 def resolved(

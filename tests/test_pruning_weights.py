@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import llmslim
-from llmslim import pipeline
 from llmslim.anatomy import Anatomy
 from llmslim.calibration.factor import factor
 from llmslim.calibration.statistics import InputStats, output_error
 from llmslim.calibration.stream import BlockStream, Lane
-from llmslim.checkpoint.verify import verify
 from llmslim.edit import EDITS, parse_edit
 from llmslim.errors import UserError
 from llmslim.masks import choose, kept_count, n_of_m, per_layer, per_row
@@ -39,6 +37,8 @@ from tests import reference
 from tests.test_quantization_gptq import problem, stats_of
 from tests.tiny import example_inputs, save_tiny, tiny_model
 
+pytestmark = pytest.mark.usefixtures("verified_here")
+
 QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=4, seq_len=32), "evaluation": None}
 METHODS: list[WeightPruner] = [Magnitude(), Wanda(), SparseGPT(), Random()]
 
@@ -47,11 +47,6 @@ METHODS: list[WeightPruner] = [Magnitude(), Wanda(), SparseGPT(), Random()]
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {family: save_tiny(family, root / family) for family in ("llama", "gpt2", "mixtral", "t5", "bert")}
-
-
-@pytest.fixture(autouse=True)
-def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "verify_in_fresh_process", verify)
 
 
 def sparse_modules(model: nn.Module) -> dict[str, SparseLinear]:

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmslim import pipeline
 from llmslim.anatomy import Anatomy
-from llmslim.checkpoint.verify import verify
 from llmslim.errors import UserError
 from llmslim.pipeline import compress
 from llmslim.pruning import width as room
@@ -25,6 +24,8 @@ from llmslim.recipe import Calibration, Recipe
 from llmslim.step import build_step
 from tests.tiny import FAMILIES, example_inputs, meta_model, randomize, save_tiny, tiny_model
 
+pytestmark = pytest.mark.usefixtures("verified_here")
+
 QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=8, seq_len=32), "evaluation": None}
 ROTATED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe")
 """Families with RMSNorms in front of attention and MLP."""
@@ -34,11 +35,6 @@ ROTATED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {family: save_tiny(family, root / family) for family in FAMILIES}
-
-
-@pytest.fixture(autouse=True)
-def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "verify_in_fresh_process", verify)
 
 
 def orthogonal(width: int, kept: int | None = None, seed: int = 0) -> Tensor:

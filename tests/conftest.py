@@ -1,0 +1,14 @@
+"""What tests of several rooms share."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification in this process; tests/test_checkpoint_verify.py has it in a fresh one."""
+    from llmslim import pipeline
+    from llmslim.checkpoint.verify import verify
+
+    monkeypatch.setattr(pipeline, "verify_in_fresh_process", verify)
