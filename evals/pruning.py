@@ -39,9 +39,10 @@ CHOICES: dict[str, dict[str, Any]] = {  # of channels and heads
     "random": {"criterion": "random", "refit": False},
 }
 LAYERS: dict[str, dict[str, Any]] = {
-    f"{criterion}{'-refit' if refit else ''}": {"criterion": criterion, "refit": refit}
-    for criterion in ("influence", "angular", "random")
-    for refit in (True, False)
+    "influence-refit": {"criterion": "influence"},
+    "influence": {"criterion": "influence", "refit": False},
+    "angular-refit": {"criterion": "angular"},
+    "random": {"criterion": "random", "refit": False},
 }
 
 
@@ -90,7 +91,7 @@ def _structured() -> dict[str, Steps]:
     found: dict[str, Steps] = {}
     for share in SHARES:
         channels = {"ratio": round(share / 100 / MLP_SHARE, 4), "multiple_of": 1}
-        for name in ("output-refit", "output", "random-refit", "random"):
+        for name in ("output-refit", "output", "random"):
             found[f"channels/{share}%/{name}"] = [{"mlp": {**channels, **CHOICES[name]}}]
         for heads, (unit, ratio) in HEADS.items():
             rest = share / 100 - ATTENTION_SHARE * ratio * (0.75 if unit == "query" else 1)  # k and v stay
@@ -120,7 +121,7 @@ def _structured() -> dict[str, Steps]:
     ]
     found["layers/10%/perplexity-refit"] = [{"layers": {"ratio": 0.1, "criterion": "perplexity"}}]
     for heads, (unit, ratio) in HEADS.items():
-        for name in ("obs-refit", "output-refit", "output", "random-refit", "random"):
+        for name in ("obs-refit", "output", "random"):
             head = {"unit": unit, "ratio": round(ratio, 4), **CHOICES[name]}
             found[f"heads/{heads}/{name}"] = [{"heads": head}]
     return found
