@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from llmslim.errors import UserError
+from llmslim.ties import share, tie_shared
 
 EDITS: dict[str, type[Edit]] = {}
 
@@ -137,9 +138,16 @@ def replay(model: nn.Module, edits: Sequence[Edit]) -> None:
             raise UserError(
                 f"The checkpoint's edit {edit.to_json()} does not fit the model: {error}."
             ) from error
+    try:
+        tie_shared(model)
+    except AttributeError as error:
+        raise UserError(f"The checkpoint's edits leave blocks that share weights unlike: {error}.") from error
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at the dotted `name`."""
+    """Put `module` at the dotted `name`; it shares with whom the one before did."""
     parent, _, leaf = name.rpartition(".")
+    before = getattr(model.get_submodule(parent), leaf)
+    if source := before.__dict__.get("shared_with"):
+        share(module, source)
     setattr(model.get_submodule(parent), leaf, module)

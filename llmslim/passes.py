@@ -21,6 +21,7 @@ from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import parse_edit
 from llmslim.loaders.models import ModelFiles, place, release, tie
 from llmslim.step import REFERENCE_PART, BlockStep, StepRecord
+from llmslim.ties import shared_modules
 from llmslim.work import Progress, WorkFolder, load_tensors, save_tensors
 
 PROBE_TOKENS = 64  # length of the window that verification sends through the saved checkpoint
@@ -145,8 +146,11 @@ class BlockPass:
         if block.index > 0:  # the first one was filled to enter the stack
             self._fill(block.name, forget=True)
         if (name := self.new_names[block.name]) is not None:
+            followers = shared_modules(self.model)
+            self._follow(block, followers)
             self.step.compress_block(block, self.stream, self.reference, self.record)
             self._round(block.module.modules())
+            self._keep_shared(block, set(followers.values()))
             probe = self.stream.lanes["probe"]
             self.stream.forward(block, probe)
             hidden = torch.cat(probe.hidden).cpu()
@@ -154,6 +158,31 @@ class BlockPass:
             self.writer.write_block(self.model, block.name, name)
         for stream in self._streams:
             release(stream.model, block.name)
+
+    def _follow(self, block: Block, followers: dict[str, str]) -> None:
+        """What uses the weights of an earlier block takes what the step has made of those."""
+        for name, source in followers.items():
+            kept = self.scratch / f"shared-{source}.safetensors"
+            if not name.startswith(f"{block.name}.") or not kept.exists():
+                continue
+            for edit in self.record.edits.copy():
+                if f"{getattr(edit, 'module', '')}.".startswith(f"{source}."):
+                    moved = edit.model_copy(update={"module": name + edit.module.removeprefix(source)})  # type: ignore[attr-defined]
+                    moved.apply(self.model)
+                    self.record.edits.append(moved)
+            for path, tensor in load_tensors(kept).items():
+                place(self.model, name + path, tensor.to(self.options.device))
+
+    def _keep_shared(self, block: Block, sources: set[str]) -> None:
+        """Keep the weights that later blocks use, as they came out, if there are any."""
+        for source in sources:
+            if source.startswith(f"{block.name}."):
+                module = self.model.get_submodule(source)
+                own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+                tensors = {
+                    f".{path}": t.detach() for path, t in own.items() if path.rpartition(".")[2] != "bias"
+                }
+                save_tensors(self.scratch / f"shared-{source}.safetensors", tensors)
 
     def _new_names(self) -> dict[str, str | None]:
         """What each block is called when the dropped ones are gone; None for those."""

@@ -20,6 +20,7 @@ from llmslim.anatomy.parts import features, is_conv1d
 from llmslim.edit import DropBlocks, Edit, replace_module
 from llmslim.errors import UserError
 from llmslim.experts import UnfuseExperts
+from llmslim.ties import counterpart, shared_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -212,7 +213,7 @@ class LinearStep(BlockStep):
 
     def compress_linear(
         self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord
-    ) -> tuple[Edit, nn.Module]:
+    ) -> tuple[Edit, nn.Module] | None:
         """Decide on one weight.
 
         Args:
@@ -220,7 +221,8 @@ class LinearStep(BlockStep):
             stats: of its inputs; None for a step without calibration, or when no token reached it.
 
         Returns:
-            The edit, and the module (without bias) that it puts in place, holding the result.
+            The edit, and the module (without bias) that it puts in place, holding the result; None leaves the
+            weight as it is.
         """
         raise TypeError(f"{type(self).__name__} does not define compress_linear()")
 
@@ -256,7 +258,8 @@ class LinearStep(BlockStep):
         self.prepare_block(block, stream, record)
         if reference is not None:  # the same shape there, so that names agree
             self.prepare_block(block_of(reference, block), reference, StepRecord())
-        names = [name for name in block.linears() if self.selects(name)]
+        shared = shared_modules(stream.model)  # decided in an earlier block
+        names = [name for name in block.linears() if self.selects(name) and not counterpart(name, shared)]
         visitor = _Visitor(self, stream, record)
         if not self.needs_calibration:
             for name in names:
@@ -299,11 +302,14 @@ class _Visitor:
     def decide(self, name: str, stats: InputStats | None) -> None:
         model = self.stream.model
         linear = model.get_submodule(name)
-        edit, module = self.step.compress_linear(name, dense_weight(linear), stats, self.record)
-        module.bias = linear.bias
+        self.done.add(name)
+        decided = self.step.compress_linear(name, dense_weight(linear), stats, self.record)
+        if decided is None:
+            return
+        edit, module = decided
+        getattr(module, "bias_owner", module).bias = linear.bias
         replace_module(model, name, module)
         self.record.edits.append(edit)
-        self.done.add(name)
 
 
 def _expert_shapes(block: Block, experts: Experts) -> dict[str, tuple[int, int]]:
@@ -351,7 +357,7 @@ def load_steps() -> None:
                 importlib.import_module(f"llmslim.{room}.{module.name}")
 
 
-ROOMS = ("quantization", "pruning")
+ROOMS = ("quantization", "pruning", "factorization", "sharing")
 
 
 def build_step(kind: str, fields: dict[str, Any]) -> Step:

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("pipeline", "plan", "recipe", "report", "hub", "passes", "survey", "work", "measure", "size", "outlook"),
     ("evaluation", "checkpoint", "plugin"),
     ("quantization", "pruning", "sharing", "factorization", "kvcache", "recovery", "distillation"),
-    ("step", "edit", "experts", "sparse", "masks"),
+    ("step", "edit", "experts", "sparse", "masks", "lowrank", "ties"),
     ("calibration",),
     ("anatomy", "loaders"),
     ("errors", "memory"),
@@ -47,7 +47,7 @@ ORDERED = {
         "work",
     ),
     "evaluation": ("evaluation", "plugin", "checkpoint"),
-    "step": ("step", "experts", "sparse", "edit", "masks"),
+    "step": ("step", "experts", "sparse", "edit", "masks", "lowrank", "ties"),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -71,6 +71,22 @@ class InputStats:
         if self.cross is not None and self.paired_hessian is None:
             self.paired_hessian = self.hessian
         return self
+
+
+def with_stats(decide: Callable[[str, InputStats], None]) -> Callable[[str, list[Tensor]], None]:
+    """What `BlockStream.walk` may visit Linears with, to have the statistics of their inputs decided on.
+
+    Those of inputs that several Linears read are gathered once; no two are in memory at a time.
+    """
+    last: list[tuple[list[Tensor], InputStats]] = []
+
+    def visit(name: str, inputs: list[Tensor]) -> None:
+        if not last or not same_memory(inputs, last[0][0]):
+            last.clear()  # free the last statistics before the next are made
+            last.append((inputs, InputStats.of(inputs)))
+        decide(name, last[0][1])
+
+    return visit
 
 
 def output_power(weight: Tensor, hessian: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from llmslim.anatomy import Anatomy
 from llmslim.checkpoint.formats import Compact, Format
 from llmslim.sparse import SparseLinear
+from llmslim.ties import counterpart, shared_modules
 
 
 def part_of(model: nn.Module, prefix: str | None) -> Iterator[tuple[str, nn.Module]]:
@@ -37,14 +38,18 @@ def stored_tensors(model: nn.Module, form: Format, prefix: str | None = "") -> d
 
     `prefix`: "" takes all; None takes what is outside the blocks.
 
-    Tied tensors appear once, under the name that transformers keeps. Packed ones are as on disk already;
-    dense ones and the values of sparse ones are yet to be cast.
+    Tied tensors appear once, under the name that transformers keeps; shared ones in the block that they come from.
+    Packed ones are as on disk already; dense ones and the values of sparse ones are yet to be cast.
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     modules = model.named_modules() if prefix == "" else part_of(model, prefix)
+    shared = shared_modules(model)
     found: dict[str, tuple[Tensor, bool]] = {}
     for name, module in modules:
         dense = dense_tensors(name, module)
+        if counterpart(name, shared):
+            found.update({full: (tensor, True) for full, tensor in dense.items() if full == f"{name}.bias"})
+            continue
         found.update({full: (tensor, True) for full, tensor in dense.items() if full not in tied})
         if isinstance(module, Compact) and f"{name}.weight_packed" not in tied:
             cast = isinstance(module, SparseLinear)

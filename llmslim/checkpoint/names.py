@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from llmslim.edit import Edit
 
-MODULE_FIELDS = ("module", "block", "tied_head")
+MODULE_FIELDS = ("module", "block", "tied_head", "source")
 """Fields of edits that hold the name of a module."""
 
 

@@ -23,6 +23,7 @@ from llmslim.checkpoint.own import parse_edits
 from llmslim.edit import replace_module, replay
 from llmslim.errors import UserError
 from llmslim.sparse import SparseLinear
+from llmslim.ties import counterpart, shared_modules, tie_shared
 
 
 @register_quantization_config("llmslim")
@@ -78,6 +79,13 @@ class StoredWeight(nn.Module):
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         return weight
 
+    def empty(self) -> Compact:
+        """The compact module with its own bias, for one that shares its weight."""
+        module: Any = self.__dict__["module"]
+        if self.bias is not None:
+            module.bias = self.bias
+        return module
+
     def decode(self, name: str, form: Format) -> Compact:
         """The compact module with the weight that was read; frees what was read."""
         module: Any = self.__dict__["module"]
@@ -113,18 +121,21 @@ class LlmslimQuantizer(HfQuantizer):
         for name, module in compact_modules(model).items():
             if self._waits(module):
                 replace_module(model, name, StoredWeight(name, module, self._form))
+        tie_shared(model, tell=True)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         waiting = [
             (name, module) for name, module in model.named_modules() if isinstance(module, StoredWeight)
         ]
         for name, stored in waiting:
-            module = stored.decode(name, self._form)
+            shares = counterpart(name, shared_modules(model)) is not None
+            module = stored.empty() if shares else stored.decode(name, self._form)
             if hasattr(stored, "_hf_hook"):  # placed on a device by accelerate
                 from accelerate.hooks import add_hook_to_module
 
                 add_hook_to_module(module, stored._hf_hook)
             replace_module(model, name, module)
+        tie_shared(model, tell=True)
 
     @property
     def _form(self) -> Format:

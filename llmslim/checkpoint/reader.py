@@ -22,6 +22,7 @@ from llmslim.loaders.models import ModelFiles, place, skeleton, tie
 from llmslim.quantization.grid import QuantizedWeight
 from llmslim.quantization.packed import PackedLinear
 from llmslim.sparse import SparseLinear, SparseWeight
+from llmslim.ties import counterpart, shared_modules
 
 
 class CheckpointReader:
@@ -80,8 +81,10 @@ class CheckpointReader:
             forget: when the model had to be loaded whole, drop what has been placed.
         """
         device = device or torch.device("cpu")
-        with self._open() as get:
+        shared = shared_modules(models[0])
+        with self._open() as read:
             for name, module in part_of(models[0], prefix):
+                get = _following(read, name, counterpart(name, shared))
                 for full, tensor in self._dense(name, module, models[0], get, dtype, round_to).items():
                     for model in models:
                         place(model, full, tensor.to(device))
@@ -197,6 +200,13 @@ class CheckpointReader:
     @staticmethod
     def _is_tied(model: nn.Module, name: str) -> bool:
         return name in (getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _following(read: Callable[[str], Tensor], name: str, source: str | None) -> Callable[[str], Tensor]:
+    """`read`, with what the module `name` shares taken from `source`; its bias is its own."""
+    if source is None:
+        return read
+    return lambda full: read(full if full == f"{name}.bias" else source + full.removeprefix(name))
 
 
 def plain_config(files: ModelFiles) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmslim.anatomy import Block
-from llmslim.calibration.statistics import InputStats, output_error, same_memory
+from llmslim.calibration.statistics import InputStats, output_error, with_stats
 from llmslim.calibration.stream import BlockStream
 from llmslim.masks import per_row
 from llmslim.pruning.allocation import least_error, outlier_ratio, outlier_weighed, within
@@ -66,14 +66,8 @@ def error_curves(block: Block, stream: BlockStream, names: list[str], grid: Tens
     """
     curves: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
-    last: tuple[list[Tensor], InputStats] | None = None
 
-    def visit(name: str, inputs: list[Tensor]) -> None:
-        nonlocal last
-        if last is None or not same_memory(inputs, last[0]):
-            last = None  # free the last statistics before the next are made
-            last = inputs, InputStats.of(inputs)
-        stats = last[1]
+    def measure(name: str, stats: InputStats) -> None:
         weight = dense_weight(stream.model.get_submodule(name)).float()
         score = wanda_score(weight, stats.hessian.diagonal())
         errors = [
@@ -81,7 +75,7 @@ def error_curves(block: Block, stream: BlockStream, names: list[str], grid: Tens
         ]
         curves[name], tokens[name] = torch.tensor(errors, dtype=torch.float64), stats.tokens
 
-    stream.walk(block, stream.lanes["calibration"], names, visit)
+    stream.walk(block, stream.lanes["calibration"], names, with_stats(measure))
     most = max(tokens.values(), default=0)
     return {name: curve * (tokens[name] / most) for name, curve in curves.items()}
 

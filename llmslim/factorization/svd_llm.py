@@ -1,0 +1,41 @@
+"""Singular value decomposition of weights behind whitened inputs: what is cut off is the error of the outputs."""
+
+from __future__ import annotations
+
+from typing import ClassVar, cast
+
+from pydantic import Field
+from torch import Tensor
+
+from llmslim.calibration.factor import damped_cholesky
+from llmslim.calibration.statistics import InputStats
+from llmslim.factorization.factorizer import Factorizer
+
+
+class SVDLLM(Factorizer):
+    """Whitened SVD: the SVD of W S, S the Cholesky factor of X X^T (SVD-LLM, Wang et al. 2024, arXiv:2403.07378).
+
+    min ||(W - u v) X||^2 per Linear, X the calibration inputs as they arrive through the already factored part of the
+    model: with S S^T = X X^T the singular values that are cut off are exactly that error. `update` is the paper's
+    second part, the closed-form update of one factor, to the outputs that the uncompressed model has; the paper's
+    fine-tuning of the factors is left to the steps that train.
+    """
+
+    kind: ClassVar[str] = "svd_llm"
+
+    damp_percent: float = Field(
+        1e-5, gt=0, le=1, description="damping as a share of the Hessian's mean diagonal; raised where needed"
+    )
+
+    def root(self, stats: InputStats | None) -> Tensor | None:
+        """S [in, in], found once for all Linears that read the same inputs."""
+        if stats is None:
+            return None
+        key = ("root", self.damp_percent)
+        damp = self.damp_percent
+        while key not in stats.derived:
+            lower = damped_cholesky(stats.hessian.clone(), damp * stats.hessian.diagonal().mean())
+            if lower is not None:
+                stats.derived[key] = lower
+            damp *= 10
+        return cast(Tensor, stats.derived[key])
