@@ -108,6 +108,10 @@ def pruning(result: Result) -> str:
 
 
 CURVE = ("10%", "20%", "30%")
+PARETO = (
+    "![bytes on disk against WikiText-2 perplexity](evals/results/pareto.svg)\n\n"
+    "Drawn from the tables above by `python evals/pareto.py`."
+)
 
 
 def pruning_encoder(result: Result) -> str:
@@ -215,6 +219,8 @@ def rendered(folder: Path) -> str:
         if path.exists():
             result = json.loads(path.read_text("utf-8"))
             parts.append(f"**{title}**\n\n{section(result)}\n\nMeasured on {where(result)}")
+    if (folder / "pareto.svg").exists():
+        parts.append(f"**All so far: bytes on disk against perplexity, SmolLM2-135M**\n\n{PARETO}")
     return "\n\n".join(parts)
 
 

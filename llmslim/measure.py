@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,33 +19,55 @@ from llmslim.evaluation.stream import streamed_scores
 from llmslim.loaders.models import ModelFiles
 from llmslim.loaders.texts import sample
 from llmslim.memory import available_memory
-from llmslim.recipe import Evaluation
+from llmslim.recipe import Evaluation, Recipe
 from llmslim.size import size_of
 from llmslim.work import Progress, WorkFolder
 
 
 def measure(
     base: ModelFiles,
-    result: ModelFiles,
-    evaluation: Evaluation | None,
+    made: Sequence[ModelFiles],
+    recipe: Recipe,
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress,
     work: WorkFolder,
 ) -> dict[str, Any]:
-    """Sizes always; perplexity, divergence, speed and memory as `evaluation` asks. Resumes per measurement."""
+    """Sizes always; perplexity, divergence, speed and memory as `recipe.evaluation` asks. Resumes per measurement.
+
+    Args:
+        made: what each step of the recipe left, in order; the last is the result.
+
+    With `evaluation.steps` what each step left is measured as the result is: one streamed forward of it and one of
+    the base over the windows for every step. The base is run anew each time, so that one checkpoint after another
+    is finished and kept, and memory holds no more than for the result alone.
+    """
+    evaluation, result = recipe.evaluation, made[-1]
     sizes = {"base": size_of(base), "result": size_of(result)}
-    measured: dict[str, Any] = {"size": sizes, "quality": None, "speed": None}
+    measured: dict[str, Any] = {"size": sizes, "quality": None, "speed": None, "steps": None}
     if evaluation is None:
         return measured
     kept = work.state.setdefault("measured", {})
-    if "quality" not in kept:
-        kept["quality"] = _quality(base, result, evaluation, device, dtype, progress)
-        work.save()
-    if evaluation.speed and "speed" not in kept:
-        kept["speed"] = _speed(base, result, sizes, progress)
-        work.save()
-    return {**measured, **kept}
+
+    def quality(key: str, files: ModelFiles) -> dict[str, Any]:
+        if key not in kept:
+            kept[key] = _quality(base, files, evaluation, device, dtype, progress)
+            work.save()
+        return kept[key]
+
+    if evaluation.steps:
+        keys = [*(f"step-{number}" for number in range(len(made) - 1)), "quality"]
+        measured["steps"] = [
+            {"step": step.kind, "size": size_of(files), "quality": quality(key, files)}
+            for step, key, files in zip(recipe.steps, keys, made, strict=True)
+        ]
+    measured["quality"] = quality("quality", result)
+    if evaluation.speed:
+        if "speed" not in kept:
+            kept["speed"] = _speed(base, result, sizes, progress)
+            work.save()
+        measured["speed"] = kept["speed"]
+    return measured
 
 
 def _quality(

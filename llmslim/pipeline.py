@@ -90,33 +90,35 @@ def compress(
     if not verification["ok"]:
         failed = next(check for check in verification["checks"] if not check["ok"])
         raise RuntimeError(f"The saved checkpoint in {work.path} is not what was made: {failed['detail']}")
-    result = ModelFiles(str(work.path), work.path, made.config, files.base)
-    measured = measure(files, result, recipe.evaluation, options.device, options.dtype, progress, work)
+    result = ModelFiles(str(work.path), work.path, made[-1].config, files.base)
+    measured = measure(files, [*made[:-1], result], recipe, options.device, options.dtype, progress, work)
     report = {**_report(prepared, work, record, started), "verification": verification, **measured}
     write_report(work.path, report, files)
     return Result(work.publish(), report)
 
 
-def run_steps(prepared: Prepared, work: WorkFolder, progress: Progress) -> tuple[StepRecord, ModelFiles]:
+def run_steps(
+    prepared: Prepared, work: WorkFolder, progress: Progress
+) -> tuple[StepRecord, list[ModelFiles]]:
     """Run all steps in order, each from the checkpoint that the one before left; the last one's is the output."""
     files, recipe, options = prepared.files, prepared.recipe, prepared.options
-    record, source = StepRecord(), files
+    record, made = StepRecord(), [files]
     for number, step in enumerate(recipe.steps):
         last = number == len(recipe.steps) - 1
         folder = work.path if last else work.scratch(f"step-{number}")
         form = prepared.format if last else choose("llmslim", [], None)
-        done = run_step(step, source, folder, form, options, work, number, progress)
+        done = run_step(step, made[-1], folder, form, options, work, number, progress)
         record.edits += done.edits
         record.linears += (
             [{**row, "step": number} for row in done.linears] if number or not last else done.linears
         )
         record.notes += done.notes
         if not work.state.get(f"saved-{number}"):
-            CheckpointWriter(folder, form, options.stored).finish(source, done.edits)
+            CheckpointWriter(folder, form, options.stored).finish(made[-1], done.edits)
             work.state[f"saved-{number}"] = True
             work.save()
-        source = find(str(folder))
-    return record, source
+        made.append(find(str(folder)))
+    return record, made[1:]
 
 
 def _report(prepared: Prepared, work: WorkFolder, record: StepRecord, started: float) -> dict[str, Any]:

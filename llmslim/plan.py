@@ -165,7 +165,8 @@ def _seconds(
         flops += 2.0 * sum(rows * width * width for rows, width in shape.matrices) * 2
     if recipe.evaluation is not None and anatomy.head is not None:
         tokens = recipe.evaluation.windows * recipe.evaluation.seq_len
-        flops += 2 * 2.0 * tokens * (weights + shape.hidden * shape.vocabulary)
+        measured = len(recipe.steps) if recipe.evaluation.steps else 1  # each runs the base beside it
+        flops += measured * 2 * 2.0 * tokens * (weights + shape.hidden * shape.vocabulary)
     return flops / _flops_per_second(device, dtype) + len(recipe.steps) * weights * 1e-7
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from llmslim.errors import UserError
-from llmslim.step import Step, build_step, explain
+from llmslim.step import Step, build_step, explain, nearest
 
 
 class Calibration(BaseModel):
@@ -36,6 +36,9 @@ class Evaluation(BaseModel):
     seq_len: int = Field(512, ge=2, description="tokens per window")
     join: str = Field("", description="what stands between the rows of the text")
     speed: bool = Field(True, description="measure decode and prefill speed and memory of base and result")
+    steps: bool = Field(
+        False, description="measure what each step of the recipe leaves, too, and draw steps.svg"
+    )
 
 
 class Recipe(BaseModel):
@@ -72,10 +75,7 @@ class Recipe(BaseModel):
         Raises:
             UserError: in one sentence.
         """
-        if not isinstance(record, dict) or not record.get("steps"):
-            raise UserError(
-                "A recipe is a mapping with a list of steps, such as `steps: [{gptq: {bits: 4}}]`."
-            )
+        _require_steps(record)
         steps = []
         for entry in record["steps"]:
             if isinstance(entry, str):
@@ -85,6 +85,8 @@ class Recipe(BaseModel):
                     f"A step of a recipe is one name with its options, such as `gptq: {{bits: 4}}`, not {entry!r}."
                 )
             kind, fields = next(iter(entry.items()))
+            if not isinstance(fields, dict | None):
+                raise UserError(f"{kind} takes options by name, such as `gptq: {{bits: 4}}`, not {fields!r}.")
             steps.append(build_step(kind, fields or {}))
         return cls.checked(**{**record, "steps": tuple(steps)})
 
@@ -107,29 +109,48 @@ class Recipe(BaseModel):
             record = yaml.safe_load(path.read_text())
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from error
+        _require_steps(record)
         for override in overrides:
             _override(record, override)
         return cls.parse(record)
 
 
-def _override(record: Any, override: str) -> None:
+def _require_steps(record: Any) -> None:
+    if not isinstance(record, dict) or not isinstance(record.get("steps"), list) or not record["steps"]:
+        raise UserError("A recipe is a mapping with a list of steps, such as `steps: [{gptq: {bits: 4}}]`.")
+
+
+def _override(record: dict[str, Any], override: str) -> None:
     """Set a dotted key of a recipe; a first part that names a step reaches into the steps of that name."""
     import yaml
 
-    key, equals, value = override.partition("=")
+    key, equals, text = override.partition("=")
     path = key.split(".")
     if not equals or not all(path):
         raise UserError(f"{override!r} is not an override: write key=value, such as gptq.bits=3.")
-    named = [e for e in record.get("steps", []) if isinstance(e, dict) and path[0] in e]
-    targets = list(named) if named else [record]
-    for target in targets:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{override!r}: {text!r} is not a value in YAML.") from error
+    record["steps"] = [{entry: {}} if isinstance(entry, str) else entry for entry in record["steps"]]
+    named = [entry for entry in record["steps"] if isinstance(entry, dict) and path[0] in entry]
+    known = [
+        *(kind for entry in record["steps"] if isinstance(entry, dict) for kind in entry),
+        *Recipe.model_fields,
+    ]
+    if path[0] not in known:
+        raise UserError(
+            f"{override!r}: the recipe has no {path[0]!r}{nearest(path[0], known)}; "
+            f"what can be changed is {', '.join(dict.fromkeys(known))}."
+        )
+    for target in named or [record]:
         for part in path[:-1]:
             if target.get(part) is None:
                 target[part] = {}
             target = target[part]
             if not isinstance(target, dict):
                 raise UserError(f"{override!r}: {part!r} has no keys below it.")
-        target[path[-1]] = yaml.safe_load(value)
+        target[path[-1]] = value
 
 
 def _explain_nested(error: ValidationError) -> str:

@@ -187,7 +187,8 @@ def reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 
 def test_flags_become_a_recipe(reached: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     words = "--method gptq --bits 3 --group-size channel --no-symmetric --override *.o_proj:bits=8 --seed 7"
-    run = "--calibration a.txt --num-samples 4 --seq-len 64 --evaluate b.txt --eval-windows 3 --no-speed"
+    run = "--calibration a.txt --num-samples 4 --seq-len 64 --evaluate b.txt --eval-windows 3 --no-speed "
+    run += "--measure-steps"
     assert (
         cli.main(["quantize", "demo", *words.split(), *run.split(), "--format", "gptq", "--output", "out"])
         == 0
@@ -197,7 +198,7 @@ def test_flags_become_a_recipe(reached: dict[str, Any], capsys: pytest.CaptureFi
     assert (step.kind, step.bits, step.group_size, step.symmetric) == ("gptq", 3, "channel", False)
     assert step.overrides == {"*.o_proj": {"bits": 8}}
     assert recipe.calibration == Calibration(text="a.txt", num_samples=4, seq_len=64)
-    assert recipe.evaluation == Evaluation(text="b.txt", windows=3, speed=False)
+    assert recipe.evaluation == Evaluation(text="b.txt", windows=3, speed=False, steps=True)
     assert (recipe.seed, recipe.format) == (7, "gptq")
     assert not reached["overwrite"] and reached["device"] is None
     out = capsys.readouterr().out
@@ -277,6 +278,7 @@ BAD = {
         [*QUANTIZE, "--no-evaluate", "--eval-windows", "3"],
         "--eval-windows and --no-evaluate",
     ),
+    "measured steps": ([*QUANTIZE, "--no-evaluate", "--measure-steps"], "--measure-steps and --no-evaluate"),
     "no recipe": (["compress", "demo", "none.yaml", "--output", "out"], "No recipe at none.yaml"),
     "no model there": (["inspect", "./nowhere"], "'./nowhere'"),
     "no such file": (["quantize", "./x.gguf", "--method", "rtn", "--output", "out"], "'./x.gguf'"),
@@ -301,12 +303,41 @@ def test_bad_input_gets_one_sentence(
         ("steps:\n- gtpq: {}\n", "did you mean 'gptq'?"),
         ("steps:\n- gptq: {}\nsede: 3\n", "did you mean 'seed'?"),
         ("steps: [", "not valid YAML"),
+        ("- gptq: {}\n", "mapping with a list of steps"),
+        ("steps: 3\n", "mapping with a list of steps"),
+        ("steps:\n- gptq: 3\n", "gptq takes options by name"),
     ],
 )
 def test_a_bad_recipe(text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)
     assert said in refusal(["compress", "demo", str(path), "--output", str(tmp_path / "out")], capsys)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("rtn.bits=3", "the recipe has no 'rtn'; what can be changed is gptq, steps, calibration"),
+        ("gtpq.bits=3", "the recipe has no 'gtpq', did you mean 'gptq'?"),
+        ("sede=3", "did you mean 'seed'?"),
+        ("gptq.bit=3", "did you mean 'bits'?"),
+        ("gptq.bits=[3", "'[3' is not a value"),
+        ("gptq=3", "gptq takes options by name"),
+        ("gptq.bits", "write key=value"),
+        ("seed.bits=3", "'seed' has no keys below it"),
+    ],
+)
+def test_a_bad_override(override: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("steps:\n- gptq\nseed: 1\n")
+    assert said in refusal(["compress", "demo", str(path), override, "--output", "out"], capsys)
+
+
+def test_an_override_reaches_a_step_that_is_only_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("steps: [gptq, rtn, gptq]\n")
+    steps = Recipe.read(path, ["gptq.bits=3", "rtn.bits=8"]).steps
+    assert [step.bits for step in steps] == [3, 8, 3]  # type: ignore[attr-defined]
 
 
 def test_bad_requests_for_a_real_model(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,8 @@ import yaml
 from rich.console import Console
 
 from llmslim.report import summary_table, write_report
-from llmslim.report.figures import notes, rows, verdict, worst_linears, zeros
+from llmslim.report.figures import notes, rows, steps, verdict, worst_linears, zeros
+from llmslim.report.waterfall import steps_plot
 
 
 def perplexity(value: float) -> dict[str, Any]:
@@ -77,6 +80,7 @@ def full_report() -> dict[str, Any]:
             "top1_agreement": {"value": 0.81, "stderr": 0.01},
         },
         "speed": {"base": speed(20.0, 400.0, 900.0), "result": speed(50.0, 396.0, 450.0)},
+        "steps": None,
         "environment": {
             "python": "3.11.7",
             "platform": "Linux",
@@ -119,7 +123,21 @@ def half_report() -> dict[str, Any]:
     return report
 
 
-REPORTS = {"full": full_report, "encoder": encoder_report, "bare": bare_report, "half": half_report}
+def stepped(report: dict[str, Any]) -> dict[str, Any]:
+    """The same with its steps measured: perplexity rises from 32 to 36 to 40, or there is none."""
+    size, quality = report["size"]["result"], report["quality"]
+    between = quality if "skipped" in quality else {**quality, "perplexity": perplexity(36.0)}
+    first = {"step": "mlp", "size": {**size, "bytes_on_disk": 230e6}, "quality": between}
+    return report | {"steps": [first, {"step": "gptq", "size": size, "quality": quality}]}
+
+
+REPORTS = {
+    "full": full_report,
+    "encoder": encoder_report,
+    "bare": bare_report,
+    "half": half_report,
+    "steps": lambda: stepped(full_report()),
+}
 
 
 def card_of(
@@ -219,6 +237,62 @@ def test_zeros_are_told_for_what_they_gain() -> None:
     both = zeros({"linears": dense + [row | {"name": f"{row['name']} packed"} for row in packed]})
     assert len(both) == 2 and zeros({"linears": dense + packed}) == [said]
     assert not zeros(full_report())
+
+
+def test_steps_are_told_line_by_line_and_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report = stepped(full_report())
+    assert [line.label for line in steps(report)] == ["base", "1. mlp", "2. gptq"]
+    assert [line.perplexity for line in steps(report)] == [32.0, 36.0, 40.0]
+    _, text = card_of(report, tmp_path)
+    for row in (
+        "| base | 269.0 MB | 32.00 ± 1.50 |  |",
+        "| 1. mlp | 230.0 MB | 36.00 ± 1.50 | +12.5 % |",
+        "| 2. gptq | 90.0 MB | 40.00 ± 1.50 | +11.1 % |",
+        "![size and perplexity after each step](steps.svg)",
+    ):
+        assert row in text
+    assert "1. mlp" in printed(report) and "+12.5 %" in printed(report)
+    drawn = (tmp_path / "result" / "steps.svg").read_text()
+    for label in ("1. mlp", "36.00", "(+12 %)", "230.0", "size on disk, MB"):
+        assert label in "".join(
+            re.findall("<!--.*?-->", drawn)
+        )  # matplotlib keeps what it draws as glyphs there
+
+
+def test_steps_of_an_encoder_are_sizes(tmp_path: Path) -> None:
+    report = stepped(encoder_report())
+    assert [(line.cells, line.perplexity) for line in steps(report)][1] == (("230.0 MB", "-", ""), None)
+    assert "| 1. mlp | 230.0 MB | - |  |" in card_of(report, tmp_path)[1]
+    assert "size on disk" in (tmp_path / "result" / "steps.svg").read_text()
+    assert "perplexity" not in (tmp_path / "result" / "steps.svg").read_text()
+
+
+def test_a_ruined_model_is_drawn_all_the_same(tmp_path: Path) -> None:
+    report = stepped(full_report())
+    for value in (5e12, float("inf")):
+        report["steps"][1]["quality"] = {**report["quality"], "perplexity": perplexity(value)}
+        steps_plot(report, tmp_path / "steps.png")
+        assert (tmp_path / "steps.png").stat().st_size > 1000
+
+
+def test_without_matplotlib_all_but_the_plot_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report = stepped(full_report())
+    _, text = card_of(report, tmp_path)
+    assert "| 1. mlp | 230.0 MB |" in text and "steps.svg)" not in text
+    assert not (tmp_path / "result" / "steps.svg").exists()
+    assert report["notes"][-1]["where"] == "steps.svg"
+    assert "pip install 'llmslim[plots]'" in report["notes"][-1]["what"]
+
+
+def test_unmeasured_steps_leave_no_trace(tmp_path: Path) -> None:
+    assert steps(full_report()) == []
+    assert "After each step" not in card_of(full_report(), tmp_path)[1]
+    assert "after step" not in printed(full_report())
+    assert not (tmp_path / "result" / "steps.svg").exists()
 
 
 def test_markup_in_names_is_text() -> None:

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "evals"))
 
+import pareto  # noqa: E402
 import render  # noqa: E402
 
 MARKED = f"# Title\n\nbefore\n{render.BEGIN}\nold\n{render.END}\nafter\n"
@@ -89,3 +90,36 @@ def test_write_then_check(project):
 def test_markers_must_stand_once_and_in_order(text: str):
     with pytest.raises(ValueError, match="once each"):
         render.replaced(text, "new")
+
+
+def test_the_front_is_a_front():
+    found = pareto.points(pareto.RESULTS)
+    best = pareto.front(found)
+    assert {point.source for point in found} >= {"base", "pruning", "quantization"}
+    assert len(set(best)) == len(best) and set(best) <= set(found)
+
+    def beats(one: pareto.Point, other: pareto.Point) -> bool:
+        no_worse = one.bytes <= other.bytes and one.perplexity <= other.perplexity
+        return no_worse and one[2:] != other[2:]
+
+    assert not any(beats(one, other) for one in found for other in best)
+    assert all(any(one[2:] == other[2:] or beats(one, other) for one in best) for other in found)
+
+
+def test_only_rows_of_one_protocol_are_compared():
+    quality = {**pareto.PROTOCOL, "perplexity": 40.0}
+    assert pareto.comparable({"quality": quality}) == 40.0
+    assert pareto.comparable({"quality": {"wikitext": quality, "c4": {"perplexity": 1.0}}}) == 40.0
+    assert pareto.comparable({"options": {"model": "another"}, "quality": quality}) is None
+    for name in pareto.PROTOCOL:
+        assert pareto.comparable({"quality": {**quality, name: 3}}) is None
+    assert pareto.comparable({"cosine": {"mean": 0.9}}) is None
+
+
+def test_the_picture_shows_the_front_of_the_committed_results(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    pareto.main(["--output", str(tmp_path / "pareto.svg")])
+    for path in (tmp_path / "pareto.svg", pareto.RESULTS / "pareto.svg"):
+        drawn = path.read_text("utf-8")
+        for point in pareto.front(pareto.points(pareto.RESULTS)):
+            assert f"<!-- {point.name}, {point.perplexity:.1f} -->" in drawn, f"run evals/pareto.py: {point}"

@@ -31,6 +31,7 @@ SECTIONS = {  # flags of the recipe's fields, by where the value goes
     "evaluation.windows": "--eval-windows",
     "evaluation.seq_len": "--eval-seq-len",
     "evaluation.join": "--eval-join",
+    "evaluation.steps": "--measure-steps",
 }
 
 

@@ -10,27 +10,43 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from llmslim.errors import UserError
 from llmslim.report import figures
+from llmslim.report.waterfall import steps_plot
 
 if TYPE_CHECKING:
     from llmslim.loaders.models import ModelFiles
 
 
 def write_report(folder: Path, report: dict[str, Any], base_files: ModelFiles) -> None:
-    """Write `report.json` and `README.md` into the folder of a checkpoint.
+    """Write `report.json` and `README.md` into the folder of a checkpoint, and `steps.svg` if steps were measured.
 
     Args:
         folder: holds the checkpoint's config.json already.
-        report: as `pipeline.compress` makes it.
+        report: as `pipeline.compress` makes it; a plot that could not be drawn is added to its notes.
         base_files: of the model it was made from; its card tells the license.
     """
+    picture = None
+    if report["steps"]:
+        try:
+            steps_plot(report, folder / "steps.svg")
+            picture = "steps.svg"
+        except UserError as error:  # the run is done: nothing else is lost
+            report["notes"].append({"where": "steps.svg", "what": f"not drawn. {error}"})
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    (folder / "README.md").write_text(model_card(report, config, _license(base_files.folder)), "utf-8")
+    card = model_card(report, config, _license(base_files.folder), picture)
+    (folder / "README.md").write_text(card, "utf-8")
 
 
-def model_card(report: dict[str, Any], config: dict[str, Any], license_name: str | None) -> str:
-    """The model card: YAML for the Hub, then what was done, what it cost, and how to load and repeat it."""
+def model_card(
+    report: dict[str, Any], config: dict[str, Any], license_name: str | None, picture: str | None = None
+) -> str:
+    """The model card: YAML for the Hub, then what was done, what it cost, and how to load and repeat it.
+
+    Args:
+        picture: file beside the card that shows what each step left.
+    """
     base = report["base"]["model"]
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(report, config, license_name), sort_keys=False)}---",
@@ -44,6 +60,7 @@ def model_card(report: dict[str, Any], config: dict[str, Any], license_name: str
                 *sections,
                 _loading(report["format"], config),
                 _measurements(report),
+                *_steps(report, picture),
                 _fallbacks(report),
                 _repeat(report),
                 _environment(report),
@@ -146,6 +163,16 @@ def _measurements(report: dict[str, Any]) -> str:
         lines += ["", "Largest relative output errors on the calibration text:", ""]
         lines += [f"- `{name}`: {error:.3g}" for name, error in worst]
     return "\n".join(lines)
+
+
+def _steps(report: dict[str, Any], picture: str | None) -> list[str]:
+    lines = figures.steps(report)
+    if not lines:
+        return []
+    rows = ["## After each step", "", f"| | {' | '.join(figures.STEP_HEADINGS)} |", "|---|---:|---:|---:|"]
+    rows += [f"| {' | '.join((line.label, *line.cells))} |" for line in lines]
+    rows += ["", f"![size and perplexity after each step]({picture})"] if picture else []
+    return ["\n".join(rows)]
 
 
 def _fallbacks(report: dict[str, Any]) -> str:

@@ -23,6 +23,41 @@ def rows(report: dict[str, Any]) -> list[Row]:
     return [*_sizes(report["size"]), *_quality(_measured(report["quality"])), *_speeds(report["speed"])]
 
 
+@dataclass(frozen=True)
+class StepLine:
+    """What a step of the recipe left; perplexity is None where there is none."""
+
+    label: str
+    bytes: int
+    perplexity: float | None
+    cells: tuple[str, str, str]
+
+
+STEP_HEADINGS = ("size on disk", "perplexity", "change")
+"""Of the cells of a `StepLine`; the change is that of the perplexity from the line before."""
+
+
+def steps(report: dict[str, Any]) -> list[StepLine]:
+    """The base and what each step left of it, in order; empty when the steps were not measured."""
+    if not report["steps"]:
+        return []
+    first = _measured(report["steps"][0]["quality"])
+    measured = [("base", report["size"]["base"], first.get("base_perplexity"))]
+    for number, row in enumerate(report["steps"], 1):
+        measured.append(
+            (f"{number}. {row['step']}", row["size"], _measured(row["quality"]).get("perplexity"))
+        )
+    lines: list[StepLine] = []
+    for label, size, perplexity in measured:
+        value = perplexity["value"] if perplexity else None
+        before = lines[-1].perplexity if lines else None
+        change = f"{100 * (value / before - 1):+.1f} %" if value and before else ""
+        told = _spread(perplexity, 2) if perplexity else "-"
+        cells = (f"{size['bytes_on_disk'] / 1e6:,.1f} MB", told, change)
+        lines.append(StepLine(label, size["bytes_on_disk"], value, cells))
+    return lines
+
+
 def skipped(report: dict[str, Any]) -> list[str]:
     """What was not measured, and why."""
     reasons = []

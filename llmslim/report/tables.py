@@ -37,8 +37,21 @@ def summary_table(report: dict[str, Any]) -> Group:
         lines += [f"  {note}" for note in figures.notes(report)]
     else:
         lines.append("No fallbacks.")
-    parts: list[RenderableType] = [table, *map(escape, lines)]
+    parts: list[RenderableType] = [table, *_steps(report), *map(escape, lines)]
     return Group(*parts)
+
+
+def _steps(report: dict[str, Any]) -> list[Table]:
+    """What each step left, as a table of its own, if it was measured."""
+    lines = figures.steps(report)
+    if not lines:
+        return []
+    table = Table("after step")
+    for heading in figures.STEP_HEADINGS:
+        table.add_column(heading, justify="right")
+    for line in lines:
+        table.add_row(line.label, *line.cells)
+    return [table]
 
 
 def plan_table(plan: Plan) -> Table:
