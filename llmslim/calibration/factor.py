@@ -79,6 +79,21 @@ def damped_cholesky(hessian: Tensor, ridge: Tensor) -> Tensor | None:
     return None if failed else lower
 
 
+def root_of(stats: InputStats, damp_percent: float = 1e-5) -> Tensor:
+    """S, lower triangular [in, in], with S S^T = X^T X + damping, kept with the statistics; float32.
+
+    Args:
+        damp_percent: damping as a share of the mean diagonal; raised tenfold until the factorization succeeds.
+    """
+    key = ("root", damp_percent)
+    while key not in stats.derived:
+        lower = damped_cholesky(stats.hessian.clone(), damp_percent * stats.hessian.diagonal().mean())
+        if lower is not None:
+            stats.derived[key] = lower
+        damp_percent *= 10
+    return cast(Tensor, stats.derived[key])
+
+
 def factor_of(stats: InputStats, damp_percent: float, act_order: bool) -> Factor:
     """The factor of the statistics' Hessian, kept with them for the next weight that reads the same inputs."""
     key = (damp_percent, act_order)

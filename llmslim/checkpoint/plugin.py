@@ -74,8 +74,11 @@ class StoredWeight(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """For the `_init_weights` of models that reach for a child's weight: says that it needs none."""
-        weight = torch.empty(0, device="meta")
+        """For the `_init_weights` of models that reach for a child's weight: says that it needs none.
+
+        As many rows as there are biases, which transformers compares when it ties.
+        """
+        weight = torch.empty(getattr(self.__dict__["module"], "out_features", 0), 0, device="meta")
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         return weight
 

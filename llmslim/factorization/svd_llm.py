@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, cast
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from llmslim.calibration.factor import damped_cholesky
+from llmslim.calibration.factor import root_of
 from llmslim.calibration.statistics import InputStats
 from llmslim.factorization.factorizer import Factorizer
 
@@ -28,14 +28,4 @@ class SVDLLM(Factorizer):
     )
 
     def root(self, stats: InputStats | None) -> Tensor | None:
-        """S [in, in], found once for all Linears that read the same inputs."""
-        if stats is None:
-            return None
-        key = ("root", self.damp_percent)
-        damp = self.damp_percent
-        while key not in stats.derived:
-            lower = damped_cholesky(stats.hessian.clone(), damp * stats.hessian.diagonal().mean())
-            if lower is not None:
-                stats.derived[key] = lower
-            damp *= 10
-        return cast(Tensor, stats.derived[key])
+        return None if stats is None else root_of(stats, self.damp_percent)
