@@ -4,9 +4,7 @@
     python evals/pruning.py --variants 'single/*'     some of them, by pattern; --list names them
     python evals/pruning.py --plot                    draw evals/results/pruning.svg from the results, and stop
 
-Each variant is a recipe that runs in a fresh process (32 x 512 calibration tokens of WikiText-2 valid); the saved
-checkpoint is judged in another: perplexity in float32 over the first 16 windows of 512 tokens of WikiText-2 test
-(rows concatenated as they are, no BOS). Nothing is trained.
+Calibration: 32 x 512 tokens of WikiText-2 valid; nothing is trained. See variants.py for how a variant is judged.
 
 A variant that is in the results file with the same options is not run again unless --again.
 """
@@ -14,17 +12,14 @@ A variant that is in the results file with the same options is not run again unl
 from __future__ import annotations
 
 import json
-import shutil
-import sys
-from argparse import Namespace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import record
 import render
+import variants
+from variants import Steps
 
-Steps = list[dict[str, dict[str, Any]]]
 SHARES = (10, 20, 30)  # percent of the parameters of the blocks
 MLP_SHARE, ATTENTION_SHARE = 0.75, 0.25  # of the parameters of a block of SmolLM2-135M
 HEADS = {"1-of-3": ("query", 1 / 3), "group": ("group", 1 / 3), "2-groups": ("group", 2 / 3)}
@@ -46,7 +41,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 
 
-def variants() -> dict[str, Steps]:
+def recipes() -> dict[str, Steps]:
     """Name -> steps. A name is what goes / how much / by which choice."""
     return {"base": [], **_single(), **_channels(), **_structured()}
 
@@ -127,67 +122,6 @@ def _structured() -> dict[str, Steps]:
     return found
 
 
-def measure(name: str, options: Namespace) -> dict[str, Any]:
-    """Prune one variant and judge it; `base` is judged as it is."""
-    folder = options.work / name.replace("/", "-").replace("%", "").replace(":", "-")
-    prefix = f"{Path(options.data).absolute()}/" if options.data else ""
-    text = f"{prefix}Salesforce/wikitext:wikitext-2-raw-v1"
-    if name == "base":
-        return {
-            "name": name,
-            "options": settings(options),
-            "quality": judge(options.model, f"{text}:test", options),
-        }
-    recipe = {
-        "steps": variants()[name],
-        "calibration": {
-            "text": f"{text}:validation",
-            "num_samples": options.num_samples,
-            "seq_len": options.seq_len,
-        },
-        "evaluation": None,
-        "seed": options.seed,
-    }
-    options.work.mkdir(parents=True, exist_ok=True)
-    path = options.work / f"{folder.name}.yaml"
-    path.write_text(json.dumps(recipe))  # JSON is YAML
-    report, cost = record.quantized(record.llmslim("compress", options.model, str(path)), folder)
-    quality = judge(str(folder), f"{text}:test", options)
-    shutil.rmtree(folder)
-    path.unlink()
-    return {
-        "name": name,
-        "options": settings(options),
-        **cost,
-        **record.outcome(report),
-        "steps": variants()[name],
-        "blocks_left": blocks_left(report),
-        "quality": quality,
-    }
-
-
-def blocks_left(report: dict[str, Any]) -> float:
-    """Bytes in the result's blocks, as a share of those of the base's in the same 16-bit type."""
-    size = report["size"]
-    return size["result"]["block_bytes"] / (2 * size["base"]["block_parameters"])
-
-
-def judge(model: str, text: str, options: Namespace) -> dict[str, Any]:
-    words = [
-        "--perplexity",
-        text,
-        "--seq-len",
-        "512",
-        "--windows",
-        str(options.windows),
-        "--dtype",
-        "float32",
-        "--json",
-    ]
-    figures: dict[str, Any] = json.loads(record.run(record.llmslim("evaluate", model, *words)).stdout)
-    return record.pick(figures, "perplexity", "perplexity_stderr", "windows", "seq_len", "data_hash", "dtype")
-
-
 def curves(result: dict[str, Any], path: Path) -> None:
     """Perplexity against what is left of the blocks, one panel per thing that goes, one line per choice."""
     import matplotlib
@@ -225,33 +159,14 @@ def curves(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def settings(options: Namespace) -> dict[str, Any]:
-    return {
-        name: getattr(options, name)
-        for name in ("model", "num_samples", "seq_len", "windows", "seed", "threads")
-    }
-
-
 def main() -> None:
-    made = record.sweep(__doc__ or "", "pruning")
+    made = variants.parser(__doc__ or "", "pruning")
     made.add_argument("--plot", action="store_true", help="draw the results file, and stop")
-    made.add_argument("--model", default="demo")
     options = record.parse(made)
     if options.plot:
         curves(json.loads(options.output.read_text()), options.output.with_suffix(".svg"))
         return
-    order = list(variants())
-    chosen = [name for name in order if any(fnmatch(name, pattern) for pattern in options.variants)]
-    if options.list or not chosen:
-        sys.exit("\n".join(order))
-    result = record.opened(options)
-    done = {row["name"] for row in result["rows"] if row["options"] == settings(options)}
-    for name in chosen:
-        if options.again or name not in done:
-            record.put(result, measure(name, options), options.output)
-    result["rows"].sort(key=lambda row: order.index(row["name"]) if row["name"] in order else len(order))
-    record.write(result, options.output)
-    print(render.pruning(result))
+    variants.run(options, recipes(), render.pruning)
 
 
 if __name__ == "__main__":

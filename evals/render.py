@@ -71,29 +71,10 @@ def quantization(result: Result) -> str:
     return table([*headings, "bits per weight", "CPU s", "CPU s of the command", "peak MB"], rows)
 
 
-def pruning(result: Result) -> str:
-    bases = [row["quality"]["perplexity"] for row in result["rows"] if row["name"] == "base"]
+def by_share(result: Result) -> str:
+    """A table of single variants, and one of those that are measured at several shares of the blocks' parameters."""
     rows = [row for row in result["rows"] if row["name"] != "base"]
     curves = [row for row in rows if row["name"].split("/")[1] in CURVE]
-    listed = [
-        [
-            row["name"],
-            f"{100 * row['blocks_left']:.1f} %",
-            f"{row['quality']['perplexity']:.2f}",
-            f"{row['cpu_seconds']['steps']:.0f}",
-            f"{row['peak_memory_mb']['process']:.0f}",
-        ]
-        for row in rows
-        if row not in curves
-    ]
-    listed[:0] = [["float32", "", f"{base:.2f}", "", ""] for base in bases]
-    headings = [
-        "what / how much / choice",
-        "bytes left in blocks",
-        "WikiText-2 perplexity",
-        "CPU s",
-        "peak MB",
-    ]
     lines: dict[str, dict[str, float]] = {}
     for row in curves:
         what, share, choice = row["name"].split("/")
@@ -103,8 +84,40 @@ def pruning(result: Result) -> str:
         for name, line in lines.items()
     ]
     removed = [f"{share} of the blocks' parameters removed" for share in CURVE]
-    picture = "![perplexity against what is removed](evals/results/pruning.svg)"
-    return "\n\n".join([table(headings, listed), table(["what, choice", *removed], cells), picture])
+    single = by_bytes({"rows": [row for row in result["rows"] if row not in curves]})
+    return "\n\n".join([single, table(["what, choice", *removed], cells)])
+
+
+def by_bytes(result: Result) -> str:
+    """A line per variant: bytes, quality, cost."""
+    listed = []
+    for row in result["rows"]:
+        quality = f"{row['quality']['perplexity']:.2f}"
+        if row["name"] == "base":
+            listed.append(["float32", "", "", quality, "", ""])
+            continue
+        listed.append(
+            [
+                row["name"],
+                f"{row['size']['bytes_on_disk'] / 1e6:.1f}",
+                f"{100 * row['blocks_left']:.1f} %",
+                quality,
+                f"{row['cpu_seconds']['steps']:.0f}",
+                f"{row['peak_memory_mb']['process']:.0f}",
+            ]
+        )
+    headings = [
+        "what / how much / choice",
+        "MB on disk",
+        "bytes left in blocks",
+        "WikiText-2 perplexity",
+        "CPU s",
+    ]
+    return table([*headings, "peak MB"], listed)
+
+
+def pruning(result: Result) -> str:
+    return f"{by_share(result)}\n\n![perplexity against what is removed](evals/results/pruning.svg)"
 
 
 CURVE = ("10%", "20%", "30%")
@@ -205,6 +218,15 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "peers_gptqmodel": ("The same by GPTQModel, on one core", peers),
     "pruning": ("Pruning SmolLM2-135M, 32 x 512 calibration tokens, nothing trained", pruning),
     "pruning_encoder": ("Pruning MiniLM: sentence embeddings of GLUE, nothing trained", pruning_encoder),
+    "factorization": (
+        "Low-rank factors, SmolLM2-135M, 32 x 512 calibration tokens, nothing trained",
+        by_share,
+    ),
+    "sharing": (
+        "Blocks that share weights, SmolLM2-135M, 32 x 512 calibration tokens, nothing trained",
+        by_bytes,
+    ),
+    "recipes": ("The recipes in configs/, SmolLM2-135M, 32 x 512 calibration tokens of WikiText-2", by_bytes),
     "speed": ("Speed at batch 1: median of the rounds (smallest-largest), ratio to the dense model", speed),
     "speed_pruned": ("Speed with about 30% of the blocks' parameters removed, batch 1, as above", speed),
     "memory": ("A large model of random weights, 4-bit GPTQ, streamed", memory),

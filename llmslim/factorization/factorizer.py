@@ -109,12 +109,12 @@ class Factorizer(LinearStep):
                 if isinstance(module, LowRankLinear):
                     raise UserError(f"{name} is factored already: factorize the original model instead.")
         chosen = {name: shape for block in anatomy.blocks for name, shape in self.targets(block).items()}
-        if not chosen:
+        if not chosen and self.embeddings_rank is None:
             raise UserError(
                 f"Nothing to factorize: include={list(self.include)} and exclude={list(self.exclude)} leave no Linear."
             )
         ranks = {name: self.rank_of(*shape) for name, shape in chosen.items()}
-        if not any(ranks.values()):
+        if chosen and not any(ranks.values()):
             name, shape = max(chosen.items(), key=lambda entry: worthwhile(*entry[1]))
             most = worthwhile(*shape) // self.multiple_of * self.multiple_of
             asked = f"rank {self.rank}" if self.rank is not None else f"ratio {self.ratio:g}"

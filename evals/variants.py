@@ -1,0 +1,111 @@
+"""Recipes as variants: each runs in a fresh process, its checkpoint is judged in another, and a row says how it went.
+
+What `pruning.py`, `factorization.py`, `sharing.py` and `recipes.py` share. Judged is perplexity in float32 over the
+first 16 windows of 512 tokens of WikiText-2 test (rows concatenated as they are, no BOS).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import record
+
+Steps = list[dict[str, dict[str, Any]]]
+
+
+def parser(docstring: str, name: str) -> ArgumentParser:
+    """The options of a script of variants; `name` is that of the results file."""
+    made = record.sweep(docstring, name)
+    made.add_argument("--model", default="demo")
+    return made
+
+
+def run(options: Namespace, variants: dict[str, Steps], render: Callable[[dict[str, Any]], str]) -> None:
+    """Measure the chosen variants that the results file has not with the same options; print the tables."""
+    order = list(variants)
+    chosen = [name for name in order if any(fnmatch(name, pattern) for pattern in options.variants)]
+    if options.list or not chosen:
+        sys.exit("\n".join(order))
+    result = record.opened(options)
+    done = {row["name"] for row in result["rows"] if row["options"] == settings(options)}
+    for name in chosen:
+        if options.again or name not in done:
+            record.put(result, measure(name, variants[name], options), options.output)
+    result["rows"].sort(key=lambda row: order.index(row["name"]) if row["name"] in order else len(order))
+    record.write(result, options.output)
+    print(render(result))
+
+
+def measure(name: str, steps: Steps, options: Namespace) -> dict[str, Any]:
+    """Run one variant and judge it; without steps the model is judged as it is."""
+    folder = options.work / name.replace("/", "-").replace("%", "").replace(":", "-")
+    prefix = f"{Path(options.data).absolute()}/" if options.data else ""
+    text = f"{prefix}Salesforce/wikitext:wikitext-2-raw-v1"
+    if not steps:
+        return {
+            "name": name,
+            "options": settings(options),
+            "quality": judge(options.model, f"{text}:test", options),
+        }
+    recipe = {
+        "steps": steps,
+        "calibration": {
+            "text": f"{text}:validation",
+            "num_samples": options.num_samples,
+            "seq_len": options.seq_len,
+        },
+        "evaluation": None,
+        "seed": options.seed,
+    }
+    options.work.mkdir(parents=True, exist_ok=True)
+    path = options.work / f"{folder.name}.yaml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    report, cost = record.quantized(record.llmslim("compress", options.model, str(path)), folder)
+    quality = judge(str(folder), f"{text}:test", options)
+    shutil.rmtree(folder)
+    path.unlink()
+    return {
+        "name": name,
+        "options": settings(options),
+        **cost,
+        **record.outcome(report),
+        "steps": steps,
+        "blocks_left": blocks_left(report),
+        "quality": quality,
+    }
+
+
+def blocks_left(report: dict[str, Any]) -> float:
+    """Bytes in the result's blocks, as a share of those of the base's in the same 16-bit type."""
+    size = report["size"]
+    return size["result"]["block_bytes"] / (2 * size["base"]["block_parameters"])
+
+
+def judge(model: str, text: str, options: Namespace) -> dict[str, Any]:
+    words = [
+        "--perplexity",
+        text,
+        "--seq-len",
+        "512",
+        "--windows",
+        str(options.windows),
+        "--dtype",
+        "float32",
+        "--json",
+    ]
+    figures: dict[str, Any] = json.loads(record.run(record.llmslim("evaluate", model, *words)).stdout)
+    return record.pick(figures, "perplexity", "perplexity_stderr", "windows", "seq_len", "data_hash", "dtype")
+
+
+def settings(options: Namespace) -> dict[str, Any]:
+    return {
+        name: getattr(options, name)
+        for name in ("model", "num_samples", "seq_len", "windows", "seed", "threads")
+    }
