@@ -16,7 +16,6 @@ CHOICES = {
     "svd": {"svd": {}},
     "asvd": {"asvd": {}},
     "svd_llm": {"svd_llm": {}},
-    "svd-update": {"svd": {"update": True}},
     "svd_llm-update": {"svd_llm": {"update": True}},
     "svd_llm-update-error": {"svd_llm": {"update": True, "allocation": "error"}},
 }

@@ -9,36 +9,30 @@ blocks with corrections of rank 80 have what 22 different blocks have.
 
 from __future__ import annotations
 
+from typing import Any
+
 import record
 import render
 import variants
 from variants import Steps
 
-PLAIN = {
-    "sequential": {"grouping": "sequential"},
-    "cyclic": {"grouping": "cyclic"},
-    "similarity": {},
-    "similarity-mean": {"init": "mean"},
-    "similarity-first": {"init": "first"},
-}
-
 
 def recipes() -> dict[str, Steps]:
     """Name -> steps. A name is the size in unique blocks / what is shared and how."""
-    found: dict[str, Steps] = {"base": []}
-    for name, fields in PLAIN.items():
-        found[f"22-blocks/{name}"] = [{"share": {"unique_blocks": 22, **fields}}]
-    for name, fields in {"similarity": {}, "sequential": PLAIN["sequential"]}.items():
-        found[f"22-blocks/15-and-deltas-{name}"] = [
-            {"share": {"unique_blocks": 15, "delta_rank": 80, **fields}}
-        ]
-    found["22-blocks/18-and-deltas-similarity"] = [{"share": {"unique_blocks": 18, "delta_rank": 48}}]
-    for name in ("sequential", "similarity"):
-        found[f"15-blocks/{name}"] = [{"share": {"unique_blocks": 15, **PLAIN[name]}}]
-    found["15-blocks/10-and-deltas-similarity"] = [{"share": {"unique_blocks": 10, "delta_rank": 56}}]
-    for part in ("attention", "mlp"):
-        found[f"15-blocks/similarity-{part}"] = [{"share": {"unique_blocks": 15, "part": part}}]
-    return found
+    plain, deltas = {"unique_blocks": 22}, {"unique_blocks": 15, "delta_rank": 80}
+    half = {"unique_blocks": 15}
+    sequential = {"grouping": "sequential"}
+    found: dict[str, dict[str, Any]] = {
+        "22-blocks/similarity": plain,
+        "22-blocks/15-and-deltas": deltas,
+        "22-blocks/sequential": {**plain, **sequential},
+        "22-blocks/15-and-deltas-sequential": {**deltas, **sequential},
+        "22-blocks/similarity-mean": {**plain, "init": "mean"},
+        "15-blocks/similarity": half,
+        "15-blocks/10-and-deltas": {"unique_blocks": 10, "delta_rank": 56},
+        "15-blocks/sequential": {**half, **sequential},
+    }
+    return {"base": [], **{name: [{"share": fields}] for name, fields in found.items()}}
 
 
 if __name__ == "__main__":

@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import nn
+
 from llmslim.anatomy import Anatomy
+from llmslim.checkpoint.formats import Packed
+from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.loaders.models import ModelFiles, skeleton
 from llmslim.loaders.safetensors_io import DTYPE_BYTES
+from llmslim.ties import counterpart, shared_modules
 
 
 def size_of(files: ModelFiles) -> dict[str, Any]:
@@ -16,6 +21,8 @@ def size_of(files: ModelFiles) -> dict[str, Any]:
     `bits_per_weight` counts everything, `bits_per_block_weight` only what lies in the blocks (embeddings and
     head excluded): packed codes, scales, zero points, norms and biases, over the parameters that they stand for.
     `block_parameters` are those of the plain config, `block_bytes` what is stored in their place.
+    `unique_parameters` are those that the checkpoint has, `effective_parameters` those that a token goes through
+    when blocks share some: each counts once for every block that uses it. A packed weight counts by its shape.
     """
     anatomy = Anatomy(skeleton(files.config))
     stacks = tuple(f"{stack.name}." for stack in anatomy.stacks)
@@ -35,9 +42,27 @@ def size_of(files: ModelFiles) -> dict[str, Any]:
     weight_files = {entry["file"] for entry in files.weights.entries.values()}
     return {
         "parameters": total,
+        **counts(CheckpointReader(files).model_skeleton()),
         "bytes_on_disk": sum((files.folder / name).stat().st_size for name in weight_files),
         "block_parameters": in_blocks,
         "block_bytes": block_bytes,
         "bits_per_weight": 8 * all_bytes / total,
         "bits_per_block_weight": 8 * block_bytes / max(1, in_blocks),
     }
+
+
+def counts(model: nn.Module) -> dict[str, int]:
+    """`unique_parameters` and `effective_parameters` of a skeleton, as `size_of` tells them."""
+    shared, seen = shared_modules(model), set[int]()
+    unique = effective = 0
+    for name, module in model.named_modules():
+        follows = counterpart(name, shared) is not None
+        for leaf, parameter in module._parameters.items():
+            if parameter is None or (isinstance(module, Packed) and leaf not in ("weight_packed", "bias")):
+                continue
+            size = math.prod(module.shape) if leaf == "weight_packed" else parameter.numel()  # type: ignore[arg-type]
+            tied, borrowed = id(parameter) in seen, follows and leaf != "bias"
+            seen.add(id(parameter))
+            effective += 0 if tied and not borrowed else size
+            unique += 0 if tied or borrowed else size
+    return {"unique_parameters": unique, "effective_parameters": effective}

@@ -169,7 +169,17 @@ def _sizes(size: dict[str, Any]) -> list[Row]:
         ("bits per weight, blocks", "bits_per_block_weight"),
     ):
         made.append(Row(label, f"{base[name]:.2f}", f"{result[name]:.2f}"))
+    if "unique_parameters" in result:  # reports of earlier versions have none
+        made.append(_parameters("parameters", base, result, "unique_parameters"))
+        if result["effective_parameters"] != result["unique_parameters"]:
+            label = "parameters, each use"
+            made.append(_parameters(label, base, result, "effective_parameters"))
     return made
+
+
+def _parameters(label: str, base: dict[str, Any], result: dict[str, Any], name: str) -> Row:
+    change = f"{100 * (result[name] / base[name] - 1):+.1f} %" if result[name] != base[name] else ""
+    return Row(label, f"{base[name] / 1e6:,.1f} M", f"{result[name] / 1e6:,.1f} M", change)
 
 
 def _megabytes(base: dict[str, Any], result: dict[str, Any], name: str) -> tuple[str, str]:
