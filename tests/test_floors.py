@@ -20,9 +20,10 @@ PACKAGE = Path(__file__).parent.parent / "llmslim"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__", "cli", "commands", "flags", "generation", "inspection", "progress"),
-    ("pipeline", "plan", "recipe", "report", "hub", "passes", "survey", "work", "measure", "size", "outlook"),
+    ("pipeline", "plan", "recipe", "report", "hub", "passes", "survey", "teacher", "work", "measure", "size", "outlook"),
     ("evaluation", "checkpoint", "plugin"),
     ("quantization", "pruning", "sharing", "factorization", "kvcache", "recovery", "distillation"),
+    ("training",),
     ("step", "edit", "experts", "sparse", "masks"),
     ("calibration",),
     ("anatomy", "loaders"),
@@ -41,6 +42,7 @@ ORDERED = {
         "plan",
         "outlook",
         "survey",
+        "teacher",
         "passes",
         "recipe",
         "size",
