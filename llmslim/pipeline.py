@@ -191,7 +191,12 @@ def prepare(
         _check_length(choice.seq_len, files)
         text = sample(choice.text, files.tokenizer(), choice.num_samples, choice.seq_len, recipe.seed)
     options = PassOptions(
-        text.tokens if text else None, recipe.seed, place, compute_dtype(place, stored=files.dtype), stored, files
+        text.tokens if text else None,
+        recipe.seed,
+        place,
+        compute_dtype(place, stored=files.dtype),
+        stored,
+        files,
     )
     check_training(recipe.steps, files, text)
     if recipe.evaluation is not None:

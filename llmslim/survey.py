@@ -24,9 +24,7 @@ from llmslim.work import Progress, load_tensors, save_tensors
 class Look:
     """What `llmslim.step.Survey` promises, for a model in its files."""
 
-    def __init__(
-        self, files: ModelFiles, options: PassOptions, scratch: Path, progress: Progress
-    ) -> None:
+    def __init__(self, files: ModelFiles, options: PassOptions, scratch: Path, progress: Progress) -> None:
         self.files, self.options, self.scratch, self.progress = files, options, scratch, progress
         self.seed = options.seed
         self.reader = CheckpointReader(files)

@@ -20,7 +20,20 @@ PACKAGE = Path(__file__).parent.parent / "llmslim"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__", "cli", "commands", "flags", "generation", "inspection", "progress"),
-    ("pipeline", "plan", "recipe", "report", "hub", "passes", "survey", "teacher", "work", "measure", "size", "outlook"),
+    (
+        "pipeline",
+        "plan",
+        "recipe",
+        "report",
+        "hub",
+        "passes",
+        "survey",
+        "teacher",
+        "work",
+        "measure",
+        "size",
+        "outlook",
+    ),
     ("evaluation", "checkpoint", "plugin"),
     ("quantization", "pruning", "sharing", "factorization", "kvcache", "recovery", "distillation"),
     ("training",),

@@ -81,7 +81,9 @@ def test_gradients_of_scales_are_those_of_autograd(symmetric: bool, group: Any) 
 def test_scales_recover_and_codes_stay(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     base = folders[family]
     compress(str(base), [RTN3], tmp_path / "q", **QUICK)
-    result = compress(str(tmp_path / "q"), [Scales(**FAST)], tmp_path / "r", **QUICK)  # teacher: from its report
+    result = compress(
+        str(tmp_path / "q"), [Scales(**FAST)], tmp_path / "r", **QUICK
+    )  # teacher: from its report
     assert result.report["verification"]["ok"]
     assert kl(base, tmp_path / "r") < 0.9 * kl(base, tmp_path / "q")
     before, after = tensors(tmp_path / "q"), tensors(tmp_path / "r")
@@ -146,7 +148,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
     torch.set_num_threads(1)
     fields: dict[str, Any] = {**FAST, "save_steps": 4, "validation": 0.25}
-    steps = [RTN3, Scales(**fields)] if step == "scales" else [LoRA(rank=4, dropout=0.1, teacher=str(folders["qwen3"]), **fields)]
+    steps = (
+        [RTN3, Scales(**fields)]
+        if step == "scales"
+        else [LoRA(rank=4, dropout=0.1, teacher=str(folders["qwen3"]), **fields)]
+    )
     compress(str(folders["llama"]), steps, tmp_path / "unbroken", **QUICK)
 
     def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -190,7 +196,11 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     ("family", "steps", "message"),
     [
         ("llama", [Scales()], "distilled from itself"),
-        ("llama", [LoRA(target_modules=("query",))], "no such Linear in the blocks; there are down_proj, gate_proj"),
+        (
+            "llama",
+            [LoRA(target_modules=("query",))],
+            "no such Linear in the blocks; there are down_proj, gate_proj",
+        ),
         ("llama", [RTN3, Full()], "cannot train packed weights"),
         ("bert", [Full(objective="next_token")], "needs a causal model"),
         ("llama", [RTN3, Scales(teacher="OTHER")], "vocabulary of 320 tokens"),

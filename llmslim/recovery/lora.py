@@ -40,7 +40,8 @@ class LoRA(TrainStep):
     alpha: float = Field(32.0, gt=0, description="adapters count alpha / rank times")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs dropped in training")
     target_modules: tuple[str, ...] = Field(
-        (), description="modules that get adapters, by name: 'q_proj'; all Linears of the blocks when not given"
+        (),
+        description="modules that get adapters, by name: 'q_proj'; all Linears of the blocks when not given",
     )
 
     def check(self, anatomy: Anatomy) -> None:
@@ -108,7 +109,11 @@ def _codes(grid: Any, weight: Tensor) -> Tensor:
     """The nearest codes, uint8 [out, in], of a weight on the grid that a packed one has."""
     rows, groups = grid.scale.shape
     scale = grid.scale.reshape(rows, 1, groups, 1)
-    zero = grid.scheme.midpoint if grid.zero_point is None else grid.zero_point.float().reshape(rows, 1, groups, 1)
+    zero = (
+        grid.scheme.midpoint
+        if grid.zero_point is None
+        else grid.zero_point.float().reshape(rows, 1, groups, 1)
+    )
     parts = weight.reshape(rows, -1, groups, weight.shape[1] // groups)
     codes = (parts / scale + zero).round_().clamp_(0, grid.scheme.max_code)
     return codes.to(torch.uint8).reshape(weight.shape)

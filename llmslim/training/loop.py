@@ -6,6 +6,7 @@ what is frozen (packed weights) never passes through its saving.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import time
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import is_tensorboard_available
 
 from llmslim.errors import UserError
 
@@ -133,7 +133,7 @@ def _arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
-        report_to=["tensorboard"] if is_tensorboard_available() else [],
+        report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
         use_cpu=device.type == "cpu",
         **when,  # type: ignore[arg-type]
     )
@@ -163,6 +163,10 @@ class _Trainer(Trainer):
             self.watch.refuse("loss", self.state.global_step)
         return (value, {}) if return_outputs else value
 
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():  # Trainer's own looks for labels
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -183,7 +187,13 @@ class _Watch(TrainerCallback):
         log: Path,
         progress: Callable[[int, int], None],
     ) -> None:
-        self.schedule, self.steps, self.tokens, self.log, self.progress = schedule, steps, tokens, log, progress
+        self.schedule, self.steps, self.tokens, self.log, self.progress = (
+            schedule,
+            steps,
+            tokens,
+            log,
+            progress,
+        )
         self._place, self._clock = scratch.name, scratch / "elapsed.json"
         self._before = json.loads(self._clock.read_text()) if self._clock.exists() else 0.0
         self._begun, self._first = time.monotonic(), 0

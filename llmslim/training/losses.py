@@ -27,7 +27,9 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     target = F.log_softmax(teacher.float() / temperature, -1)
-    return F.kl_div(F.log_softmax(student.float() / temperature, -1), target, reduction="sum", log_target=True)
+    return F.kl_div(
+        F.log_softmax(student.float() / temperature, -1), target, reduction="sum", log_target=True
+    )
 
 
 def next_token(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ class TrainStep(BlockStep):
     """A step that trains. Its survey is the training; its pass puts the results in the place of what was there."""
 
     objective: Literal["distill", "next_token"] = Field(
-        "distill", description="match the teacher's distribution over tokens, or predict the text's next token"
+        "distill",
+        description="match the teacher's distribution over tokens, or predict the text's next token",
     )
     teacher: str | None = Field(
         None, description="model to distill from; the uncompressed one when not given"
@@ -65,9 +66,7 @@ class TrainStep(BlockStep):
         return 2 if self.objective == "next_token" else 3
 
     @abstractmethod
-    def training(
-        self, model: PreTrainedModel
-    ) -> AbstractContextManager[tuple[list[nn.Parameter], Finish]]:
+    def training(self, model: PreTrainedModel) -> AbstractContextManager[tuple[list[nn.Parameter], Finish]]:
         """Bring a loaded float32 model into the shape in which it trains.
 
         Yields:
@@ -92,7 +91,11 @@ class TrainStep(BlockStep):
         teacher = look.teacher(self.teacher) if self.objective == "distill" else None
         torch.manual_seed(look.seed)  # of adapters' first weights
         model = look.loaded()
-        fields = {name: getattr(self, name) for name in Schedule.__dataclass_fields__ if name not in ("name", "seed")}
+        fields = {
+            name: getattr(self, name)
+            for name in Schedule.__dataclass_fields__
+            if name not in ("name", "seed")
+        }
         schedule = Schedule(name=self.kind, seed=look.seed, **fields)
         with self.training(model) as (trained, finish):
             train(
@@ -107,7 +110,9 @@ class TrainStep(BlockStep):
         from llmslim.training.losses import divergence, next_token
 
         def loss(model: nn.Module, tokens: Tensor) -> Tensor:
-            logits = model(input_ids=tokens, use_cache=False).logits if _caches(model) else model(tokens).logits
+            logits = (
+                model(input_ids=tokens, use_cache=False).logits if _caches(model) else model(tokens).logits
+            )
             if teacher is None:
                 return next_token(logits, tokens)
             with torch.no_grad():
@@ -118,7 +123,9 @@ class TrainStep(BlockStep):
 
     def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
         stacks = tuple(f"{stack.name}." for stack in stream.anatomy.stacks)
-        _place(stream.model, {n: t for n, t in record.survey.items() if not n.startswith(stacks) and n != LOST})
+        _place(
+            stream.model, {n: t for n, t in record.survey.items() if not n.startswith(stacks) and n != LOST}
+        )
         if LOST in record.survey:
             record.note(
                 self.kind,
