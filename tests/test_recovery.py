@@ -19,7 +19,7 @@ from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration, Recipe
 from llmslim.recovery.full import Full
 from llmslim.recovery.lora import LoRA
-from llmslim.recovery.scales import Scales, ScaledLinear
+from llmslim.recovery.scales import ScaledLinear, Scales
 from llmslim.training.losses import divergence, next_token
 from tests.tiny import save_tiny
 
