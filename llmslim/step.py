@@ -148,7 +148,7 @@ class Survey(Protocol):
     def loaded(self) -> PreTrainedModel:
         """The whole model in float32, for gradients; takes the memory that this needs."""
 
-    def teacher(self, spec: str | None) -> PreTrainedModel:
+    def teacher(self, spec: str) -> PreTrainedModel:
         """The whole model of that spec, or else the uncompressed one, frozen."""
 
     @property

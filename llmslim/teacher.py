@@ -12,15 +12,15 @@ from llmslim.step import Step
 from llmslim.training.step import TrainStep
 
 
-def teacher_files(spec: str | None, base: ModelFiles) -> ModelFiles:
+def teacher_files(spec: str, base: ModelFiles) -> ModelFiles:
     """The named model; else the one that `base` was made from, as its report tells, or `base` itself.
 
     Raises:
         UserError: it is not there.
     """
     report = base.folder / "report.json"
-    if spec is not None or not report.is_file():
-        return base if spec is None else find(spec)
+    if spec or not report.is_file():
+        return find(spec) if spec else base
     origin = json.loads(report.read_text()).get("base", {})
     try:
         return find(origin["spec"], origin.get("revision"))

@@ -46,7 +46,7 @@ def kl(teacher: Path, student: Path) -> float:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {n: t for n, t in whole(folder).state_dict().items()}
+    return dict(whole(folder).state_dict())
 
 
 def test_losses_are_those_of_torch() -> None:

@@ -33,9 +33,7 @@ class TrainStep(BlockStep):
         "distill",
         description="match the teacher's distribution over tokens, or predict the text's next token",
     )
-    teacher: str | None = Field(
-        None, description="model to distill from; the uncompressed one when not given"
-    )
+    teacher: str = Field("", description="model to distill from; the uncompressed one when not given")
     temperature: float = Field(1.0, gt=0, description="divides the logits of both sides when distilling")
     lr: float = Field(1e-4, gt=0, description="peak learning rate of AdamW; cosine to 0 at the end")
     epochs: float = Field(1.0, gt=0, description="passes over the calibration windows")
