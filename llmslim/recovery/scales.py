@@ -64,14 +64,20 @@ class Scales(TrainStep):
 class ScaledLinear(nn.Module):
     """A packed Linear while its scales train: y = x W(scale)^T + b; x [..., in] -> [..., out], float32.
 
+    Unpacking takes longer than the product, so that the codes are unpacked once: a byte per weight.
+
     Attributes:
         scale: float32 [rows, groups].
+        centred: code - zero point, int8 (int16 for 8 bits) [out, in].
     """
 
     def __init__(self, packed: nn.Module) -> None:
         super().__init__()
         self.packed = packed
         self.in_features, self.out_features = packed.in_features, packed.out_features
+        quantized = packed.quantized()  # type: ignore[operator]
+        centred = replace(quantized, scale=torch.ones_like(quantized.scale)).dequantize()
+        self.centred = centred.to(torch.int8 if quantized.scheme.bits < 8 else torch.int16)
         self.scale = nn.Parameter(packed.weight_scale.detach().float().clone())  # type: ignore[operator, union-attr]
 
     @property
@@ -79,7 +85,7 @@ class ScaledLinear(nn.Module):
         return self.packed.weight  # type: ignore[return-value]  # models look at its type
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _Product.apply(x, self.scale, self.packed)
+        y = _Product.apply(x, self.scale, self.centred)
         return y if self.packed.bias is None else y + self.packed.bias
 
     def rounded(self) -> Tensor:
@@ -90,23 +96,24 @@ class ScaledLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x W(scale)^T with gradients to x and to the scales; W is expanded anew in the backward pass, never kept."""
+    """x W(scale)^T with gradients to x and to the scales; W is made anew in the backward pass, never kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, packed: Any) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        ctx.packed = packed
-        return x @ replace(packed.quantized(), scale=scale).dequantize().T
+    def forward(ctx: Any, x: Tensor, scale: Tensor, centred: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale, centred)
+        return x @ _weight(centred, scale).T
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        x, scale = ctx.saved_tensors
-        with torch.no_grad():
-            # W = centred * scale: with scales of 1 the weight is the centred codes
-            centred = replace(ctx.packed.quantized(), scale=torch.ones_like(scale)).dequantize()
-            rows, groups = scale.shape
-            shape = (rows, -1, groups, centred.shape[1] // groups)
-            by_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
-            by_scale = (by_weight * centred).view(shape).sum((1, 3))
-            weight = centred.view(shape).mul_(scale[:, None, :, None]).view(centred.shape)
-        return grad @ weight, by_scale, None
+        x, scale, centred = ctx.saved_tensors
+        rows, groups = scale.shape
+        by_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
+        by_scale = by_weight.mul_(centred).view(rows, -1, groups, centred.shape[1] // groups).sum((1, 3))
+        return grad @ _weight(centred, scale), by_scale, None
+
+
+def _weight(centred: Tensor, scale: Tensor) -> Tensor:
+    """float32 [out, in] of integers [out, in] and scales [rows, groups]."""
+    rows, groups = scale.shape
+    parts = centred.view(rows, -1, groups, centred.shape[1] // groups)
+    return (parts * scale[:, None, :, None]).view(centred.shape)
