@@ -1,0 +1,148 @@
+"""TrainStep: a method that trains the whole model, written back block by block like every other step."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from llmslim.anatomy import Anatomy, Block
+from llmslim.errors import UserError
+from llmslim.step import BlockStep, StepRecord, Survey
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmslim.calibration.stream import BlockStream
+
+Finish = Callable[[], dict[str, Tensor]]
+"""What training leaves: name of a parameter in the checkpoint -> its value."""
+
+LOST = "lost"  # among the results: the share of the training that could not be stored
+
+
+class TrainStep(BlockStep):
+    """A step that trains. Its survey is the training; its pass puts the results in the place of what was there."""
+
+    objective: Literal["distill", "next_token"] = Field(
+        "distill",
+        description="match the teacher's distribution over tokens, or predict the text's next token",
+    )
+    teacher: str = Field("", description="model to distill from; the uncompressed one when not given")
+    temperature: float = Field(1.0, gt=0, description="divides the logits of both sides when distilling")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate of AdamW; cosine to 0 at the end")
+    epochs: float = Field(1.0, gt=0, description="passes over the calibration windows")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; instead of epochs")
+    max_minutes: float | None = Field(None, gt=0, description="stop training after so long")
+    batch_size: int = Field(4, ge=1, description="windows per optimizer step")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which lr rises from 0")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    save_steps: int = Field(50, ge=1, description="optimizer steps between checkpoints to resume from")
+    validation: float = Field(
+        0.0, ge=0, lt=1, description="share of the windows held out; what does best on it is kept"
+    )
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+    @property
+    def streams_calibration(self) -> bool:
+        return False  # the whole model has seen the text when the pass begins
+
+    @property
+    def needs_survey(self) -> bool:
+        return True
+
+    @property
+    def survey_copies(self) -> int:
+        return 2 if self.objective == "next_token" else 3
+
+    @abstractmethod
+    def training(self, model: PreTrainedModel) -> AbstractContextManager[tuple[list[nn.Parameter], Finish]]:
+        """Bring a loaded float32 model into the shape in which it trains.
+
+        Yields:
+            The parameters to train, float32, and what makes the checkpoint's tensors of the trained model.
+        """
+
+    def check(self, anatomy: Anatomy) -> None:
+        model = anatomy.model
+        if anatomy.head is None or model.config.is_encoder_decoder:
+            raise UserError(
+                f"{self.kind} trains models that predict tokens from one text (causal or masked), and "
+                f"{type(model).__name__} does not."
+            )
+        if self.objective == "next_token" and not anatomy.is_decoder:
+            raise UserError(
+                f"objective 'next_token' needs a causal model, and {type(model).__name__} is none: use distill."
+            )
+
+    def survey(self, look: Survey) -> dict[str, Tensor]:
+        from llmslim.training.loop import Schedule, train
+
+        teacher = look.teacher(self.teacher) if self.objective == "distill" else None
+        torch.manual_seed(look.seed)  # of adapters' first weights
+        model = look.loaded()
+        fields = {
+            name: getattr(self, name)
+            for name in Schedule.__dataclass_fields__
+            if name not in ("name", "seed")
+        }
+        schedule = Schedule(name=self.kind, seed=look.seed, **fields)
+        with self.training(model) as (trained, finish):
+            train(
+                model, trained, look.tokens, self._loss(teacher), schedule, look.scratch,
+                look.scratch.parent / "training.jsonl",
+                lambda done, total: look.progress(self.kind, done, total),
+            )  # fmt: skip
+            with torch.no_grad():
+                return {name: tensor.detach().cpu().clone() for name, tensor in finish().items()}
+
+    def _loss(self, teacher: nn.Module | None) -> Callable[[nn.Module, Tensor], Tensor]:
+        from llmslim.training.losses import divergence, next_token
+
+        def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+            logits = (
+                model(input_ids=tokens, use_cache=False).logits if _caches(model) else model(tokens).logits
+            )
+            if teacher is None:
+                return next_token(logits, tokens)
+            with torch.no_grad():
+                targets = teacher(tokens).logits
+            return divergence(logits, targets, self.temperature)
+
+        return loss
+
+    def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
+        stacks = tuple(f"{stack.name}." for stack in stream.anatomy.stacks)
+        _place(
+            stream.model, {n: t for n, t in record.survey.items() if not n.startswith(stacks) and n != LOST}
+        )
+        if LOST in record.survey:
+            record.note(
+                self.kind,
+                f"merged into packed weights: rounding to their grid lost {record.survey[LOST].item():.0%} of what the "
+                "adapters add (root mean square)",
+            )
+
+    def compress_block(
+        self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
+    ) -> None:
+        own = {n: t for n, t in record.survey.items() if n.startswith(f"{block.name}.")}
+        _place(stream.model, own)
+
+
+@torch.no_grad()
+def _place(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        model.get_parameter(name).copy_(tensor)
+
+
+def _caches(model: nn.Module) -> bool:
+    return bool(getattr(model.config, "use_cache", False))
