@@ -31,7 +31,8 @@ class LoRA(TrainStep):
     y = W x + (alpha / rank) B A x (Hu et al. 2021, arXiv:2106.09685); over packed weights that is QLoRA (Dettmers
     et al. 2023, arXiv:2305.14314). Merging into dense weights is exact; of sparse ones the adapter is masked while
     it trains. Packed weights are rounded anew to the grid that they have, which loses most of what is smaller than
-    half a step: how much is noted. Weights that blocks share get no adapters (their corrections do). No adapters are kept beside: the result is a checkpoint like its source.
+    half a step: how much is noted. Weights that blocks share get no adapters (their corrections do). No adapters are
+    kept beside: the result is a checkpoint like its source.
     """
 
     kind: ClassVar[str] = "lora"
