@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
 from llmslim.calibration.factor import drift
-from llmslim.calibration.statistics import InputStats, output_error
+from llmslim.calibration.statistics import InputStats, check_finite, output_error
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.factorization.edits import FactorizeEmbedding, FactorizeLinear, LowRankEmbedding
@@ -107,7 +107,8 @@ class Factorizer(LinearStep):
                         f"{name} has pruned single weights, which factors would fill again: factorize first."
                     )
                 if isinstance(module, LowRankLinear):
-                    raise UserError(f"{name} is factored already: factorize the original model instead.")
+                    what = "is factored" if module.base is None else "shares its weight and has a correction"
+                    raise UserError(f"{name} {what} already: factorize the original model instead.")
         chosen = {name: shape for block in anatomy.blocks for name, shape in self.targets(block).items()}
         if not chosen and self.embeddings_rank is None:
             raise UserError(
@@ -117,7 +118,9 @@ class Factorizer(LinearStep):
         if chosen and not any(ranks.values()):
             name, shape = max(chosen.items(), key=lambda entry: worthwhile(*entry[1]))
             most = worthwhile(*shape) // self.multiple_of * self.multiple_of
-            asked = f"rank {self.rank}" if self.rank is not None else f"ratio {self.ratio:g}"
+            asked = next(
+                f"{key} {said:g}" for key in ("rank", "energy", "ratio") if (said := getattr(self, key))
+            )
             raise UserError(
                 f"{asked} saves nothing: the largest rank that makes {name} ({shape[0]} x {shape[1]}) smaller, and is "
                 f"a multiple of {self.multiple_of}, is {most}."
@@ -213,10 +216,7 @@ class Factorizer(LinearStep):
         self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord
     ) -> tuple[Edit, nn.Module] | None:
         full = weight.float()
-        if not bool(full.isfinite().all()):
-            raise UserError(
-                f"{name} has NaN or infinite weights, which cannot be factorized; --exclude it or mend the model."
-            )
+        check_finite(name, full, stats, "factorized")
         found = decompose(full, self.root(stats))
         rank = self._settled_rank(name, found, full, record)
         row = {"name": name, "rank": rank or min(full.shape), "shape": list(full.shape)}
@@ -224,7 +224,7 @@ class Factorizer(LinearStep):
         if not rank:
             return None
         factors = found.factors(full, rank)
-        if self.update and stats is not None:
+        if self.update and stats is not None and bool(stats.hessian.any()):  # else no input settles it
             factors = refit_second(_target(full, stats), factors.v, stats.hessian)
         if stats is not None:
             row["output_error"] = output_error(full, factors.u @ factors.v, stats.hessian)
