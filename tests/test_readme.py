@@ -54,6 +54,8 @@ FAMILY = next(snippet for snippet in SNIPPETS if "Family(" in snippet)
 SHORT = {
     "quantize": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
     "prune": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
+    "factorize": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
+    "share": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
     "compress": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed --plan",
     "evaluate": "--seq-len 32 --windows 2",
     "generate": "--max-new-tokens 4",
