@@ -201,7 +201,14 @@ class ShareBlocks(LinearStep):
                 )
 
     def _check_rank(self, blocks: list[Block], unique: int) -> None:
-        shapes = self.targets(blocks[0]).values()
+        targets = self.targets(blocks[0])
+        name, narrowest = min(targets.items(), key=lambda entry: min(entry[1]))
+        if self.delta_rank > min(narrowest):
+            raise UserError(
+                f"delta_rank {self.delta_rank} is more than {name} ({_shape(narrowest)}) has: use at most "
+                f"{min(narrowest)}, or --exclude it."
+            )
+        shapes = targets.values()
         saved = (len(blocks) - unique) * sum(rows * width for rows, width in shapes)
         per_rank = len(blocks) * sum(rows + width for rows, width in shapes)
         if self.delta_rank * per_rank >= saved:
