@@ -114,12 +114,14 @@ def refit_second(weight: Tensor, v: Tensor, hessian: Tensor, damping: float = 1e
         weight: W, float32 [out, in].
         v: float32 [rank, in].
         hessian: H = X^T X, float32 [in, in].
-        damping: of v H v^T, x its mean diagonal.
+        damping: of v H v^T, x its mean diagonal; raised tenfold until the factorization succeeds.
     """
     reach = v.double() @ hessian.double()
     inner = reach @ v.double().T
-    inner.diagonal().add_(damping * inner.diagonal().mean())
-    u = torch.cholesky_solve(reach @ weight.double().T, torch.linalg.cholesky(inner)).T
+    ridge = torch.eye(len(inner), dtype=inner.dtype, device=inner.device) * inner.diagonal().mean()
+    while bool((found := torch.linalg.cholesky_ex(inner + damping * ridge)).info):
+        damping *= 10
+    u = torch.cholesky_solve(reach @ weight.double().T, found.L).T
     return balanced(u.float(), v)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -53,6 +54,8 @@ def tie_shared(model: nn.Module, tell: bool = False) -> None:
         for path, module in model.get_submodule(source).named_modules():
             below = f".{path}" if path else ""
             here = model.get_submodule(target + below)
+            if _shapes(here) != _shapes(module):
+                raise AttributeError(f"{target}{below} is not built like {source}{below}")
             for leaf, parameter in module._parameters.items():
                 if parameter is not None and leaf != "bias":
                     here._parameters[leaf] = parameter
@@ -60,6 +63,12 @@ def tie_shared(model: nn.Module, tell: bool = False) -> None:
             here._buffers.update(module._buffers)
     if tell and shared:
         _tell(model, [f"{target}." for target in shared], ties)
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """What a module shares, by leaf."""
+    tensors = {**module._parameters, **module._buffers}
+    return {leaf: tensor.shape for leaf, tensor in tensors.items() if tensor is not None and leaf != "bias"}
 
 
 def replace_table(

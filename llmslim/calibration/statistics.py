@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from llmslim.errors import UserError
+
 _TILE = 192
 
 
@@ -87,6 +89,24 @@ def with_stats(decide: Callable[[str, InputStats], None]) -> Callable[[str, list
         decide(name, last[0][1])
 
     return visit
+
+
+def check_finite(name: str, weight: Tensor, stats: InputStats | None, done: str) -> None:
+    """Refuse what no decomposition stops at.
+
+    Args:
+        done: what cannot be done to such a weight: "factorized".
+
+    Raises:
+        UserError: the weight, or the inputs of the Linear on this text, are NaN or infinite.
+    """
+    finite = bool(weight.isfinite().all())
+    if finite and (stats is None or bool(stats.hessian.diagonal().isfinite().all())):
+        return
+    what = "inputs on this text" if finite else "weights"
+    raise UserError(
+        f"{name} has NaN or infinite {what}, which cannot be {done}; --exclude it or mend the model."
+    )
 
 
 def output_power(weight: Tensor, hessian: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmslim.calibration.statistics import InputStats, with_stats
+from llmslim.calibration.statistics import InputStats, check_finite, with_stats
 from llmslim.lowrank import decompose, worthwhile
 from llmslim.step import StepRecord, Survey, dense_weight
 
@@ -42,7 +42,9 @@ def _gains(step: Factorizer, block: Block, stream: BlockStream, names: list[str]
     tokens: dict[str, int] = {}
 
     def measure(name: str, stats: InputStats | None) -> None:
-        powers = decompose(dense_weight(stream.model.get_submodule(name)).float(), step.root(stats)).powers
+        weight = dense_weight(stream.model.get_submodule(name)).float()
+        check_finite(name, weight, stats, "factorized")
+        powers = decompose(weight, step.root(stats)).powers
         gains[name] = powers / powers.sum().clamp_min(1e-30)
         tokens[name] = stats.tokens if stats is not None else 1
 

@@ -16,8 +16,10 @@ from pydantic import Field, field_validator, model_validator
 from llmslim.anatomy import Anatomy
 from llmslim.anatomy.parts import is_linear
 from llmslim.errors import UserError
+from llmslim.lowrank import LowRankLinear
 from llmslim.sparse import SparseLinear
 from llmslim.step import BlockStep, Outlook, Step
+from llmslim.ties import shared_modules
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -204,9 +206,14 @@ class Share(Amount):
         return steps
 
     def check_dense(self, anatomy: Anatomy) -> None:
-        """Refuse a model that an earlier step has packed: packed weights cannot be cut."""
+        """Refuse a model whose weights cannot be cut: packed, factored, sparse, or shared between blocks."""
+        check_unshared(anatomy, self.kind)
         for block in anatomy.blocks:
             for module in block.module.modules():
+                if isinstance(module, LowRankLinear):
+                    raise UserError(
+                        f"{block.name} is factored already: prune {self.kind} first, then factorize."
+                    )
                 if hasattr(module, "in_features") and not is_linear(module):
                     raise UserError(f"{block.name} is quantized already: prune before you quantize.")
                 if isinstance(module, SparseLinear):
@@ -214,6 +221,13 @@ class Share(Amount):
                         f"{block.name} has pruned single weights, whose mask cannot be cut: prune {self.kind} first, "
                         "then single weights."
                     )
+
+
+def check_unshared(anatomy: Anatomy, kind: str) -> None:
+    """Refuse a model whose blocks share weights: what one block can spare, another one may need."""
+    if shared := shared_modules(anatomy.model):
+        name, source = next(iter(shared.items()))
+        raise UserError(f"{name} shares the weight of {source}: prune by {kind} first, then share.")
 
 
 def ramp_up(rounds: int, ramp: str) -> list[float]:

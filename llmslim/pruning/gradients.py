@@ -22,6 +22,7 @@ from llmslim.calibration.gradients import (
 from llmslim.errors import UserError
 from llmslim.masks import choose
 from llmslim.pruning.allocation import Histogram
+from llmslim.pruning.amount import check_unshared
 from llmslim.pruning.weights import ThresholdPruner
 from llmslim.sparse import pack_mask, unpack_mask
 from llmslim.step import StepRecord, Survey
@@ -46,6 +47,10 @@ class GradientPruner(ThresholdPruner):
             self.pattern == "unstructured" and self.layer_sparsity == "uniform" and self.target_size is None
         )
         return self.threshold or ("global" if free else "layer")
+
+    def check(self, anatomy: Anatomy) -> None:
+        check_unshared(anatomy, self.kind)
+        super().check(anatomy)
 
     @property
     def needs_calibration(self) -> bool:

@@ -17,7 +17,7 @@ from llmslim.edit import DropBlocks, Edit
 from llmslim.errors import UserError
 from llmslim.pruning import _depth
 from llmslim.pruning._neighbour import no_refit, refit_neighbours, refitting
-from llmslim.pruning.amount import Share, to_nearest
+from llmslim.pruning.amount import Share, check_unshared, to_nearest
 from llmslim.step import StepRecord, Survey, dense_weight
 
 _KEEP, _SCORE, _REFIT, _ERRORS = "keep ", "score ", "refit ", "errors "  # what a survey's tensors are called
@@ -84,6 +84,7 @@ class PruneLayers(Share):
         return True
 
     def check(self, anatomy: Anatomy) -> None:
+        check_unshared(anatomy, self.kind)
         config = anatomy.model.config
         if getattr(config, "scale_attn_by_inverse_layer_idx", False):
             raise UserError(

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
-from llmslim.anatomy.parts import features
+from llmslim.anatomy.parts import features, is_linear
 from llmslim.calibration.statistics import InputStats, output_error
 from llmslim.calibration.stream import BlockStream
 from llmslim.edit import Edit
@@ -82,8 +82,13 @@ class Quantizer(LinearStep):
         for name, (_, width) in chosen.items():
             _check_group(name, width, self.scheme(name).group_size)
         for table in self._tables(anatomy):
-            weight = cast(Tensor, anatomy.model.get_submodule(table).weight)
-            _check_group(table, weight.shape[1], self.group_size)
+            module = anatomy.model.get_submodule(table)
+            if not (isinstance(module, nn.Embedding) or is_linear(module)):
+                raise UserError(
+                    f"embeddings_bits {self.embeddings_bits}: {table} is factored, and its tables stay as they are; "
+                    "leave embeddings_bits out, or --exclude it."
+                )
+            _check_group(table, cast(Tensor, module.weight).shape[1], self.group_size)
         if not chosen:
             if any(isinstance(module, PackedLinear) for module in anatomy.model.modules()):
                 raise UserError("This model is quantized already: quantize the original one instead.")
@@ -206,7 +211,9 @@ def _check_group(name: str, width: int, group_size: GroupSize) -> None:
     if isinstance(group_size, int) and width % group_size:
         fitting = [size for size in range(8, width + 1, 8) if width % size == 0]
         near = sorted(fitting, key=lambda size: abs(size - group_size))[:3]
-        raise UserError(
-            f"group_size {group_size} does not divide the {width} inputs of {name}; "
-            f"{', '.join(map(str, sorted(near)))} do (nearest: {near[0]}), or 'channel'."
+        do = (
+            f"{', '.join(map(str, sorted(near)))} do (nearest: {near[0]}), or 'channel'"
+            if near
+            else "use 'channel'"
         )
+        raise UserError(f"group_size {group_size} does not divide the {width} inputs of {name}; {do}.")

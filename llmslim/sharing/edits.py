@@ -31,6 +31,10 @@ class ShareLinear(Edit):
         if not is_linear(linear):
             raise ValueError(f"{self.module} is no dense Linear")
         out_features, in_features = features(linear)
+        if self.rank > min(out_features, in_features):
+            raise ValueError(
+                f"a correction of {self.module} has at most rank {min(out_features, in_features)}"
+            )
         dtype = cast(Tensor, linear.weight).dtype
         base = empty_linear(in_features, out_features, dtype, "meta")
         base.bias = cast(nn.Parameter, linear.bias)
@@ -46,5 +50,5 @@ class ShareLinear(Edit):
         source = model.get_submodule(cast(str, self.source))
         if not isinstance(source, nn.Linear) or features(source) != features(base):
             raise ValueError(f"{self.source} is no Linear of the shape of {self.module}")
-        if counterpart(cast(str, self.source), shared_modules(model)):
+        if self.source == self.module or counterpart(cast(str, self.source), shared_modules(model)):
             raise ValueError(f"{self.source} has no weight of its own to share")

@@ -11,8 +11,14 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block
 from llmslim.anatomy.match import nearest
-from llmslim.calibration.factor import root_of
-from llmslim.calibration.statistics import InputStats, output_error, output_power, with_stats
+from llmslim.calibration.factor import damped_cholesky, root_of
+from llmslim.calibration.statistics import (
+    InputStats,
+    check_finite,
+    output_error,
+    output_power,
+    with_stats,
+)
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.lowrank import LowRankLinear, decompose, empty_linear
@@ -34,7 +40,7 @@ class Moment(NamedTuple):
     Attributes:
         weight: W, float32 [out, in].
         hessian: H = X^T X, float32 [in, in]; one for all Linears that read the same inputs.
-        scale: 1 / ||W X||^2, so that blocks of any scale count alike.
+        scale: 1 / ||W X||^2, so that blocks of any scale count alike; 0 when no token gave it an output.
     """
 
     weight: Tensor
@@ -43,14 +49,15 @@ class Moment(NamedTuple):
 
 
 class Sums:
-    """Of several blocks: sum_i s_i W_i H_i, sum_i s_i H_i and sum_i W_i, in float32."""
+    """Of several blocks: sum_i s_i W_i H_i, sum_i s_i H_i and sum_i W_i, in float32; how many, and with outputs."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.heard = 0
         self.product, self.hessian, self.weight = torch.zeros(()), torch.zeros(()), torch.zeros(())
 
     def add(self, moment: Moment) -> Sums:
         self.count += 1
+        self.heard += moment.scale > 0
         self.product = self.product + moment.scale * (moment.weight @ moment.hessian)
         self.hessian = self.hessian + moment.scale * moment.hessian
         self.weight = self.weight + moment.weight
@@ -59,17 +66,19 @@ class Sums:
     def fit(self, damping: float) -> tuple[Tensor, float]:
         """The W of least sum_i ||(W - W_i) X_i||^2 / ||W_i X_i||^2, drawn to the mean; and that sum.
 
-        W = (sum_i s_i W_i H_i + lambda mean) (sum_i s_i H_i + lambda I)^-1, lambda = damping x the mean diagonal.
+        W = (sum_i s_i W_i H_i + lambda mean) (sum_i s_i H_i + lambda I)^-1, lambda = damping x the mean diagonal;
+        raised tenfold until the factorization succeeds. Without outputs (experts that no token chose): the mean, 0.
         """
-        ridge = damping * self.hessian.diagonal().mean().double()
-        system = self.hessian.double()
-        system.diagonal().add_(ridge)
         mean = self.weight.double() / self.count
-        lower = torch.linalg.cholesky(system)
+        if not self.heard:
+            return mean.float(), 0.0
+        ridge = damping * self.hessian.diagonal().mean().double()
+        while (lower := damped_cholesky(self.hessian.double(), ridge)) is None:
+            ridge = ridge * 10
         fitted = torch.cholesky_solve((self.product + ridge * mean).T, lower).T
         # sum_i s_i tr (W - W_i) H_i (W - W_i)^T, and s_i tr W_i H_i W_i^T = 1
         error = (
-            (fitted @ self.hessian.double() * fitted).sum() - 2 * (fitted * self.product).sum() + self.count
+            (fitted @ self.hessian.double() * fitted).sum() - 2 * (fitted * self.product).sum() + self.heard
         )
         return fitted.float(), float(error.clamp_min(0))
 
@@ -117,6 +126,11 @@ class ShareBlocks(LinearStep):
     def _consistent(self) -> ShareBlocks:
         if self.unique_blocks is not None and self.group_size != 2:
             raise ValueError("group_size and unique_blocks both say how many share; use one")
+        fields = type(self).model_fields  # by value, since a recipe that a report tells has all fields
+        if self.longest != fields["longest"].default and self.grouping != "similarity":
+            raise ValueError("longest is an option of grouping similarity only")
+        if self.fit_damping != fields["fit_damping"].default and not self.needs_calibration:
+            raise ValueError("fit_damping is an option of init fit and grouping similarity only")
         return self
 
     @property
@@ -183,11 +197,18 @@ class ShareBlocks(LinearStep):
                 here, there = (_shape(shapes.get(differs)) for shapes in (first, other))
                 raise UserError(
                     f"{blocks[0].name} and {block.name} cannot share {differs}, which is {here} in the one and {there} "
-                    "in the other: share only what is alike (--exclude), and prune afterwards or with one width."
+                    "in the other: share only what is alike (--exclude), or prune all blocks to one width."
                 )
 
     def _check_rank(self, blocks: list[Block], unique: int) -> None:
-        shapes = self.targets(blocks[0]).values()
+        targets = self.targets(blocks[0])
+        name, narrowest = min(targets.items(), key=lambda entry: min(entry[1]))
+        if self.delta_rank > min(narrowest):
+            raise UserError(
+                f"delta_rank {self.delta_rank} is more than {name} ({_shape(narrowest)}) has: use at most "
+                f"{min(narrowest)}, or --exclude it."
+            )
+        shapes = targets.values()
         saved = (len(blocks) - unique) * sum(rows * width for rows, width in shapes)
         per_rank = len(blocks) * sum(rows + width for rows, width in shapes)
         if self.delta_rank * per_rank >= saved:
@@ -261,7 +282,7 @@ class ShareBlocks(LinearStep):
         return found
 
     def _shared(self, sums: Sums) -> Tensor:
-        if self.init == "fit" and bool(sums.hessian.diagonal().mean() > 0):
+        if self.init == "fit":
             return sums.fit(self.fit_damping)[0]
         return sums.weight / sums.count
 
@@ -295,6 +316,7 @@ class ShareBlocks(LinearStep):
 
         def note(name: str, stats: InputStats | None) -> None:
             weight = dense_weight(stream.model.get_submodule(name)).detach().float().clone()
+            check_finite(name, weight, stats, "shared")
             hessian = torch.zeros(weight.shape[1], weight.shape[1]) if stats is None else stats.hessian
             power = float(output_power(weight, hessian.to(weight.device)))
             found[paths[name]] = Moment(weight, hessian.to(weight.device), 1 / power if power > 0 else 0.0)
@@ -323,6 +345,7 @@ class ShareBlocks(LinearStep):
             share(base, edit.source)
         module: nn.Module = base
         result = shared
+        check_finite(name, full, stats, "shared")  # what the blocks before make of them
         if edit.rank:
             root = None if stats is None else root_of(stats)
             rest = full - base.weight.float()
