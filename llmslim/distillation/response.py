@@ -27,10 +27,12 @@ class Response(WholeStep):
     of the batches is the student's own: from the first half of each window it writes the second (sampled at
     temperature 1), and is trained there on the divergence alone, which counts alpha times as well: what it wrote is
     no label. That is GKD (Agarwal et al. 2023, arXiv:2306.13649), for causal models. Validation is on the text.
+    The student trains without dropout, here and in the other methods of the room: the teacher has none.
     """
 
     kind: ClassVar[str] = "response"
     verb: ClassVar[str] = "distill"
+    dropout_trains: ClassVar[bool] = False
 
     alpha: float = Field(
         1.0, gt=0, le=1, description="share of the divergence in the loss; the rest is the text's next token"
@@ -75,7 +77,7 @@ class Response(WholeStep):
         prompt = tokens.shape[1] // 2
 
         def loss(model: nn.Module, tokens: Tensor) -> Tensor:
-            own = self.on_policy > 0 and model.training and float(torch.rand(())) < self.on_policy
+            own = self.on_policy > 0 and torch.is_grad_enabled() and float(torch.rand(())) < self.on_policy
             if own:
                 tokens = sampled(model, tokens[:, :prompt], tokens.shape[1] - prompt)
             logits = run(model, tokens).logits

@@ -36,7 +36,7 @@ def sampled(model: nn.Module, prompt: Tensor, length: int) -> Tensor:
     """The prompt, int64 [batch, seq], and `length` tokens drawn from a causal model's own distribution.
 
     Temperature 1, nothing cut off, whatever the model's generation config says; an end-of-text token ends nothing, as
-    in the windows of a text. Drawn by torch's own generator, without dropout.
+    in the windows of a text. Drawn by torch's own generator, in eval mode.
     """
     training = model.training
     model.eval()

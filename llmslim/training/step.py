@@ -30,6 +30,9 @@ LOST = "lost"  # among the results: the share of the training that could not be 
 class TrainStep(BlockStep):
     """A step that trains. Its survey is the training; its pass puts the results in the place of what was there."""
 
+    dropout_trains: ClassVar[bool] = True
+    """Whether the model drops out while it trains, as its config says."""
+
     without_teacher: ClassVar[str] = ""
     """What a step can do instead when there is no teacher, for messages: ', or ...'."""
 
@@ -117,7 +120,7 @@ class TrainStep(BlockStep):
             train(
                 model, [*trained, *beside], look.tokens, loss, schedule, look.scratch,
                 look.scratch.parent / "training.jsonl",
-                lambda done, total: look.progress(self.kind, done, total),
+                lambda done, total: look.progress(self.kind, done, total), self.dropout_trains,
             )  # fmt: skip
             with torch.no_grad():
                 return {name: tensor.detach().cpu().clone() for name, tensor in finish().items()}
