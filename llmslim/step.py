@@ -373,7 +373,7 @@ def load_steps() -> None:
                 importlib.import_module(f"llmslim.{room}.{module.name}")
 
 
-ROOMS = ("quantization", "pruning", "factorization", "sharing", "recovery")
+ROOMS = ("quantization", "pruning", "factorization", "sharing", "recovery", "distillation")
 
 
 def build_step(kind: str, fields: dict[str, Any]) -> Step:

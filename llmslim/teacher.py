@@ -12,8 +12,11 @@ from llmslim.step import Step
 from llmslim.training.step import TrainStep
 
 
-def teacher_files(spec: str, base: ModelFiles) -> ModelFiles:
+def teacher_files(spec: str, base: ModelFiles, otherwise: str = "") -> ModelFiles:
     """The named model; else the one that `base` was made from, as its report tells, or `base` itself.
+
+    Args:
+        otherwise: what else would do, for the message: ", or ...".
 
     Raises:
         UserError: it is not there.
@@ -27,7 +30,7 @@ def teacher_files(spec: str, base: ModelFiles) -> ModelFiles:
     except (UserError, KeyError) as error:
         raise UserError(
             f"{base.spec} was made from {origin.get('spec')!r}, which is not here to distill from: name it with "
-            "--teacher, or use --objective next_token."
+            f"--teacher{otherwise}."
         ) from error
 
 
@@ -43,13 +46,13 @@ def check_training(steps: Sequence[Step], files: ModelFiles, text: TextSample | 
         windows = len(text.tokens) if text else 0
         if step.validation and windows < 2:
             raise UserError(f"validation {step.validation} needs 2 windows of text, and there is {windows}.")
-        if step.objective != "distill":
+        if not step.distills:
             continue
-        teacher = teacher_files(step.teacher, files)
+        teacher = teacher_files(step.teacher, files, step.without_teacher)
         if number == 0 and teacher.folder == files.folder:
             raise UserError(
-                f"{files.spec} would be distilled from itself: name the uncompressed model with --teacher, or use "
-                "--objective next_token."
+                f"{files.spec} would be distilled from itself: name the uncompressed model with --teacher"
+                f"{step.without_teacher}."
             )
         sizes = [f.config.get_text_config().vocab_size for f in (teacher, files)]
         if sizes[0] != sizes[1]:

@@ -56,6 +56,7 @@ SHORT = {
     "prune": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
     "factorize": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
     "share": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed --unique-blocks 2",
+    "distill": "--num-samples 4 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
     "recover": "--num-samples 4 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
     "compress": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed --plan",
     "evaluate": "--seq-len 32 --windows 2",

@@ -19,13 +19,14 @@ from llmslim.errors import UserError
 from llmslim.sparse import SparseLinear
 from llmslim.step import matches
 from llmslim.ties import shared_modules
-from llmslim.training.step import LOST, Finish, TrainStep
+from llmslim.training.objective import ObjectiveStep
+from llmslim.training.step import LOST, Finish
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class LoRA(TrainStep):
+class LoRA(ObjectiveStep):
     """Train low-rank adapters beside frozen Linears, dense, sparse or packed, and merge them.
 
     y = W x + (alpha / rank) B A x (Hu et al. 2021, arXiv:2106.09685); over packed weights that is QLoRA (Dettmers

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from llmslim.anatomy import Anatomy
 from llmslim.edit import replace_module
 from llmslim.ties import counterpart, shared_modules
-from llmslim.training.step import Finish, TrainStep
+from llmslim.training.objective import ObjectiveStep
+from llmslim.training.step import Finish
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Scales(TrainStep):
+class Scales(ObjectiveStep):
     """Train norms, biases and the scales of packed Linears; codes and zero points stay as they are.
 
     W = (code - zero) * scale: a gradient reaches the scale of each group of weights, and nothing is decided anew.

@@ -48,15 +48,17 @@ class Trainee(nn.Module):
 
     Args:
         model: on its device; not a child, so that its frozen part is no part of the state.
+        dropout: whether the model drops out while it trains.
     """
 
-    def __init__(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, trained: Sequence[nn.Parameter], dropout: bool) -> None:
         super().__init__()
+        self.dropout = dropout
         self.__dict__["model"] = model
         self.trained = nn.ParameterList(trained)
 
     def train(self, mode: bool = True) -> Trainee:
-        self.__dict__["model"].train(mode)
+        self.__dict__["model"].train(mode and self.dropout)
         return super().train(mode)
 
 
@@ -69,6 +71,7 @@ def train(
     scratch: Path,
     log: Path,
     progress: Callable[[int, int], None],
+    dropout: bool = True,
 ) -> None:
     """Train some parameters of a model in place; goes on at the last checkpoint in `scratch`.
 
@@ -76,6 +79,7 @@ def train(
         trained: float32 leaves; all others of the model are frozen.
         tokens: int64 [windows, seq]; the last `schedule.validation` of them are held out.
         log: a .jsonl file; entries of other passes in it stay.
+        dropout: whether the model drops out while it trains, as its config says.
 
     Raises:
         UserError: the loss or a gradient is not finite; the last checkpoint is kept.
@@ -91,7 +95,7 @@ def train(
     folder = scratch / "trainer"
     watch = _Watch(schedule, steps, tokens.shape[1] * schedule.batch_size, scratch, log, progress)
     trainer = _Trainer(
-        model=Trainee(model, trained),
+        model=Trainee(model, trained, dropout),
         args=_arguments(schedule, steps, folder, bool(held), next(model.parameters()).device),
         train_dataset=_Windows(tokens[: len(tokens) - held]),
         eval_dataset=_Windows(tokens[len(tokens) - held :]) if held else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmslim.calibration.stream import BlockStream
+    from llmslim.training.loop import Loss
 
 Finish = Callable[[], dict[str, Tensor]]
 """What training leaves: name of a parameter in the checkpoint -> its value."""
@@ -29,10 +30,12 @@ LOST = "lost"  # among the results: the share of the training that could not be 
 class TrainStep(BlockStep):
     """A step that trains. Its survey is the training; its pass puts the results in the place of what was there."""
 
-    objective: Literal["distill", "next_token"] = Field(
-        "distill",
-        description="match the teacher's distribution over tokens, or predict the text's next token",
-    )
+    dropout_trains: ClassVar[bool] = True
+    """Whether the model drops out while it trains, as its config says."""
+
+    without_teacher: ClassVar[str] = ""
+    """What a step can do instead when there is no teacher, for messages: ', or ...'."""
+
     teacher: str = Field("", description="model to distill from; the uncompressed one when not given")
     temperature: float = Field(1.0, gt=0, description="divides the logits of both sides when distilling")
     lr: float = Field(1e-4, gt=0, description="peak learning rate of AdamW; cosine to 0 at the end")
@@ -61,7 +64,28 @@ class TrainStep(BlockStep):
 
     @property
     def survey_copies(self) -> int:
-        return 2 if self.objective == "next_token" else 3
+        return 2 + self.distills
+
+    @property
+    def distills(self) -> bool:
+        """Whether the step learns from a teacher."""
+        return True
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the loss looks at the distribution over tokens."""
+        return True
+
+    @abstractmethod
+    def criterion(
+        self, model: PreTrainedModel, teacher: PreTrainedModel | None, tokens: Tensor
+    ) -> tuple[Loss, list[nn.Parameter]]:
+        """What training lowers, and the parameters that belong to it: trained with the model, then thrown away.
+
+        Args:
+            teacher: frozen; None for a step that learns from none.
+            tokens: the windows that training will take, int64 [windows, seq].
+        """
 
     @abstractmethod
     def training(self, model: PreTrainedModel) -> AbstractContextManager[tuple[list[nn.Parameter], Finish]]:
@@ -73,20 +97,16 @@ class TrainStep(BlockStep):
 
     def check(self, anatomy: Anatomy) -> None:
         model = anatomy.model
-        if anatomy.head is None or model.config.is_encoder_decoder:
+        if (anatomy.head is None and self.predicts) or model.config.is_encoder_decoder:
             raise UserError(
                 f"{self.kind} trains models that predict tokens from one text (causal or masked), and "
                 f"{type(model).__name__} does not."
-            )
-        if self.objective == "next_token" and not anatomy.is_decoder:
-            raise UserError(
-                f"objective 'next_token' needs a causal model, and {type(model).__name__} is none: use distill."
             )
 
     def survey(self, look: Survey) -> dict[str, Tensor]:
         from llmslim.training.loop import Schedule, train
 
-        teacher = look.teacher(self.teacher) if self.objective == "distill" else None
+        teacher = look.teacher(self.teacher) if self.distills else None
         torch.manual_seed(look.seed)  # of adapters' first weights
         model = look.loaded()
         fields = {
@@ -96,28 +116,14 @@ class TrainStep(BlockStep):
         }
         schedule = Schedule(name=self.kind, seed=look.seed, **fields)
         with self.training(model) as (trained, finish):
+            loss, beside = self.criterion(model, teacher, look.tokens)
             train(
-                model, trained, look.tokens, self._loss(teacher), schedule, look.scratch,
+                model, [*trained, *beside], look.tokens, loss, schedule, look.scratch,
                 look.scratch.parent / "training.jsonl",
-                lambda done, total: look.progress(self.kind, done, total),
+                lambda done, total: look.progress(self.kind, done, total), self.dropout_trains,
             )  # fmt: skip
             with torch.no_grad():
                 return {name: tensor.detach().cpu().clone() for name, tensor in finish().items()}
-
-    def _loss(self, teacher: nn.Module | None) -> Callable[[nn.Module, Tensor], Tensor]:
-        from llmslim.training.losses import divergence, next_token
-
-        def loss(model: nn.Module, tokens: Tensor) -> Tensor:
-            logits = (
-                model(input_ids=tokens, use_cache=False).logits if _caches(model) else model(tokens).logits
-            )
-            if teacher is None:
-                return next_token(logits, tokens)
-            with torch.no_grad():
-                targets = teacher(tokens).logits
-            return divergence(logits, targets, self.temperature)
-
-        return loss
 
     def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
         stacks = tuple(f"{stack.name}." for stack in stream.anatomy.stacks)
@@ -142,7 +148,3 @@ class TrainStep(BlockStep):
 def _place(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         model.get_parameter(name).copy_(tensor)
-
-
-def _caches(model: nn.Module) -> bool:
-    return bool(getattr(model.config, "use_cache", False))
