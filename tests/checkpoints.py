@@ -7,16 +7,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
+
+
+class Made(NamedTuple):
+    """What a run left: folder and report, and what a fresh process found when it verified the folder."""
+
+    folder: Path
+    report: dict[str, Any]
+    verification: dict[str, Any]
 
 
 @torch.no_grad()
@@ -63,6 +72,42 @@ def make(
     save_file({"logits": output[0]}, probe / "logits.safetensors")
     (probe / "probe.json").write_text(json.dumps({"dtype": "float32", "source": str(source)}))
     return model
+
+
+def compress_many(jobs: dict[str, tuple[Path, list[Any]]], root: Path, **fields: Any) -> dict[str, Made]:
+    """Run recipes, by name of their output in `root`, and verify all of them in one fresh process.
+
+    Args:
+        jobs: name -> (folder of the model, steps as in a recipe).
+        fields: of the recipe.
+    """
+    from unittest.mock import patch
+
+    from llmslim import pipeline
+    from llmslim.recipe import Recipe
+
+    reports = {}
+    for name, (source, steps) in jobs.items():
+
+        def keep(folder: Path, made: Path, probe: Path = root / f"probe-{name}") -> dict[str, Any]:
+            shutil.copytree(made, probe)
+            return {"ok": True, "checks": []}
+
+        with patch.object(pipeline, "verify_in_fresh_process", keep):
+            recipe = Recipe.parse({"steps": steps, **fields})
+            reports[name] = pipeline.compress(str(source), recipe, root / name).report
+    script = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from llmslim.checkpoint.verify import verify\n"
+        "print(json.dumps([verify(f, Path(f).parent / f'probe-{Path(f).name}') for f in sys.argv[1:]]))\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", script, *(str(root / name) for name in jobs)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {n: Made(root / n, reports[n], checks) for n, checks in zip(jobs, found, strict=True)}
 
 
 def inputs_of(model: Any) -> dict[str, Tensor]:

@@ -57,6 +57,12 @@ def load_model(files: ModelFiles, dtype: torch.dtype | str | None, device: torch
         raise UserError(
             f"{files.spec} is quantized with {method!r}: {str(error).strip().splitlines()[0]}"
         ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"{files.spec}: some tensors have other shapes than config.json says, as told above; the folder is damaged."
+        ) from error
     return model.eval()
 
 
