@@ -16,8 +16,8 @@ CHOICES = {
     "svd": {"svd": {}},
     "asvd": {"asvd": {}},
     "svd_llm": {"svd_llm": {}},
-    "svd_llm-update": {"svd_llm": {"update": True}},
-    "svd_llm-update-error": {"svd_llm": {"update": True, "allocation": "error"}},
+    "svd_llm-error": {"svd_llm": {"allocation": "error"}},
+    "svd-update": {"svd": {"update": True}},
 }
 
 

@@ -20,6 +20,7 @@ import render
 import variants
 from variants import Steps
 
+HIGHEST = 1000  # perplexity that is drawn
 SHARES = (10, 20, 30)  # percent of the parameters of the blocks
 MLP_SHARE, ATTENTION_SHARE = 0.75, 0.25  # of the parameters of a block of SmolLM2-135M
 HEADS = {"1-of-3": ("query", 1 / 3), "group": ("group", 1 / 3), "2-groups": ("group", 2 / 3)}
@@ -142,10 +143,11 @@ def curves(result: dict[str, Any], path: Path) -> None:
             line = points.setdefault(what, {}).setdefault(choice, [])
             line.append((100 * (1 - row["blocks_left"]), row["quality"]["perplexity"]))
     base = next(row for row in result["rows"] if row["name"] == "base")["quality"]["perplexity"]
+    columns = 3
     figure, panels = plt.subplots(
-        1, len(points), figsize=(4 * len(points), 4), sharey=True, layout="constrained", squeeze=False
+        -(-len(points) // columns), columns, figsize=(12, 8), sharey=True, sharex=True, layout="constrained"
     )
-    for panel, (what, choices) in zip(panels[0], points.items(), strict=True):
+    for panel, (what, choices) in zip(panels.flat, points.items(), strict=False):
         for choice, line in choices.items():
             style = "--" if "refit" not in choice else "-"
             best: dict[float, float] = {}
@@ -153,9 +155,10 @@ def curves(result: dict[str, Any], path: Path) -> None:
                 best[round(x)] = min(y, best.get(round(x), y))
             panel.plot(*zip(*sorted(best.items()), strict=True), style, marker=".", label=choice)
         panel.axhline(base, color="grey", linewidth=0.8)
-        panel.set(title=what, xlabel="% of the blocks' parameters removed", yscale="log")
+        panel.set(title=what, yscale="log", ylim=(30, HIGHEST), xlim=(0, 32))
         panel.legend(fontsize="small")
-    panels[0][0].set_ylabel("WikiText-2 perplexity (grey: unpruned)")
+    figure.supxlabel("% of the blocks' parameters removed")
+    figure.supylabel(f"WikiText-2 perplexity, up to {HIGHEST} (grey: unpruned)")
     figure.savefig(path, metadata={"Date": None})
 
 

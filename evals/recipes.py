@@ -2,7 +2,7 @@
 
     python evals/recipes.py [--variants '*4bit*']    --list names the recipes
 
-Each keeps its steps and takes the same text as the other scripts, 32 x 512 tokens of WikiText-2 valid; the encoder's has
+Each keeps its steps and takes the same text as the other scripts, 32 x 512 tokens of WikiText-2 valid; the encoder has
 its own measure in pruning_encoder.py. See variants.py for how a recipe is judged.
 """
 

@@ -34,6 +34,7 @@ class PassOptions:
     Attributes:
         tokens: calibration windows [samples, seq], or None when no step of the run looks at a text.
         dtype: what blocks are computed in; `stored` what dense tensors of the output are stored in.
+        base: the model that the run starts from, for steps that learn from it.
     """
 
     tokens: Tensor | None
@@ -41,6 +42,7 @@ class PassOptions:
     device: torch.device
     dtype: torch.dtype
     stored: torch.dtype
+    base: ModelFiles | None = None
 
 
 class BlockPass:
@@ -254,7 +256,7 @@ class BlockPass:
 
     def _add_lanes(self) -> None:
         two_sided = bool(self.model.config.is_encoder_decoder)
-        if self.step.needs_calibration:
+        if self.step.streams_calibration:
             assert self.options.tokens is not None
             lane = Lane.of_tokens("calibration", self.options.tokens, two_sided)
             self.stream.add(lane)

@@ -30,6 +30,7 @@ from llmslim.recipe import Recipe
 from llmslim.report import write_report
 from llmslim.step import BlockStep, Step, StepRecord
 from llmslim.survey import run_survey
+from llmslim.teacher import check_training
 from llmslim.work import Progress, WorkFolder
 
 
@@ -192,8 +193,14 @@ def prepare(
         _check_length(choice.seq_len, files)
         text = sample(choice.text, files.tokenizer(), choice.num_samples, choice.seq_len, recipe.seed)
     options = PassOptions(
-        text.tokens if text else None, recipe.seed, place, compute_dtype(place, stored=files.dtype), stored
+        text.tokens if text else None,
+        recipe.seed,
+        place,
+        compute_dtype(place, stored=files.dtype),
+        stored,
+        files,
     )
+    check_training(recipe.steps, files, text)
     if recipe.evaluation is not None:
         _check_length(recipe.evaluation.seq_len, files)
     streams = reader.streams if reader else True

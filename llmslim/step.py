@@ -10,6 +10,7 @@ import difflib
 import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -148,6 +149,16 @@ class Survey(Protocol):
     def loaded(self) -> PreTrainedModel:
         """The whole model in float32, for gradients; takes the memory that this needs."""
 
+    def teacher(self, spec: str) -> PreTrainedModel:
+        """The whole model of that spec, or else the uncompressed one, frozen."""
+
+    @property
+    def scratch(self) -> Path:
+        """A folder of this step's own in the run's work folder, for what a resumed run finds again."""
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Tell how far some work is."""
+
 
 class BlockStep(Step):
     """A step that decides block by block, in order, with the inputs that earlier decisions produce."""
@@ -169,6 +180,11 @@ class BlockStep(Step):
     def survey_copies(self) -> int:
         """How often the survey holds all weights in float32 (itself loaded, gradients, sums); for the plan."""
         return 0
+
+    @property
+    def streams_calibration(self) -> bool:
+        """Whether the text passes through the blocks while they are decided on."""
+        return self.needs_calibration
 
     def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
         """Change what lies outside the blocks (embeddings, head), which is filled; runs first."""
@@ -357,7 +373,7 @@ def load_steps() -> None:
                 importlib.import_module(f"llmslim.{room}.{module.name}")
 
 
-ROOMS = ("quantization", "pruning", "factorization", "sharing")
+ROOMS = ("quantization", "pruning", "factorization", "sharing", "recovery", "distillation")
 
 
 def build_step(kind: str, fields: dict[str, Any]) -> Step:

@@ -17,14 +17,17 @@ from llmslim.checkpoint.walk import walk_blocks
 from llmslim.loaders.models import ModelFiles
 from llmslim.passes import PassOptions
 from llmslim.step import BlockStep
+from llmslim.teacher import teacher_files
 from llmslim.work import Progress, load_tensors, save_tensors
 
 
 class Look:
     """What `llmslim.step.Survey` promises, for a model in its files."""
 
-    def __init__(self, files: ModelFiles, options: PassOptions, progress: Progress) -> None:
-        self.files, self.options, self.progress = files, options, progress
+    def __init__(
+        self, files: ModelFiles, options: PassOptions, progress: Progress, scratch: Path = Path()
+    ) -> None:
+        self.files, self.options, self.scratch, self.progress = files, options, scratch, progress
         self.seed = options.seed
         self.reader = CheckpointReader(files)
         self.anatomy = Anatomy.of(self.reader.model_skeleton())
@@ -56,6 +59,11 @@ class Look:
     def loaded(self) -> PreTrainedModel:
         return load_model(self.files, torch.float32, self.options.device)
 
+    def teacher(self, spec: str) -> PreTrainedModel:
+        assert self.options.base is not None
+        model = load_model(teacher_files(spec, self.options.base), self.options.dtype, self.options.device)
+        return model.requires_grad_(False)
+
 
 def run_survey(
     step: BlockStep, files: ModelFiles, options: PassOptions, scratch: Path, progress: Progress
@@ -65,5 +73,5 @@ def run_survey(
         return {}
     path = scratch / "survey.safetensors"
     if not path.exists():
-        save_tensors(path, step.survey(Look(files, options, progress)))
+        save_tensors(path, step.survey(Look(files, options, progress, scratch)))
     return load_tensors(path)

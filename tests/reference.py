@@ -175,3 +175,64 @@ def shared_weight(weights, inputs, damping: float):
     rows.append(ridge.sqrt() * torch.eye(rows[0].shape[1], dtype=torch.float64))
     wanted.append(ridge.sqrt() * torch.stack(list(weights)).double().mean(0).T)
     return torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted)).solution.T
+
+
+def divergence(student, teacher, temperature: float, kind: str, beta: float) -> float:
+    """Token by token, in float64: KL(P || Q), KL(Q || P), or beta KL(P || M) + (1 - beta) KL(Q || M)."""
+
+    def kl(p: Tensor, q: Tensor) -> float:
+        return sum(float(a * (a / b).log()) for a, b in zip(p, q, strict=True))
+
+    total, rows = 0.0, student.shape[-1]
+    for s, t in zip(student.double().reshape(-1, rows), teacher.double().reshape(-1, rows), strict=True):
+        q, p = ((x / temperature).exp() / (x / temperature).exp().sum() for x in (s, t))
+        m = beta * p + (1 - beta) * q
+        total += {"forward": kl(p, q), "reverse": kl(q, p), "js": beta * kl(p, m) + (1 - beta) * kl(q, m)}[
+            kind
+        ]
+    return temperature**2 * total / (student.numel() // rows)
+
+
+def self_relations(student, teacher, heads: int) -> float:
+    """MiniLM's KL between scaled dot-product relations, head by head and token by token, in float64."""
+    total, count = 0.0, 0
+    for mine, its in zip(student.double(), teacher.double(), strict=True):
+        for head in range(heads):
+            rows = []
+            for x in (its, mine):
+                width = x.shape[1] // heads
+                x = x[:, head * width : (head + 1) * width]
+                rows.append([(x @ token / width**0.5).exp() for token in x])
+            for p, q in zip(*rows, strict=True):
+                p, q = p / p.sum(), q / q.sum()
+                total += float((p * (p / q).log()).sum())
+                count += 1
+    return total / count
+
+
+def huber(a: float, b: float) -> float:
+    error = abs(a - b)
+    return error**2 / 2 if error <= 1 else error - 0.5
+
+
+def distances(student, teacher) -> float:
+    """RKD: Huber loss of pairwise distances over their mean, pair by pair, in float64."""
+    pairs = [(i, j) for i in range(len(student)) for j in range(i)]
+    found, wanted = ([float((x[i] - x[j]).double().norm()) for i, j in pairs] for x in (student, teacher))
+    means = sum(found) / len(pairs), sum(wanted) / len(pairs)
+    return sum(huber(a / means[0], b / means[1]) for a, b in zip(found, wanted, strict=True)) / len(pairs)
+
+
+def angles(student, teacher) -> float:
+    """RKD: Huber loss of the cosines at j between i and k, triplet by triplet, in float64."""
+    losses = []
+    for i in range(len(student)):
+        for j in range(len(student)):
+            for k in range(len(student)):
+                if len({i, j, k}) == 3:
+                    cosines = []
+                    for x in (student.double(), teacher.double()):
+                        a, b = x[i] - x[j], x[k] - x[j]
+                        cosines.append(float(a @ b / (a.norm() * b.norm())))
+                    losses.append(huber(*cosines))
+    return sum(losses) / len(losses)

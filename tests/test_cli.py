@@ -99,13 +99,15 @@ def typed(annotation: Any, flag: str) -> tuple[list[str], Any]:
     """Words that set a field of that type, and what the parser should make of them."""
     if annotation is bool or bool in get_args(annotation):
         return [f"--no-{flag[2:]}"], False
-    if flag in ("--include", "--exclude"):
+    if flag in ("--include", "--exclude", "--target-modules"):
         return [flag, "a", flag, "b"], ["a", "b"]
     if flag == "--override":
         words = [flag, "*.a:bits=8,group_size=32", flag, "b:symmetric=false"]
         return words, {"*.a": {"bits": 8, "group_size": 32}, "b": {"symmetric": False}}
     if flag == "--target-size":
         return [flag, "150MB"], "150MB"
+    if annotation is str:
+        return [flag, "a"], "a"
     if annotation is float or float in get_args(annotation):
         return [flag, "0.5"], 0.5
     if annotation is int or int in get_args(annotation):

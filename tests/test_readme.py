@@ -55,7 +55,9 @@ SHORT = {
     "quantize": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
     "prune": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
     "factorize": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
-    "share": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
+    "share": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed --unique-blocks 2",
+    "distill": "--num-samples 4 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
+    "recover": "--num-samples 4 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
     "compress": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed --plan",
     "evaluate": "--seq-len 32 --windows 2",
     "generate": "--max-new-tokens 4",
@@ -91,7 +93,10 @@ def on_tiny(words: list[str], model: str) -> list[str]:
         words[1] = model
         if "--calibration" in words:
             words[words.index("--calibration") + 1] = "builtin"
-    return [*words, *SHORT[verb].split()]
+    sized = (
+        ["mlp.ratio=0.5"] if "configs/prune-4bit.yaml" in words else []
+    )  # 128 channels, in multiples of 64
+    return [*words, *sized, *SHORT[verb].split()]
 
 
 @pytest.mark.parametrize("words", LLMSLIM, ids=" ".join)

@@ -8,10 +8,10 @@ from pydantic import Field
 from torch import Tensor
 
 from llmslim.calibration.statistics import InputStats
-from llmslim.factorization.factorizer import Factorizer
+from llmslim.factorization.factorizer import Updating
 
 
-class ASVD(Factorizer):
+class ASVD(Updating):
     """ASVD: the SVD of W S, S diagonal, S_jj = (size of input j)^alpha (Yuan et al. 2023, arXiv:2312.05821).
 
     The size is the root mean square over the calibration tokens, as it arrives through the already factored part of

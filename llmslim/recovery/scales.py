@@ -1,0 +1,125 @@
+"""Train scales, norms and biases: the cheap recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from llmslim.anatomy import Anatomy
+from llmslim.edit import replace_module
+from llmslim.ties import counterpart, shared_modules
+from llmslim.training.objective import ObjectiveStep
+from llmslim.training.step import Finish
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Scales(ObjectiveStep):
+    """Train norms, biases and the scales of packed Linears; codes and zero points stay as they are.
+
+    W = (code - zero) * scale: a gradient reaches the scale of each group of weights, and nothing is decided anew.
+    EfficientQAT's second phase (Chen et al. 2024, arXiv:2407.11062), with norms and biases beside. Scales are trained
+    in float32 and rounded to their type at the end. Packed embeddings and heads are left alone.
+    """
+
+    kind: ClassVar[str] = "scales"
+    verb: ClassVar[str] = "recover"
+
+    lr: float = Field(3e-4, gt=0, description="peak learning rate of AdamW; cosine to 0 at the end")
+
+    @contextmanager
+    def training(self, model: PreTrainedModel) -> Iterator[tuple[list[nn.Parameter], Finish]]:
+        blocks = [(block.name, block.module) for block in Anatomy(model).blocks]
+        packed = {
+            f"{prefix}.{name}": module
+            for prefix, root in blocks
+            for name, module in root.named_modules()
+            if hasattr(module, "quantized")
+        }
+        vectors = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.ndim == 1 and parameter.dtype == torch.float32
+        }
+        scaled = {name: ScaledLinear(module) for name, module in packed.items()}
+        shared = shared_modules(model)
+        sources = {name: counterpart(name, shared) for name in scaled}
+        own = {name: module for name, module in scaled.items() if sources[name] is None}
+        for name, module in scaled.items():
+            module.scale = scaled[sources[name] or name].scale
+            replace_module(model, name, module)
+
+        def finish() -> dict[str, Tensor]:
+            scales = {f"{name}.weight_scale": module.rounded() for name, module in own.items()}
+            return {**vectors, **scales}
+
+        try:
+            yield [*vectors.values(), *(module.scale for module in own.values())], finish
+        finally:
+            for name, module in packed.items():
+                replace_module(model, name, module)
+
+
+class ScaledLinear(nn.Module):
+    """A packed Linear while its scales train: y = x W(scale)^T + b; x [..., in] -> [..., out], float32.
+
+    Unpacking takes longer than the product, so that the codes are unpacked once: a byte per weight.
+
+    Attributes:
+        scale: float32 [rows, groups].
+        centred: code - zero point, int8 (int16 for 8 bits) [out, in].
+    """
+
+    def __init__(self, packed: nn.Module) -> None:
+        super().__init__()
+        self.packed = packed
+        self.in_features, self.out_features = packed.in_features, packed.out_features
+        quantized = packed.quantized()  # type: ignore[operator]
+        centred = replace(quantized, scale=torch.ones_like(quantized.scale)).dequantize()
+        self.centred = centred.to(torch.int8 if quantized.scheme.bits < 8 else torch.int16)
+        self.scale = nn.Parameter(packed.weight_scale.detach().float().clone())  # type: ignore[operator, union-attr]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.packed.weight  # type: ignore[return-value]  # models look at its type
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _Product.apply(x, self.scale, self.centred)
+        return y if self.packed.bias is None else y + self.packed.bias
+
+    def rounded(self) -> Tensor:
+        """The scales as they are stored; one that its type would make 0 or infinite keeps its old value."""
+        old: Tensor = self.packed.weight_scale  # type: ignore[assignment]
+        new = self.scale.detach().to(old.dtype)
+        return torch.where((new == 0) | ~new.isfinite(), old, new)
+
+
+class _Product(torch.autograd.Function):
+    """x W(scale)^T with gradients to x and to the scales; W is made anew in the backward pass, never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, centred: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale, centred)
+        return x @ _weight(centred, scale).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, scale, centred = ctx.saved_tensors
+        rows, groups = scale.shape
+        by_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
+        by_scale = by_weight.mul_(centred).view(rows, -1, groups, centred.shape[1] // groups).sum((1, 3))
+        return grad @ _weight(centred, scale), by_scale, None
+
+
+def _weight(centred: Tensor, scale: Tensor) -> Tensor:
+    """float32 [out, in] of integers [out, in] and scales [rows, groups]."""
+    rows, groups = scale.shape
+    parts = centred.view(rows, -1, groups, centred.shape[1] // groups)
+    return (parts * scale[:, None, :, None]).view(centred.shape)

@@ -1,0 +1,62 @@
+"""The model that training learns from: which it is, and whether it fits; told before weights are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from llmslim.errors import UserError
+from llmslim.loaders.models import ModelFiles, find
+from llmslim.loaders.texts import TextSample
+from llmslim.step import Step
+from llmslim.training.step import TrainStep
+
+
+def teacher_files(spec: str, base: ModelFiles, otherwise: str = "") -> ModelFiles:
+    """The named model; else the one that `base` was made from, as its report tells, or `base` itself.
+
+    Args:
+        otherwise: what else would do, for the message: ", or ...".
+
+    Raises:
+        UserError: it is not there.
+    """
+    report = base.folder / "report.json"
+    if spec or not report.is_file():
+        return find(spec) if spec else base
+    origin = json.loads(report.read_text()).get("base", {})
+    try:
+        return find(origin["spec"], origin.get("revision"))
+    except (UserError, KeyError) as error:
+        raise UserError(
+            f"{base.spec} was made from {origin.get('spec')!r}, which is not here to distill from: name it with "
+            f"--teacher{otherwise}."
+        ) from error
+
+
+def check_training(steps: Sequence[Step], files: ModelFiles, text: TextSample | None) -> None:
+    """Refuse teachers and texts that steps which train cannot learn from.
+
+    Raises:
+        UserError: in one sentence.
+    """
+    for number, step in enumerate(steps):
+        if not isinstance(step, TrainStep):
+            continue
+        windows = len(text.tokens) if text else 0
+        if step.validation and windows < 2:
+            raise UserError(f"validation {step.validation} needs 2 windows of text, and there is {windows}.")
+        if not step.distills:
+            continue
+        teacher = teacher_files(step.teacher, files, step.without_teacher)
+        if number == 0 and teacher.folder == files.folder:
+            raise UserError(
+                f"{files.spec} would be distilled from itself: name the uncompressed model with --teacher"
+                f"{step.without_teacher}."
+            )
+        sizes = [f.config.get_text_config().vocab_size for f in (teacher, files)]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"The teacher {teacher.spec} has a vocabulary of {sizes[0]} tokens and {files.spec} one of {sizes[1]}: "
+                "a teacher must have the same tokens."
+            )

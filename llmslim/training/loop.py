@@ -1,0 +1,258 @@
+"""The loop of every method that trains: transformers' Trainer over the parameters that are trained alone.
+
+Trainer sees a `Trainee`, whose state is the trained parameters and nothing else: its checkpoints are small, and
+what is frozen (packed weights) never passes through its saving.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from llmslim.errors import UserError
+
+Loss = Callable[[nn.Module, Tensor], Tensor]
+"""loss(model, tokens int64 [batch, seq]) -> scalar; it runs the model itself."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train; the fields of `llmslim.training.step.TrainStep` tell more."""
+
+    name: str
+    lr: float
+    epochs: float
+    max_steps: int | None
+    batch_size: int
+    warmup: float
+    weight_decay: float
+    save_steps: int
+    validation: float
+    max_minutes: float | None
+    seed: int
+
+
+class Trainee(nn.Module):
+    """A model of which the optimizer, and the checkpoints, see the trained parameters alone.
+
+    Args:
+        model: on its device; not a child, so that its frozen part is no part of the state.
+        dropout: whether the model drops out while it trains.
+    """
+
+    def __init__(self, model: nn.Module, trained: Sequence[nn.Parameter], dropout: bool) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.__dict__["model"] = model
+        self.trained = nn.ParameterList(trained)
+
+    def train(self, mode: bool = True) -> Trainee:
+        self.__dict__["model"].train(mode and self.dropout)
+        return super().train(mode)
+
+
+def train(
+    model: nn.Module,
+    trained: Sequence[nn.Parameter],
+    tokens: Tensor,
+    loss: Loss,
+    schedule: Schedule,
+    scratch: Path,
+    log: Path,
+    progress: Callable[[int, int], None],
+    dropout: bool = True,
+) -> None:
+    """Train some parameters of a model in place; goes on at the last checkpoint in `scratch`.
+
+    Args:
+        trained: float32 leaves; all others of the model are frozen.
+        tokens: int64 [windows, seq]; the last `schedule.validation` of them are held out.
+        log: a .jsonl file; entries of other passes in it stay.
+        dropout: whether the model drops out while it trains, as its config says.
+
+    Raises:
+        UserError: the loss or a gradient is not finite; the last checkpoint is kept.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    held = held_out(len(tokens), schedule.validation)
+    steps = schedule.max_steps or math.ceil(
+        math.ceil((len(tokens) - held) / schedule.batch_size) * schedule.epochs
+    )
+    folder = scratch / "trainer"
+    watch = _Watch(schedule, steps, tokens.shape[1] * schedule.batch_size, scratch, log, progress)
+    trainer = _Trainer(
+        model=Trainee(model, trained, dropout),
+        args=_arguments(schedule, steps, folder, bool(held), next(model.parameters()).device),
+        train_dataset=_Windows(tokens[: len(tokens) - held]),
+        eval_dataset=_Windows(tokens[len(tokens) - held :]) if held else None,
+        callbacks=[watch],
+    )
+    trainer.loss, trainer.watch = loss, watch
+    trainer.remove_callback(PrinterCallback)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    model.eval()
+
+
+def held_out(windows: int, share: float) -> int:
+    """How many windows are kept from training, for validation."""
+    return math.ceil(windows * share)
+
+
+def _arguments(
+    schedule: Schedule, steps: int, folder: Path, validates: bool, device: torch.device
+) -> TrainingArguments:
+    when = {"eval_strategy": "steps", "eval_steps": schedule.save_steps} if validates else {}
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        learning_rate=schedule.lr,
+        per_device_train_batch_size=schedule.batch_size,
+        per_device_eval_batch_size=schedule.batch_size,
+        weight_decay=schedule.weight_decay,
+        optim="adamw_torch",
+        seed=schedule.seed,
+        save_steps=schedule.save_steps,
+        save_total_limit=2,
+        logging_steps=max(1, min(10, steps // 10)),
+        logging_nan_inf_filter=False,
+        load_best_model_at_end=validates,
+        metric_for_best_model="eval_loss" if validates else None,
+        greater_is_better=False if validates else None,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
+        use_cpu=device.type == "cpu",
+        **when,  # type: ignore[arg-type]
+    )
+
+
+class _Windows(torch.utils.data.Dataset):
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens[index]}
+
+
+class _Trainer(Trainer):
+    loss: Loss
+    watch: _Watch
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        unwrapped = self.accelerator.unwrap_model(model)
+        value = self.loss(unwrapped.__dict__["model"], inputs["input_ids"])
+        if not torch.isfinite(value):
+            self.watch.refuse("loss", self.state.global_step)
+        return (value, {}) if return_outputs else value
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():  # Trainer's own looks for labels
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            chosen = optimizer or self.optimizer
+            assert chosen is not None
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, self.watch.rate)
+        return self.lr_scheduler
+
+
+class _Watch(TrainerCallback):
+    """Stops by time, refuses what is not finite, tells how far it is, and keeps the log."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        steps: int,
+        tokens: int,
+        scratch: Path,
+        log: Path,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.schedule, self.steps, self.tokens, self.log, self.progress = (
+            schedule,
+            steps,
+            tokens,
+            log,
+            progress,
+        )
+        self._place, self._clock = scratch.name, scratch / "elapsed.json"
+        self._before = json.loads(self._clock.read_text()) if self._clock.exists() else 0.0
+        self._begun, self._first = time.monotonic(), 0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, those of an earlier run up to its last checkpoint included."""
+        return self._before + time.monotonic() - self._begun
+
+    def rate(self, step: int) -> float:
+        """Learning rate as a share of its peak: linear warm-up, cosine to 0 at the end, or when time is up."""
+        done = step / self.steps
+        if self.schedule.max_minutes is not None:
+            done = max(done, self.elapsed / (60 * self.schedule.max_minutes))
+        warm = min(1.0, (step + 1) / (self.schedule.warmup * self.steps + 1))
+        return warm * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    def refuse(self, what: str, step: int) -> None:
+        raise UserError(
+            f"{self.schedule.name}: the {what} of training step {step + 1} is not finite, so training stopped and its "
+            f"last good checkpoint is kept in {self._clock.parent}: try again with --overwrite and a lower lr than "
+            f"{self.schedule.lr:g}."
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begun, self._first = time.monotonic(), state.global_step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for parameter in kwargs["model"].parameters():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                self.refuse("gradient", state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress(state.global_step, self.steps)
+        limit = self.schedule.max_minutes
+        if limit is not None and self.elapsed > 60 * limit:
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._clock.write_text(json.dumps(self.elapsed))
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The trainer's history, which its checkpoints keep, is the log: a resumed run repeats no line."""
+        made = state.global_step - self._first
+        if made and state.log_history:
+            pace = made / max(time.monotonic() - self._begun, 1e-9)
+            left = (self.steps - state.global_step) / pace
+            if self.schedule.max_minutes is not None:
+                left = min(left, 60 * self.schedule.max_minutes - self.elapsed)
+            told = {"tokens_per_second": round(pace * self.tokens, 1), "seconds_left": round(max(left, 0), 1)}
+            state.log_history[-1].update(told)
+        kept = self.log.read_text().splitlines() if self.log.exists() else []
+        others = [line for line in kept if json.loads(line)["pass"] != self._place]
+        own = [
+            json.dumps({"pass": self._place, "method": self.schedule.name, **entry})
+            for entry in state.log_history
+        ]
+        self.log.write_text("\n".join([*others, *own]) + "\n")

@@ -1,0 +1,141 @@
+"""Losses as pure functions of logits, hidden states and embeddings of samples.
+
+Those of logits are chunked over tokens, so that no second copy of all logits is made.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+Divergence = Literal["forward", "reverse", "js"]
+
+CHUNK = 256  # tokens whose distributions are held at a time
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    kind: Divergence = "forward",
+    beta: float = 0.5,
+) -> Tensor:
+    """Mean over tokens of a divergence * temperature**2, in nats (Hinton et al. 2015, arXiv:1503.02531).
+
+    With P the teacher's distribution, Q the student's and M = beta P + (1 - beta) Q:
+
+    - forward: KL(P || Q), which covers all that the teacher finds likely.
+    - reverse: KL(Q || P), which keeps to what the teacher finds most likely.
+    - js: beta KL(P || M) + (1 - beta) KL(Q || M) (generalized Jensen-Shannon; Agarwal et al. 2023,
+      arXiv:2306.13649), at most ln 2; divided by beta it goes to forward with beta to 0, and divided by 1 - beta to
+      reverse with beta to 1.
+
+    Args:
+        student, teacher: logits [..., vocabulary]; gradients flow to the student's.
+        temperature: both are divided by it. Its square keeps the size of gradients.
+    """
+    rows = student.reshape(-1, student.shape[-1])
+    targets = teacher.detach().reshape(-1, teacher.shape[-1])
+    total = rows.new_zeros((), dtype=torch.float32)
+    for some, target in zip(rows.split(CHUNK), targets.split(CHUNK), strict=True):
+        total = total + checkpoint(_divergence, some, target, temperature, kind, beta, use_reentrant=False)
+    return total * (temperature**2 / len(rows))
+
+
+def _divergence(
+    student: Tensor, teacher: Tensor, temperature: float, kind: Divergence, beta: float
+) -> Tensor:
+    q = F.log_softmax(student.float() / temperature, -1)
+    p = F.log_softmax(teacher.float() / temperature, -1)
+    if kind == "forward":
+        return _kl(p, q)
+    if kind == "reverse":
+        return _kl(q, p)
+    m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
+    return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """Sum of KL(p || q) over rows of log probabilities."""
+    return F.kl_div(q, p, reduction="sum", log_target=True)
+
+
+def next_token(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean -log p of each next token, in nats; logits [batch, seq, vocabulary], tokens int64 [batch, seq]."""
+    rows = logits[:, :-1].reshape(-1, logits.shape[-1])
+    targets = tokens[:, 1:].reshape(-1)
+    total = rows.new_zeros((), dtype=torch.float32)
+    for some, target in zip(rows.split(CHUNK), targets.split(CHUNK), strict=True):
+        total = total + checkpoint(_cross_entropy, some, target, use_reentrant=False)
+    return total / len(rows)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def hidden_states(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over tokens of ||student - teacher||^2 / ||teacher||^2; [..., hidden], gradients flow to the student's.
+
+    Relative, as the residual streams of families, and tokens of one, differ in size by orders of magnitude.
+    """
+    target = teacher.detach().float()
+    error = (student.float() - target).square().sum(-1)
+    return (error / target.square().sum(-1).clamp_min(1e-12)).mean()
+
+
+def self_relations(student: Tensor, teacher: Tensor, heads: int) -> Tensor:
+    """Mean over heads and tokens of KL(R_teacher || R_student), R = softmax(X X^T / sqrt(head_dim)), in nats.
+
+    MiniLM's relations of queries, of keys or of values among themselves (Wang et al. 2020, arXiv:2012.15828).
+
+    Args:
+        student, teacher: X of all heads [batch, seq, width]; widths may differ, gradients flow to the student's.
+        heads: relation heads, into which both widths are split.
+    """
+    p, q = (_log_relations(x.float(), heads) for x in (teacher.detach(), student))
+    return _kl(p, q) / p.shape[:-1].numel()
+
+
+def _log_relations(x: Tensor, heads: int) -> Tensor:
+    x = x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [batch, heads, seq, head_dim]
+    return F.log_softmax(x @ x.mT / x.shape[-1] ** 0.5, -1)
+
+
+def distances(student: Tensor, teacher: Tensor) -> Tensor:
+    """Huber loss between the distances of samples, each divided by their mean (Park et al. 2019, arXiv:1904.05068).
+
+    Mean over pairs; 0 for less than two samples.
+
+    Args:
+        student, teacher: [samples, width]; widths may differ, gradients flow to the student's.
+    """
+    if len(student) < 2:
+        return student.sum() * 0
+    wanted, found = (torch.pdist(x.float()) for x in (teacher.detach(), student))
+    return F.smooth_l1_loss(found / found.mean().clamp_min(1e-12), wanted / wanted.mean().clamp_min(1e-12))
+
+
+def angles(student: Tensor, teacher: Tensor) -> Tensor:
+    """Huber loss between the cosines of the angles that triplets of samples make (arXiv:1904.05068).
+
+    Mean over triplets; 0 for less than three samples. Arguments as of `distances`.
+    """
+    count = len(student)
+    if count < 3:
+        return student.sum() * 0
+    wanted, found = (_cosines(x.float()) for x in (teacher.detach(), student))
+    same = torch.eye(count, dtype=torch.bool, device=student.device)
+    triplets = ~(same[:, :, None] | same[:, None, :] | same[None, :, :])
+    return F.smooth_l1_loss(found[triplets], wanted[triplets])
+
+
+def _cosines(x: Tensor) -> Tensor:
+    """[j, i, k]: cosine of the angle at sample j between those to i and to k."""
+    to = F.normalize(x[None, :] - x[:, None], dim=-1)
+    return to @ to.mT

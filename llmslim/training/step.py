@@ -1,0 +1,150 @@
+"""TrainStep: a method that trains the whole model, written back block by block like every other step."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from llmslim.anatomy import Anatomy, Block
+from llmslim.errors import UserError
+from llmslim.step import BlockStep, StepRecord, Survey
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmslim.calibration.stream import BlockStream
+    from llmslim.training.loop import Loss
+
+Finish = Callable[[], dict[str, Tensor]]
+"""What training leaves: name of a parameter in the checkpoint -> its value."""
+
+LOST = "lost"  # among the results: the share of the training that could not be stored
+
+
+class TrainStep(BlockStep):
+    """A step that trains. Its survey is the training; its pass puts the results in the place of what was there."""
+
+    dropout_trains: ClassVar[bool] = True
+    """Whether the model drops out while it trains, as its config says."""
+
+    without_teacher: ClassVar[str] = ""
+    """What a step can do instead when there is no teacher, for messages: ', or ...'."""
+
+    teacher: str = Field("", description="model to distill from; the uncompressed one when not given")
+    temperature: float = Field(1.0, gt=0, description="divides the logits of both sides when distilling")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate of AdamW; cosine to 0 at the end")
+    epochs: float = Field(1.0, gt=0, description="passes over the calibration windows")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; instead of epochs")
+    max_minutes: float | None = Field(None, gt=0, description="stop training after so long")
+    batch_size: int = Field(4, ge=1, description="windows per optimizer step")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which lr rises from 0")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    save_steps: int = Field(50, ge=1, description="optimizer steps between checkpoints to resume from")
+    validation: float = Field(
+        0.0, ge=0, lt=1, description="share of the windows held out; what does best on it is kept"
+    )
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+    @property
+    def streams_calibration(self) -> bool:
+        return False  # the whole model has seen the text when the pass begins
+
+    @property
+    def needs_survey(self) -> bool:
+        return True
+
+    @property
+    def survey_copies(self) -> int:
+        return 2 + self.distills
+
+    @property
+    def distills(self) -> bool:
+        """Whether the step learns from a teacher."""
+        return True
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the loss looks at the distribution over tokens."""
+        return True
+
+    @abstractmethod
+    def criterion(
+        self, model: PreTrainedModel, teacher: PreTrainedModel | None, tokens: Tensor
+    ) -> tuple[Loss, list[nn.Parameter]]:
+        """What training lowers, and the parameters that belong to it: trained with the model, then thrown away.
+
+        Args:
+            teacher: frozen; None for a step that learns from none.
+            tokens: the windows that training will take, int64 [windows, seq].
+        """
+
+    @abstractmethod
+    def training(self, model: PreTrainedModel) -> AbstractContextManager[tuple[list[nn.Parameter], Finish]]:
+        """Bring a loaded float32 model into the shape in which it trains.
+
+        Yields:
+            The parameters to train, float32, and what makes the checkpoint's tensors of the trained model.
+        """
+
+    def check(self, anatomy: Anatomy) -> None:
+        model = anatomy.model
+        if (anatomy.head is None and self.predicts) or model.config.is_encoder_decoder:
+            raise UserError(
+                f"{self.kind} trains models that predict tokens from one text (causal or masked), and "
+                f"{type(model).__name__} does not."
+            )
+
+    def survey(self, look: Survey) -> dict[str, Tensor]:
+        from llmslim.training.loop import Schedule, train
+
+        teacher = look.teacher(self.teacher) if self.distills else None
+        torch.manual_seed(look.seed)  # of adapters' first weights
+        model = look.loaded()
+        fields = {
+            name: getattr(self, name)
+            for name in Schedule.__dataclass_fields__
+            if name not in ("name", "seed")
+        }
+        schedule = Schedule(name=self.kind, seed=look.seed, **fields)
+        with self.training(model) as (trained, finish):
+            loss, beside = self.criterion(model, teacher, look.tokens)
+            train(
+                model, [*trained, *beside], look.tokens, loss, schedule, look.scratch,
+                look.scratch.parent / "training.jsonl",
+                lambda done, total: look.progress(self.kind, done, total), self.dropout_trains,
+            )  # fmt: skip
+            with torch.no_grad():
+                return {name: tensor.detach().cpu().clone() for name, tensor in finish().items()}
+
+    def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
+        stacks = tuple(f"{stack.name}." for stack in stream.anatomy.stacks)
+        _place(
+            stream.model, {n: t for n, t in record.survey.items() if not n.startswith(stacks) and n != LOST}
+        )
+        if LOST in record.survey:
+            record.note(
+                self.kind,
+                f"merged into packed weights: rounding to their grid lost {record.survey[LOST].item():.0%} of what the "
+                "adapters add (root mean square)",
+            )
+
+    def compress_block(
+        self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
+    ) -> None:
+        own = {n: t for n, t in record.survey.items() if n.startswith(f"{block.name}.")}
+        _place(stream.model, own)
+
+
+@torch.no_grad()
+def _place(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        model.get_parameter(name).copy_(tensor)

@@ -1,0 +1,45 @@
+"""A step that trains every weight of a dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from llmslim.anatomy import Anatomy
+from llmslim.errors import UserError
+from llmslim.sparse import SparseLinear
+from llmslim.training.step import Finish, TrainStep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class WholeStep(TrainStep):
+    """A `TrainStep` of all weights; packed ones are refused, pruned ones stay zero."""
+
+    @property
+    def survey_copies(self) -> int:
+        return super().survey_copies + 3  # gradients and the two moments
+
+    def check(self, anatomy: Anatomy) -> None:
+        super().check(anatomy)
+        packed = [name for name, module in anatomy.model.named_modules() if hasattr(module, "quantized")]
+        if packed:
+            raise UserError(
+                f"{self.verb} --method {self.kind} cannot train packed weights, and {packed[0]} is one of "
+                f"{len(packed)}: use recover --method scales or lora."
+            )
+
+    @contextmanager
+    def training(self, model: PreTrainedModel) -> Iterator[tuple[list[nn.Parameter], Finish]]:
+        parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+        sparse = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+
+        def finish() -> dict[str, Tensor]:
+            masked = {f"{name}.weight": module.weight * module.mask for name, module in sparse.items()}
+            return {**parameters, **masked}
+
+        yield list(parameters.values()), finish

@@ -1,0 +1,396 @@
+"""Distillation: losses against naive ones, each method lowers its own, projections leave no trace."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from llmslim.distillation.features import Features, projection
+from llmslim.distillation.relations import Relations
+from llmslim.distillation.response import Response
+from llmslim.errors import UserError
+from llmslim.loaders.texts import sample
+from llmslim.pipeline import compress, prepare
+from llmslim.pruning.layers import PruneLayers
+from llmslim.quantization.rtn import RTN
+from llmslim.recipe import Calibration, Recipe
+from llmslim.training import losses
+from llmslim.training.forward import sampled
+from tests import reference
+from tests.test_recovery import tensors, whole
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("verified_here")
+QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=8, seq_len=32), "evaluation": None}
+FAST: dict[str, Any] = {"max_steps": 12, "batch_size": 4, "lr": 2e-3}
+KINDS: list[Any] = ["forward", "reverse", "js"]
+GENTLE: dict[str, Any] = {"max_steps": 20, "lr": 5e-4}  # for students that are close already
+NARROW = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Teachers by family, and for each a student: another tiny model, or for llama a smaller one."""
+    root = tmp_path_factory.mktemp("models")
+    made = {family: save_tiny(family, root / family) for family in ("llama", "gpt2", "bert")}
+    made |= {f"{family} student": save_tiny(family, root / f"{family}-s", 1) for family in ("gpt2", "bert")}
+    made["llama student"] = save_tiny("llama", root / "llama-s", 1, **NARROW)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def windows(seq: int = 32) -> torch.Tensor:
+    return sample("builtin", tiny_tokenizer(), 8, seq, 0).tokens
+
+
+def value(step: Any, student: Path, teacher: Path) -> float:
+    """What the step minimizes, on the windows that it trains on; projections are fitted anew."""
+    model, tokens = whole(student), windows()
+    loss, _ = step.criterion(model, whole(teacher), tokens)
+    with torch.no_grad():
+        return float(loss(model, tokens))
+
+
+# --- losses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_divergence_is_the_naive_one(kind: Any, temperature: float) -> None:
+    student, teacher = torch.randn(2, 150, 7), torch.randn(2, 150, 7)  # more tokens than a chunk
+    found = losses.divergence(student, teacher, temperature, kind, 0.3)
+    wanted = reference.divergence(student, teacher, temperature, kind, 0.3)
+    assert float(found) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_divergence_is_that_of_torch_distributions() -> None:
+    from torch.distributions import Categorical, kl_divergence
+
+    student, teacher = torch.randn(20, 11), torch.randn(20, 11)
+    p, q = Categorical(logits=teacher), Categorical(logits=student)
+    forward, reverse = kl_divergence(p, q).mean(), kl_divergence(q, p).mean()
+    torch.testing.assert_close(losses.divergence(student, teacher), forward)
+    torch.testing.assert_close(losses.divergence(student, teacher, kind="reverse"), reverse)
+    near = losses.divergence(student, teacher, kind="js", beta=1e-3) / 1e-3  # the limits that GKD names
+    assert float(near) == pytest.approx(float(forward), rel=5e-2)
+    near = losses.divergence(student, teacher, kind="js", beta=1 - 1e-3) / 1e-3
+    assert float(near) == pytest.approx(float(reverse), rel=5e-2)
+    apart = losses.divergence(student * 1000, teacher * 1000, kind="js")
+    assert 0 < float(apart) <= math.log(2)
+
+
+def test_the_gradient_of_reverse_and_js_is_that_of_autograd() -> None:
+    student, teacher = torch.randn(300, 7, requires_grad=True), torch.randn(300, 7)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    m = 0.3 * p + 0.7 * q
+    wanted = {
+        "reverse": (q * (q / p).log()).sum(-1).mean(),
+        "js": (0.3 * p * (p / m).log() + 0.7 * q * (q / m).log()).sum(-1).mean(),
+    }
+    for kind, naive in wanted.items():
+        found = losses.divergence(student, teacher, kind=kind, beta=0.3)  # type: ignore[arg-type]
+        gradients = [torch.autograd.grad(x, student, retain_graph=True)[0] for x in (found, naive)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_self_relations_are_the_naive_ones_at_any_width(heads: int) -> None:
+    student, teacher = torch.randn(2, 6, 8), torch.randn(2, 6, 16)
+    found = losses.self_relations(student, teacher, heads)
+    assert float(found) == pytest.approx(reference.self_relations(student, teacher, heads), rel=1e-5)
+
+
+def test_relations_between_samples_are_the_naive_ones_at_any_width() -> None:
+    student, teacher = torch.randn(5, 3), torch.randn(5, 8) * 3
+    for name in ("distances", "angles"):
+        found = getattr(losses, name)(student, teacher)
+        assert float(found) == pytest.approx(getattr(reference, name)(student, teacher), rel=1e-4)
+
+
+def test_relations_between_samples_do_not_see_a_similarity() -> None:
+    """Moved, turned and scaled samples lie to each other as before."""
+    teacher = torch.randn(6, 8)
+    turned = 5 * teacher @ torch.linalg.qr(torch.randn(8, 8))[0] + 2
+    assert float(losses.distances(turned, teacher)) < 1e-10
+    assert float(losses.angles(turned, teacher)) < 1e-10
+
+
+def test_few_samples_give_no_relation_and_no_nan() -> None:
+    for count, loss in ((1, losses.distances), (1, losses.angles), (2, losses.angles)):
+        student = torch.randn(count, 4, requires_grad=True)
+        value = loss(student, torch.randn(count, 4))
+        value.backward()
+        assert value == 0 and student.grad is not None and not student.grad.any()
+    same = torch.ones(4, 3, requires_grad=True)  # no distance at all
+    (losses.distances(same, torch.ones(4, 3)) + losses.angles(same, torch.ones(4, 3))).backward()
+    assert same.grad is not None and same.grad.isfinite().all()
+
+
+LOSSES: dict[str, Any] = {
+    **{kind: lambda s, t, kind=kind: losses.divergence(s, t, 2.0, kind, 0.3) for kind in KINDS},
+    "hidden_states": losses.hidden_states,
+    "self_relations": lambda s, t: losses.self_relations(s, t, 2),
+    "distances": lambda s, t: losses.distances(s[0], t[0]),
+    "angles": lambda s, t: losses.angles(s[0], t[0]),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_zero_at_the_teacher_and_its_gradient_leads_there(name: str) -> None:
+    torch.manual_seed(0)
+    loss, teacher = LOSSES[name], torch.randn(2, 6, 8)
+    assert abs(float(loss(teacher, teacher))) < 1e-6
+    student = (teacher + torch.randn(2, 6, 8)).requires_grad_()
+    begun = loss(student, teacher).item()
+    optimizer = torch.optim.Adam([student], 0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        value = loss(student, teacher)
+        value.backward()
+        optimizer.step()
+    assert begun > 0 and value.item() < 0.02 * begun
+
+
+def test_hidden_states_are_compared_relative_to_the_teachers() -> None:
+    student, teacher = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    pairs = zip(student.reshape(6, 4), teacher.reshape(6, 4), strict=True)
+    naive = sum(float((s - t) @ (s - t) / (t @ t)) for s, t in pairs) / 6
+    assert float(losses.hidden_states(student, teacher)) == pytest.approx(naive, rel=1e-5)
+    scaled = losses.hidden_states(student * 100, teacher * 100)
+    torch.testing.assert_close(scaled, losses.hidden_states(student, teacher))
+
+
+def test_a_projection_starts_as_the_least_squares_fit() -> None:
+    x, y = torch.randn(50, 3), torch.randn(50, 5)
+    with torch.no_grad():
+        linear = projection(x, y)
+        wanted = torch.linalg.lstsq(x, y).solution
+        torch.testing.assert_close(linear(x), x @ wanted, atol=1e-2, rtol=1e-2)
+    assert isinstance(projection(x, x), nn.Identity)
+
+
+# --- on policy ----------------------------------------------------------------------------------------------
+
+
+def test_a_student_writes_from_its_own_distribution() -> None:
+    model = tiny_model("llama", vocab_size=16)
+    prompt = torch.tensor([[5, 6, 7]]).expand(4000, -1)
+    text = sampled(model.train(), prompt, 2)
+    assert model.training and text.shape == (4000, 5) and torch.equal(text[:, :3], prompt)
+    model.eval()
+    with torch.no_grad():
+        first = model(prompt[:1]).logits[0, -1].softmax(-1)
+        seen = torch.bincount(text[:, 3], minlength=16) / 4000
+        torch.testing.assert_close(seen, first, atol=0.04, rtol=0)
+        likely = int(first.argmax())  # and what follows is drawn behind what was written
+        second = model(torch.tensor([[5, 6, 7, likely]])).logits[0, -1].softmax(-1)
+    after = text[text[:, 3] == likely, 4]
+    torch.testing.assert_close(torch.bincount(after, minlength=16) / len(after), second, atol=0.1, rtol=0)
+
+
+def test_what_the_student_wrote_is_judged_where_it_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmslim.training import forward
+
+    model, teacher, tokens = tiny_model("llama", 1), tiny_model("llama"), windows(16)
+    own = torch.cat([tokens[:, :8], tokens[:, :8].flip(1)], 1)
+    monkeypatch.setattr(forward, "sampled", lambda model, prompt, length: own)
+    loss, _ = Response(on_policy=1.0, alpha=0.5).criterion(model, teacher, tokens)
+    with torch.no_grad():
+        wanted = losses.divergence(model(own).logits[:, 7:15], teacher(own).logits[:, 7:15])
+        plain = losses.divergence(model(tokens).logits, teacher(tokens).logits)
+        hard = losses.next_token(model(tokens).logits, tokens)
+        torch.testing.assert_close(loss(model, tokens), 0.5 * plain + 0.5 * hard)  # in validation
+    torch.testing.assert_close(loss(model, tokens).detach(), 0.5 * wanted)
+
+
+# --- methods ------------------------------------------------------------------------------------------------
+
+STEPS: dict[str, Any] = {
+    "forward": Response(**FAST),
+    "reverse": Response(divergence="reverse", temperature=2.0, **FAST),
+    "js": Response(divergence="js", beta=0.1, **FAST),
+    "labels": Response(alpha=0.5, **FAST),
+    "on-policy": Response(on_policy=0.5, **FAST),
+    "hidden": Features(attention=0, response=0, **FAST),
+    "last": Features(layer_map="last", attention=0, response=0, **FAST),
+    "attention": Features(hidden=0, response=0, **FAST),
+    "features": Features(**FAST),
+    "distance": Relations(angle=0, response=0, **FAST),
+    "angle": Relations(distance=0, response=0, **FAST),
+    "relations": Relations(**FAST),
+}
+RUNS = [
+    *(
+        (name, family)
+        for name in ("forward", "features", "relations")
+        for family in ("llama", "gpt2", "bert")
+    ),
+    *zip(("reverse", "js", "labels", "on-policy"), ("bert", "gpt2", "llama", "gpt2"), strict=True),
+    *zip(
+        ("hidden", "last", "attention", "distance", "angle"),
+        ("llama", "gpt2", "gpt2", "gpt2", "bert"),
+        strict=True,
+    ),
+]
+"""Each method on each kind of model, each of its losses on one."""
+
+
+@pytest.mark.parametrize(("name", "family"), RUNS)
+def test_each_method_lowers_what_it_minimizes(
+    name: str, family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    teacher, student = folders[family], folders[f"{family} student"]
+    step = STEPS[name].model_copy(update={"teacher": str(teacher)})
+    result = compress(str(student), [step], tmp_path / "d", **QUICK)
+    assert result.report["verification"]["ok"]
+    assert value(step, tmp_path / "d", teacher) < 0.9 * value(step, student, teacher)
+    before, after = tensors(student), tensors(tmp_path / "d")  # projections leave no trace
+    assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("forward", "llama"), ("features", "gpt2"), ("relations", "bert")]
+)
+def test_a_student_of_fewer_blocks_in_one_recipe(
+    name: str, family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    base, fewer, step = folders[family], PruneLayers(drop=(1,)), STEPS[name].model_copy(update=GENTLE)
+    compress(str(base), [fewer], tmp_path / "s", **QUICK)
+    compress(str(base), [fewer, step], tmp_path / "d", **QUICK)
+    assert value(step, tmp_path / "d", base) < 0.9 * value(step, tmp_path / "s", base)
+    compress(str(tmp_path / "s"), [step], tmp_path / "again", **QUICK)  # the teacher: from its report
+    weights = [tensors(tmp_path / folder) for folder in ("d", "again")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize("layer_map", ["uniform", "last"])
+def test_layer_maps(layer_map: Any) -> None:
+    step = Features(layer_map=layer_map)
+    assert step._mapped(3, 12) == {"uniform": [3, 7, 11], "last": [9, 10, 11]}[layer_map]
+    assert step._mapped(4, 4) == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="has 5 blocks and the teacher 4"):
+        step._mapped(5, 4)
+
+
+def test_the_student_does_not_drop_out(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise that the teacher's hidden states do not have: with GPT-2's, a third of what is gained was lost."""
+
+    def forward(self: Any, x: Any) -> Any:
+        assert not self.training
+        return x
+
+    monkeypatch.setattr(nn.Dropout, "forward", forward)
+    for name in ("forward", "features"):
+        step = STEPS[name].model_copy(update={"teacher": str(folders["gpt2"]), "max_steps": 2})
+        compress(str(folders["gpt2 student"]), [step], tmp_path / name, **QUICK)
+
+
+@pytest.mark.parametrize("name", ["features", "on-policy"])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    name: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmslim.training import loop
+
+    torch.set_num_threads(1)
+    update = {"teacher": str(folders["llama"]), "save_steps": 4, "validation": 0.25}
+    steps = [STEPS[name].model_copy(update=update)]
+    student = str(folders["llama student"])
+    compress(student, steps, tmp_path / "unbroken", **QUICK)
+
+    def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Watch, "on_step_end", die)
+        with pytest.raises(KeyboardInterrupt):
+            compress(student, steps, tmp_path / "killed", **QUICK)
+    compress(student, steps, tmp_path / "killed", **QUICK)
+    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("unbroken", "killed")]
+    assert weights[0] == weights[1]
+
+
+# --- encoders without a head, bad input ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "step", [Relations(response=0, **FAST), Features(response=0, **FAST)], ids=["r", "f"]
+)
+def test_an_encoder_without_a_head(step: Any, tmp_path: Path) -> None:
+    """A model of embeddings alone, as sentence encoders are."""
+    for seed, name in enumerate(("teacher", "student")):
+        tiny_model("bert", seed).bert.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    step = step.model_copy(update={"teacher": str(tmp_path / "teacher")})
+    compress(str(tmp_path / "student"), [step], tmp_path / "d", **QUICK)
+    paths = [tmp_path / name for name in ("d", "student", "teacher")]
+    assert value(step, paths[0], paths[2]) < 0.9 * value(step, paths[1], paths[2])
+    asked = type(step)(**FAST)
+    with pytest.raises(UserError, match=r"weighs a distribution over tokens, and BertModel gives none"):
+        prepare(str(tmp_path / "student"), Recipe(steps=(asked,), **QUICK))
+
+
+@pytest.mark.parametrize(
+    ("family", "steps", "message"),
+    [
+        ("llama", [Response()], "distilled from itself: name the uncompressed model with --teacher.$"),
+        ("llama", [RTN(), Features()], "distill --method features cannot train packed weights"),
+        (
+            "bert",
+            [Response(alpha=0.5)],
+            "alpha 0.5 asks for the next token, and BertForMaskedLM is no causal",
+        ),
+        ("bert", [Response(on_policy=0.5)], "on_policy 0.5 asks for text that the student writes"),
+        ("llama", [Features(relation_heads=3)], "relation_heads 3 does not divide .* a divisor of 32 does"),
+        ("llama", [Relations(teacher="OTHER")], "vocabulary of 320 tokens"),
+    ],
+)
+def test_bad_input_is_refused_before_weights_are_read(
+    family: str, steps: list[Any], message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    other = save_tiny("llama", tmp_path / "other", vocab_size=320)
+    steps = [s.model_copy(update={"teacher": str(other)}) if getattr(s, "teacher", "") else s for s in steps]
+    with pytest.raises(UserError, match=message):
+        prepare(str(folders[family]), Recipe(steps=tuple(steps), **QUICK))
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "message"),
+    [
+        (Response, {"beta": 0.1}, "beta is for divergence js, not forward"),
+        (Response, {"alpha": 0}, "greater than 0"),
+        (Response, {"divergence": "backward"}, "'forward', 'reverse' or 'js'"),
+        (Features, {"hidden": 0, "attention": 0}, "use method response"),
+        (Relations, {"distance": 0, "angle": 0}, "use method response"),
+        (Relations, {"batch_size": 2}, "a batch_size of 2 makes no such relation; 3 does"),
+    ],
+)
+def test_fields_that_cannot_be(cls: Any, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        cls(**fields)
+
+
+def test_what_only_the_teacher_shows_is_refused_before_training(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    student, teacher = str(folders["llama"]), str(folders["llama student"])
+    with pytest.raises(UserError, match="3 blocks and the teacher 2"):
+        compress(student, [Features(teacher=teacher, **FAST)], tmp_path / "a", **QUICK)
+    with pytest.raises(UserError, match="a divisor of 16 does"):
+        step = Features(teacher=teacher, hidden=0, relation_heads=32, **FAST)
+        compress(student, [step], tmp_path / "b", **QUICK)
+    few = {**QUICK, "calibration": Calibration(num_samples=2, seq_len=32)}
+    with pytest.raises(UserError, match="between 3 windows or more, and the text gives 2"):
+        compress(student, [Relations(teacher=teacher, **FAST)], tmp_path / "c", **few)

@@ -1,0 +1,215 @@
+"""Recovery: training lowers the divergence, changes only what it should, and resumes to the same bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmslim.checkpoint.load import load_model
+from llmslim.errors import UserError
+from llmslim.loaders.models import find
+from llmslim.loaders.texts import sample
+from llmslim.pipeline import compress, prepare
+from llmslim.pruning.weights import Magnitude
+from llmslim.quantization.rtn import RTN
+from llmslim.recipe import Calibration, Recipe
+from llmslim.recovery.full import Full
+from llmslim.recovery.lora import LoRA
+from llmslim.recovery.scales import ScaledLinear, Scales
+from llmslim.training.losses import divergence, next_token
+from tests.tiny import save_tiny
+
+pytestmark = pytest.mark.usefixtures("verified_here")
+QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=8, seq_len=32), "evaluation": None}
+RTN3 = RTN(bits=3, group_size=32, symmetric=False)
+FAST: dict[str, Any] = {"max_steps": 12, "batch_size": 4, "lr": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {family: save_tiny(family, root / family) for family in ("llama", "gpt2", "qwen3", "bert")}
+
+
+def whole(folder: Path) -> Any:
+    return load_model(find(str(folder)), torch.float32, torch.device("cpu"))
+
+
+def kl(teacher: Path, student: Path) -> float:
+    tokens = sample("builtin", find(str(teacher)).tokenizer(), 8, 32, 0).tokens
+    with torch.no_grad():
+        return float(divergence(whole(student)(tokens).logits, whole(teacher)(tokens).logits))
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(whole(folder).state_dict())
+
+
+def test_losses_are_those_of_torch() -> None:
+    student = torch.randn(2, 200, 11, requires_grad=True)
+    teacher, tokens = torch.randn(2, 200, 11), torch.randint(0, 11, (2, 200))
+    p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
+    naive = 4 * (p * (p.log() - q.log())).sum(-1).mean()
+    torch.testing.assert_close(divergence(student, teacher, 2.0), naive)
+    (wanted,) = torch.autograd.grad(naive, student)
+    torch.testing.assert_close(torch.autograd.grad(divergence(student, teacher, 2.0), student)[0], wanted)
+    plain = torch.nn.functional.cross_entropy(student[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(next_token(student, tokens), plain)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, "channel", "tensor"])
+def test_gradients_of_scales_are_those_of_autograd(symmetric: bool, group: Any) -> None:
+    from llmslim.quantization.grid import Scheme, round_to_nearest
+    from llmslim.quantization.packed import PackedLinear
+
+    scheme = Scheme(bits=3, group_size=group, symmetric=symmetric)
+    packed = PackedLinear.from_quantized(round_to_nearest(torch.randn(16, 64), scheme))
+    scaled, x = ScaledLinear(packed), torch.randn(2, 5, 64, requires_grad=True)
+    quantized = packed.quantized()
+    quantized.scale = quantized.scale.clone().requires_grad_()
+    wanted = torch.autograd.grad((x @ quantized.dequantize().T).sin().sum(), [x, quantized.scale])
+    found = torch.autograd.grad(scaled(x).sin().sum(), [x, scaled.scale])
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "bert"])
+def test_scales_recover_and_codes_stay(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    base = folders[family]
+    compress(str(base), [RTN3], tmp_path / "q", **QUICK)
+    result = compress(
+        str(tmp_path / "q"), [Scales(**FAST)], tmp_path / "r", **QUICK
+    )  # teacher: from its report
+    assert result.report["verification"]["ok"]
+    assert kl(base, tmp_path / "r") < 0.9 * kl(base, tmp_path / "q")
+    before, after = tensors(tmp_path / "q"), tensors(tmp_path / "r")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.endswith("weight_scale") for name in changed)
+    assert all(name.endswith("weight_scale") or before[name].ndim == 1 for name in changed)
+    lines = [json.loads(line) for line in (tmp_path / "r/training.jsonl").read_text().splitlines()]
+    assert {"loss", "tokens_per_second", "seconds_left"} <= lines[0].keys()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("step", [LoRA(rank=8, **FAST), Full(**FAST)], ids=["lora", "full"])
+def test_pruned_models_recover_and_masks_hold(
+    step: Any, family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    base = folders[family]
+    prune = Magnitude(sparsity=0.5)
+    compress(str(base), [prune], tmp_path / "p", **QUICK)
+    result = compress(str(base), [prune, step], tmp_path / "r", **QUICK)
+    assert result.report["verification"]["ok"]
+    assert kl(base, tmp_path / "r") < 0.9 * kl(base, tmp_path / "p")
+    before, after = tensors(tmp_path / "p"), tensors(tmp_path / "r")
+    for name in before:
+        if name.endswith("weight_bitmap"):
+            weight = name.replace("weight_bitmap", "weight")
+            assert torch.equal(before[name], after[name]) and not torch.equal(before[weight], after[weight])
+            assert not after[weight][before[weight] == 0].any()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_merged_model_is_the_one_with_adapters(family: str, folders: dict[str, Path]) -> None:
+    model, tokens = whole(folders[family]), torch.randint(5, 500, (2, 16))
+    with LoRA(rank=4).training(model) as (trained, finish), torch.no_grad():
+        for parameter in trained:
+            parameter.normal_(std=0.05)
+        wanted, merged = model(tokens).logits, finish()
+    plain = whole(folders[family])
+    assert not torch.allclose(plain(tokens).logits, wanted, atol=1e-2)
+    with torch.no_grad():
+        for name, tensor in merged.items():
+            plain.get_parameter(name).copy_(tensor)
+    torch.testing.assert_close(plain(tokens).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_over_packed_weights_stays_packed(folders: dict[str, Path], tmp_path: Path) -> None:
+    base = folders["llama"]
+    compress(str(base), [RTN3], tmp_path / "q", **QUICK)
+    result = compress(str(base), [RTN3, LoRA(rank=8, **{**FAST, "lr": 1e-2})], tmp_path / "r", **QUICK)
+    assert any("rounding to their grid lost" in note["what"] for note in result.report["notes"])
+    assert kl(base, tmp_path / "r") < kl(base, tmp_path / "q")
+    before, after = tensors(tmp_path / "q"), tensors(tmp_path / "r")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.endswith("weight_packed") for name in changed)
+
+
+@pytest.mark.parametrize("step", ["scales", "lora"])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    step: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmslim.training import loop
+
+    torch.set_num_threads(1)
+    fields: dict[str, Any] = {**FAST, "save_steps": 4, "validation": 0.25}
+    steps = (
+        [RTN3, Scales(**fields)]
+        if step == "scales"
+        else [LoRA(rank=4, dropout=0.1, teacher=str(folders["qwen3"]), **fields)]
+    )
+    compress(str(folders["llama"]), steps, tmp_path / "unbroken", **QUICK)
+
+    def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Watch, "on_step_end", die)
+        with pytest.raises(KeyboardInterrupt):
+            compress(str(folders["llama"]), steps, tmp_path / "killed", **QUICK)
+    result = compress(str(folders["llama"]), steps, tmp_path / "killed", **QUICK)
+    assert result.report["run"]["resumed"]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("unbroken", "killed")]
+    assert weights[0] == weights[1]
+
+
+def test_time_stops_training(folders: dict[str, Path], tmp_path: Path) -> None:
+    step = Scales(objective="next_token", max_steps=10_000, max_minutes=0.01)
+    assert compress(str(folders["llama"]), [step], tmp_path / "r", **QUICK).report["verification"]["ok"]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmslim.training import losses
+
+    good, calls = losses.next_token, []
+
+    def bad(logits: Any, tokens: Any) -> Any:
+        calls.append(1)
+        return good(logits, tokens) * (float("nan") if len(calls) > 5 else 1)
+
+    monkeypatch.setattr(losses, "next_token", bad)
+    step = Full(objective="next_token", save_steps=2, **FAST)
+    with pytest.raises(UserError, match="full: the loss of training step 6 is not finite"):
+        compress(str(folders["llama"]), [step], tmp_path / "r", **QUICK)
+    assert (tmp_path / "r.partial/.pass-0/trainer/checkpoint-4").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("family", "steps", "message"),
+    [
+        ("llama", [Scales()], "distilled from itself"),
+        (
+            "llama",
+            [LoRA(target_modules=("query",))],
+            "no such Linear in the blocks; there are down_proj, gate_proj",
+        ),
+        ("llama", [RTN3, Full()], "cannot train packed weights"),
+        ("bert", [Full(objective="next_token")], "needs a causal model"),
+        ("llama", [RTN3, Scales(teacher="OTHER")], "vocabulary of 320 tokens"),
+    ],
+)
+def test_bad_input_is_refused_before_weights_are_read(
+    family: str, steps: list[Any], message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    other = save_tiny("llama", tmp_path / "other", vocab_size=320)
+    steps = [s.model_copy(update={"teacher": str(other)}) if getattr(s, "teacher", "") else s for s in steps]
+    with pytest.raises(UserError, match=message):
+        prepare(str(folders[family]), Recipe(steps=tuple(steps), **QUICK))
