@@ -119,6 +119,64 @@ def sparse_gptq(weight, hessian, sparsity: float, pattern: str, scale, zero, sch
     return values, mask
 
 
+def svd_llm(weight, inputs, rank: int):
+    """W' by the paper's formula: S the Cholesky factor of X X^T, W S = U Sigma V^T, W' = U_r Sigma_r V_r^T S^-1."""
+    rows = inputs.double()
+    root = torch.linalg.cholesky(rows.T @ rows)
+    return _truncated(weight.double() @ root, rank) @ torch.linalg.inv(root)
+
+
+def asvd(weight, inputs, rank: int, alpha: float):
+    """W' = (W S)_r S^-1 with S_jj = (root mean square of input j)^alpha."""
+    scale = inputs.double().square().mean(0).sqrt() ** alpha
+    return _truncated(weight.double() * scale, rank) / scale
+
+
+def _truncated(weight, rank: int):
+    u, values, vt = torch.linalg.svd(weight)
+    total = torch.zeros_like(weight)
+    for i in range(rank):
+        total += values[i] * torch.outer(u[:, i], vt[i])
+    return total
+
+
+def best_ranks(gains, shapes, budget: int, multiple: int):
+    """The ranks of most summed gain with at most `budget` weights, over all choices of ranks that save something."""
+    import itertools
+
+    options = {}
+    for name, (rows, width) in shapes.items():
+        ranks = [r for r in range(multiple, min(rows, width), multiple) if r * (rows + width) < rows * width]
+        options[name] = [(r, r * (rows + width), float(gains[name][:r].sum())) for r in ranks]
+    fitting = [c for c in itertools.product(*options.values()) if sum(size for _, size, _ in c) <= budget]
+    best = max(fitting, key=lambda chosen: sum(kept for _, _, kept in chosen))
+    return dict(zip(options, (rank for rank, _, _ in best), strict=True))
+
+
+def best_groups(costs, unique: int):
+    """Least total cost of cutting a row into `unique` runs, over all ways to cut; `costs[i][k]`: i to i + k."""
+    import itertools
+
+    blocks, best = len(costs), float("inf")
+    for cuts in itertools.combinations(range(1, blocks), unique - 1):
+        edges = [0, *cuts, blocks]
+        runs = [(edges[i], edges[i + 1]) for i in range(unique)]
+        if all(end - start <= len(costs[start]) for start, end in runs):
+            best = min(best, sum(costs[start][end - start - 1] for start, end in runs))
+    return best
+
+
+def shared_weight(weights, inputs, damping: float):
+    """The W of least sum_i ||X_i (W - W_i)^T||^2 / ||X_i W_i^T||^2, drawn to the mean: one least squares problem."""
+    scales = [1 / (x.double() @ w.double().T).square().sum() for w, x in zip(weights, inputs, strict=True)]
+    rows = [s.sqrt() * x.double() for s, x in zip(scales, inputs, strict=True)]
+    wanted = [row @ w.double().T for row, w in zip(rows, weights, strict=True)]
+    ridge = damping * sum(row.square().sum() for row in rows) / rows[0].shape[1]
+    rows.append(ridge.sqrt() * torch.eye(rows[0].shape[1], dtype=torch.float64))
+    wanted.append(ridge.sqrt() * torch.stack(list(weights)).double().mean(0).T)
+    return torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted)).solution.T
+
+
 def divergence(student, teacher, temperature: float, kind: str, beta: float) -> float:
     """Token by token, in float64: KL(P || Q), KL(Q || P), or beta KL(P || M) + (1 - beta) KL(Q || M)."""
 
@@ -178,61 +236,3 @@ def angles(student, teacher) -> float:
                         cosines.append(float(a @ b / (a.norm() * b.norm())))
                     losses.append(huber(*cosines))
     return sum(losses) / len(losses)
-
-
-def svd_llm(weight, inputs, rank: int):
-    """W' by the paper's formula: S the Cholesky factor of X X^T, W S = U Sigma V^T, W' = U_r Sigma_r V_r^T S^-1."""
-    rows = inputs.double()
-    root = torch.linalg.cholesky(rows.T @ rows)
-    return _truncated(weight.double() @ root, rank) @ torch.linalg.inv(root)
-
-
-def asvd(weight, inputs, rank: int, alpha: float):
-    """W' = (W S)_r S^-1 with S_jj = (root mean square of input j)^alpha."""
-    scale = inputs.double().square().mean(0).sqrt() ** alpha
-    return _truncated(weight.double() * scale, rank) / scale
-
-
-def _truncated(weight, rank: int):
-    u, values, vt = torch.linalg.svd(weight)
-    total = torch.zeros_like(weight)
-    for i in range(rank):
-        total += values[i] * torch.outer(u[:, i], vt[i])
-    return total
-
-
-def best_ranks(gains, shapes, budget: int, multiple: int):
-    """The ranks of most summed gain with at most `budget` weights, over all choices of ranks that save something."""
-    import itertools
-
-    options = {}
-    for name, (rows, width) in shapes.items():
-        ranks = [r for r in range(multiple, min(rows, width), multiple) if r * (rows + width) < rows * width]
-        options[name] = [(r, r * (rows + width), float(gains[name][:r].sum())) for r in ranks]
-    fitting = [c for c in itertools.product(*options.values()) if sum(size for _, size, _ in c) <= budget]
-    best = max(fitting, key=lambda chosen: sum(kept for _, _, kept in chosen))
-    return dict(zip(options, (rank for rank, _, _ in best), strict=True))
-
-
-def best_groups(costs, unique: int):
-    """Least total cost of cutting a row into `unique` runs, over all ways to cut; `costs[i][k]`: i to i + k."""
-    import itertools
-
-    blocks, best = len(costs), float("inf")
-    for cuts in itertools.combinations(range(1, blocks), unique - 1):
-        edges = [0, *cuts, blocks]
-        runs = [(edges[i], edges[i + 1]) for i in range(unique)]
-        if all(end - start <= len(costs[start]) for start, end in runs):
-            best = min(best, sum(costs[start][end - start - 1] for start, end in runs))
-    return best
-
-
-def shared_weight(weights, inputs, damping: float):
-    """The W of least sum_i ||X_i (W - W_i)^T||^2 / ||X_i W_i^T||^2, drawn to the mean: one least squares problem."""
-    scales = [1 / (x.double() @ w.double().T).square().sum() for w, x in zip(weights, inputs, strict=True)]
-    rows = [s.sqrt() * x.double() for s, x in zip(scales, inputs, strict=True)]
-    wanted = [row @ w.double().T for row, w in zip(rows, weights, strict=True)]
-    ridge = damping * sum(row.square().sum() for row in rows) / rows[0].shape[1]
-    rows.append(ridge.sqrt() * torch.eye(rows[0].shape[1], dtype=torch.float64))
-    wanted.append(ridge.sqrt() * torch.stack(list(weights)).double().mean(0).T)
-    return torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted)).solution.T

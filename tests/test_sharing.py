@@ -174,7 +174,7 @@ FOLLOWERS: dict[str, list[dict[str, Any]]] = {
     "gptq": [SHARE, {"gptq": {"group_size": 32, "symmetric": False}}],
     "rtn": [DELTAS, {"rtn": {"bits": 8, "group_size": 8}}],
     "sparsegpt": [DELTAS, {"sparsegpt": {}}],
-    "svd_llm": [SHARE, {"svd_llm": {"update": True, "allocation": "error"}}],
+    "svd_llm": [SHARE, {"svd_llm": {"allocation": "error"}}],
 }
 """What follows on a shared model, in one recipe and from the saved folder."""
 
