@@ -141,13 +141,14 @@ def _truncated(weight, rank: int):
 
 
 def best_ranks(gains, shapes, budget: int, multiple: int):
-    """The ranks of most summed gain with at most `budget` weights, over all choices of ranks that save something."""
+    """The ranks of most summed gain with at most `budget` weights, over all choices; 0 is the whole matrix."""
     import itertools
 
     options = {}
     for name, (rows, width) in shapes.items():
         ranks = [r for r in range(multiple, min(rows, width), multiple) if r * (rows + width) < rows * width]
-        options[name] = [(r, r * (rows + width), float(gains[name][:r].sum())) for r in ranks]
+        options[name] = [(0, rows * width, float(gains[name].sum()))]
+        options[name] += [(r, r * (rows + width), float(gains[name][:r].sum())) for r in ranks]
     fitting = [c for c in itertools.product(*options.values()) if sum(size for _, size, _ in c) <= budget]
     best = max(fitting, key=lambda chosen: sum(kept for _, _, kept in chosen))
     return dict(zip(options, (rank for rank, _, _ in best), strict=True))

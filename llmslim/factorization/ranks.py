@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,9 +64,8 @@ def spend(
 ) -> dict[str, int]:
     """The ranks that keep most, of at most `share` of all weights.
 
-    A component costs out + in weights, and is bought as long as what it keeps is worth the price of them; the price
-    is the lowest at which the budget suffices. What is bought of a Linear beyond the rank at which two factors are as
-    large as the matrix is had whole, for the matrix's own size.
+    Each Linear has the rank, or is whole, at which what is kept less the price of the weights is most; the price is
+    the lowest at which the budget suffices. No other ranks of as few weights keep more.
 
     Args:
         gains: per Linear what each component keeps, descending, [min(out, in)].
@@ -75,28 +74,34 @@ def spend(
     Returns:
         Linear -> rank, a multiple of `multiple_of` and at least that; 0: it stays whole.
     """
-    chunks = {
-        name: _chunks(gain, multiple_of) / (sum(shapes[name]) * multiple_of) for name, gain in gains.items()
-    }
+    choices = {name: _choices(gain, shapes[name], multiple_of) for name, gain in gains.items()}
 
-    def ranks(price: float) -> dict[str, int]:
-        bought = {name: max(1, int((worth >= price).sum())) * multiple_of for name, worth in chunks.items()}
-        return {name: rank if rank <= worthwhile(*shapes[name]) else 0 for name, rank in bought.items()}
+    def best(price: float) -> dict[str, int]:
+        return {name: int((c.kept - price * c.weights).argmax()) for name, c in choices.items()}
 
     def size(chosen: dict[str, int]) -> int:
-        return sum(
-            rank * sum(shapes[n]) if rank else shapes[n][0] * shapes[n][1] for n, rank in chosen.items()
-        )
+        return sum(int(choices[name].weights[index]) for name, index in chosen.items())
 
     budget = share * sum(out * inputs for out, inputs in shapes.values())
-    low, high = 0.0, max((float(worth.max()) for worth in chunks.values()), default=1.0) * 2
+    low = 0.0
+    high = max((float((c.kept / c.weights).max()) for c in choices.values()), default=1.0) * 2
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (low, middle) if size(ranks(middle)) <= budget else (middle, high)
-    return ranks(high)
+        low, high = (low, middle) if size(best(middle)) <= budget else (middle, high)
+    return {name: int(choices[name].ranks[index]) for name, index in best(high).items()}
 
 
-def _chunks(gain: Tensor, multiple_of: int) -> Tensor:
-    """Sums of `multiple_of` consecutive gains each; the last one of what is left."""
-    padded = torch.nn.functional.pad(gain.double(), (0, -len(gain) % multiple_of))
-    return padded.reshape(-1, multiple_of).sum(1)
+class _Choices(NamedTuple):
+    """Of one Linear, each [choices], the smallest first: rank (0 whole), weights, and what they keep."""
+
+    ranks: Tensor
+    weights: Tensor
+    kept: Tensor
+
+
+def _choices(gain: Tensor, shape: tuple[int, int], multiple_of: int) -> _Choices:
+    ranks = torch.arange(multiple_of, worthwhile(*shape) + 1, multiple_of)
+    total = gain.double().cumsum(0)
+    weights = torch.cat([ranks * sum(shape), torch.tensor([shape[0] * shape[1]])]).double()
+    kept = torch.cat([total[ranks - 1], total[-1:]])
+    return _Choices(torch.cat([ranks, torch.tensor([0])]), weights, kept)
