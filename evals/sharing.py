@@ -19,9 +19,9 @@ from variants import Steps
 
 def recipes() -> dict[str, Steps]:
     """Name -> steps. A name is the size in unique blocks / what is shared and how."""
-    plain, deltas = {"unique_blocks": 22}, {"unique_blocks": 15, "delta_rank": 80}
-    half = {"unique_blocks": 15}
-    sequential = {"grouping": "sequential"}
+    similarity, sequential = {"grouping": "similarity"}, {"grouping": "sequential"}
+    plain, half = {"unique_blocks": 22, **similarity}, {"unique_blocks": 15, **similarity}
+    deltas = {**half, "delta_rank": 80}
     found: dict[str, dict[str, Any]] = {
         "22-blocks/similarity": plain,
         "22-blocks/15-and-deltas": deltas,
@@ -29,7 +29,7 @@ def recipes() -> dict[str, Steps]:
         "22-blocks/15-and-deltas-sequential": {**deltas, **sequential},
         "22-blocks/similarity-mean": {**plain, "init": "mean"},
         "15-blocks/similarity": half,
-        "15-blocks/10-and-deltas": {"unique_blocks": 10, "delta_rank": 56},
+        "15-blocks/10-and-deltas": {**similarity, "unique_blocks": 10, "delta_rank": 56},
         "15-blocks/sequential": {**half, **sequential},
     }
     return {"base": [], **{name: [{"share": fields}] for name, fields in found.items()}}

@@ -326,7 +326,15 @@ def test_similar_blocks_are_grouped(four: Path, tmp_path: Path) -> None:
             if name.startswith("model.layers.1."):
                 tensors[name.replace("layers.1.", f"layers.{block}.")] = tensors[name] * 1.01
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    model, _ = llmslim.load(str(compress(str(folder), recipe(SHARE), tmp_path / "out").folder))
+    model, _ = llmslim.load(
+        str(
+            compress(
+                str(folder),
+                recipe({"share": {"unique_blocks": 2, "grouping": "similarity"}}),
+                tmp_path / "out",
+            ).folder
+        )
+    )
     sources = {source.split(".")[2] for source in shared_modules(model).values()}
     targets = {target.split(".")[2] for target in shared_modules(model)}
     assert sources == {"1"} and targets == {"2", "3"}
@@ -417,7 +425,7 @@ def test_shared_experts_cannot_be_cut(made: dict[str, Made], unread: None) -> No
         ([{"share": {"unique_blocks": 9}}], r"unique_blocks 9 of the 4 blocks .* leaves nothing to share"),
         ([{"share": {"unique_blocks": 2, "group_size": 3}}], r"group_size and unique_blocks both"),
         (
-            [{"share": {"unique_blocks": 1, "longest": 2}}],
+            [{"share": {"grouping": "similarity", "unique_blocks": 1, "longest": 2}}],
             r"longest 2 allows no 1 groups of 4 blocks; .* 4\.",
         ),
         (

@@ -106,10 +106,10 @@ class ShareBlocks(LinearStep):
         ge=1,
         description="different blocks that stay in each stack, instead of a group size; 1: all share one",
     )
-    grouping: Literal["similarity", "sequential", "cyclic"] = Field(
-        "similarity",
-        description="similarity: consecutive blocks whose sharing costs least; sequential: groups of equal size; "
-        "cyclic: block i with i - unique_blocks",
+    grouping: Literal["sequential", "similarity", "cyclic"] = Field(
+        "sequential",
+        description="sequential: groups of equal size; similarity: consecutive blocks whose sharing costs least, "
+        "each by itself; cyclic: block i with i - unique_blocks",
     )
     longest: int = Field(4, ge=2, description="grouping similarity: the most blocks that share one weight")
     part: Literal["block", "attention", "mlp"] = Field("block", description="what is shared of a block")
