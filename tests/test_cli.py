@@ -118,6 +118,7 @@ def typed(annotation: Any, flag: str) -> tuple[list[str], Any]:
 
 
 NEEDED: dict[str, dict[str, Any]] = {
+    "longest": {"grouping": "similarity"},
     "owl_outlier": {"layer_sparsity": "owl"},
     "sparsity_range": {"layer_sparsity": "owl"},
     "ramp": {"rounds": 2},

@@ -100,7 +100,7 @@ class _Choices(NamedTuple):
 
 
 def _choices(gain: Tensor, shape: tuple[int, int], multiple_of: int) -> _Choices:
-    ranks = torch.arange(multiple_of, worthwhile(*shape) + 1, multiple_of)
+    ranks = torch.arange(1, worthwhile(*shape) // multiple_of + 1) * multiple_of
     total = gain.double().cumsum(0)
     weights = torch.cat([ranks * sum(shape), torch.tensor([shape[0] * shape[1]])]).double()
     kept = torch.cat([total[ranks - 1], total[-1:]])
