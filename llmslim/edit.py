@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from llmslim.errors import UserError
-from llmslim.ties import share, tie_shared
+from llmslim.ties import put, share, tie_shared
 
 EDITS: dict[str, type[Edit]] = {}
 
@@ -146,8 +146,6 @@ def replay(model: nn.Module, edits: Sequence[Edit]) -> None:
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at the dotted `name`; it shares with whom the one before did."""
-    parent, _, leaf = name.rpartition(".")
-    before = getattr(model.get_submodule(parent), leaf)
-    if source := before.__dict__.get("shared_with"):
+    if source := model.get_submodule(name).__dict__.get("shared_with"):
         share(module, source)
-    setattr(model.get_submodule(parent), leaf, module)
+    put(model, name, module)

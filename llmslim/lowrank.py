@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llmslim.calibration.factor import rising_cholesky
+
 
 class LowRankLinear(nn.Module):
     """y = u(v(x)) + b, or y = base(x) + u(v(x)) with a `base`; x [..., in] -> y [..., out].
@@ -118,10 +120,8 @@ def refit_second(weight: Tensor, v: Tensor, hessian: Tensor, damping: float = 1e
     """
     reach = v.double() @ hessian.double()
     inner = reach @ v.double().T
-    ridge = torch.eye(len(inner), dtype=inner.dtype, device=inner.device) * inner.diagonal().mean()
-    while bool((found := torch.linalg.cholesky_ex(inner + damping * ridge)).info):
-        damping *= 10
-    u = torch.cholesky_solve(reach @ weight.double().T, found.L).T
+    lower, _ = rising_cholesky(inner, damping * inner.diagonal().mean())
+    u = torch.cholesky_solve(reach @ weight.double().T, lower).T
     return balanced(u.float(), v)
 
 

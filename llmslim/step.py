@@ -281,6 +281,9 @@ class LinearStep(BlockStep):
             for name in names:
                 visitor.decide(name, None)
             return
+        from llmslim.calibration.statistics import with_stats
+
+        references: dict[str, list[Tensor]] = {}
         if reference is not None:
             lane = reference.lanes["calibration"]
             # a token may go to another expert than in the uncompressed model: there, rows do not pair
@@ -288,8 +291,8 @@ class LinearStep(BlockStep):
             widths = {name: features(linear)[1] for name, linear in block.linears().items()}
             enough = sum(hidden.shape[:-1].numel() for hidden in lane.hidden) / TOKENS_PER_INPUT
             paired = [name for name in names if not name.startswith(experts) and widths[name] <= enough]
-            visitor.reference = reference.inputs_of(block_of(reference, block), lane, paired)
-        stream.walk(block, stream.lanes["calibration"], names, visitor.visit)
+            references = reference.inputs_of(block_of(reference, block), lane, paired)
+        stream.walk(block, stream.lanes["calibration"], names, with_stats(visitor.decide, references))
         for name in names:
             if name not in visitor.done:
                 record.note(name, "no calibration token reached it: decided without statistics")
@@ -297,23 +300,11 @@ class LinearStep(BlockStep):
 
 
 class _Visitor:
-    """Gathers the statistics of each Linear that a walk halts at, and has the step decide on it."""
+    """Has the step decide on each Linear that a walk halts at, and puts the result in place."""
 
     def __init__(self, step: LinearStep, stream: BlockStream, record: StepRecord) -> None:
         self.step, self.stream, self.record = step, stream, record
-        self.reference: dict[str, list[Tensor]] = {}
         self.done: set[str] = set()
-        self._inputs: list[Tensor] = []
-        self._stats: InputStats | None = None
-
-    def visit(self, name: str, inputs: list[Tensor]) -> None:
-        from llmslim.calibration.statistics import InputStats, same_memory
-
-        if self._stats is None or not same_memory(inputs, self._inputs):
-            self._stats = None  # free the last one before the next is made
-            self._stats, self._inputs = InputStats.of(inputs, self.reference.get(name, ())), inputs
-        self.reference.pop(name, None)
-        self.decide(name, self._stats)
 
     def decide(self, name: str, stats: InputStats | None) -> None:
         model = self.stream.model

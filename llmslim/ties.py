@@ -93,18 +93,19 @@ def replace_table(
     if tied_head is not None:
         tied.add(tied_head)
     source = table_of(table)
-    _put(model, module, source)
+    put(model, module, source)
     names = [name for name, _ in source.named_parameters()]
     for name in sorted(tied):
         other = model.get_submodule(name)
         target = table_of(other) if isinstance(other, nn.Embedding) else head_of(other)
-        _put(model, name, target)
+        put(model, name, target)
         for leaf in names:
             setattr(target, leaf, getattr(source, leaf))
         _tell(model, [f"{name}.weight"], {f"{name}.{leaf}": f"{module}.{leaf}" for leaf in names})
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at the dotted `name`."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 

@@ -86,12 +86,16 @@ def root_of(stats: InputStats, damp_percent: float = 1e-5) -> Tensor:
         damp_percent: damping as a share of the mean diagonal; raised tenfold until the factorization succeeds.
     """
     key = ("root", damp_percent)
-    while key not in stats.derived:
-        lower = damped_cholesky(stats.hessian.clone(), damp_percent * stats.hessian.diagonal().mean())
-        if lower is not None:
-            stats.derived[key] = lower
-        damp_percent *= 10
+    if key not in stats.derived:
+        stats.derived[key] = rising_cholesky(stats.hessian, damp_percent * stats.hessian.diagonal().mean())[0]
     return cast(Tensor, stats.derived[key])
+
+
+def rising_cholesky(hessian: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower factor of H + `ridge` I, and the ridge, raised tenfold until there is one; for finite H > 0."""
+    while (lower := damped_cholesky(hessian.clone(), ridge)) is None:
+        ridge = ridge * 10
+    return lower, ridge
 
 
 def factor_of(stats: InputStats, damp_percent: float, act_order: bool) -> Factor:

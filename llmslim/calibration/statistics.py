@@ -75,17 +75,24 @@ class InputStats:
         return self
 
 
-def with_stats(decide: Callable[[str, InputStats], None]) -> Callable[[str, list[Tensor]], None]:
+def with_stats(
+    decide: Callable[[str, InputStats], None], references: dict[str, list[Tensor]] | None = None
+) -> Callable[[str, list[Tensor]], None]:
     """What `BlockStream.walk` may visit Linears with, to have the statistics of their inputs decided on.
 
     Those of inputs that several Linears read are gathered once; no two are in memory at a time.
+
+    Args:
+        references: by Linear, its inputs in the uncompressed model, the first chunks; each freed when it is used.
     """
+    waiting = {} if references is None else references
     last: list[tuple[list[Tensor], InputStats]] = []
 
     def visit(name: str, inputs: list[Tensor]) -> None:
         if not last or not same_memory(inputs, last[0][0]):
             last.clear()  # free the last statistics before the next are made
-            last.append((inputs, InputStats.of(inputs)))
+            last.append((inputs, InputStats.of(inputs, waiting.get(name, ()))))
+        waiting.pop(name, None)
         decide(name, last[0][1])
 
     return visit

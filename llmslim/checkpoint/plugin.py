@@ -130,9 +130,9 @@ class LlmslimQuantizer(HfQuantizer):
         waiting = [
             (name, module) for name, module in model.named_modules() if isinstance(module, StoredWeight)
         ]
+        shared = shared_modules(model)
         for name, stored in waiting:
-            shares = counterpart(name, shared_modules(model)) is not None
-            module = stored.empty() if shares else stored.decode(name, self._form)
+            module = stored.empty() if counterpart(name, shared) else stored.decode(name, self._form)
             if hasattr(stored, "_hf_hook"):  # placed on a device by accelerate
                 from accelerate.hooks import add_hook_to_module
 

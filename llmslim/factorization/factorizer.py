@@ -58,9 +58,8 @@ class Factorizer(LinearStep):
 
     @model_validator(mode="after")
     def _one_amount(self) -> Factorizer:
-        default = (
-            type(self).model_fields["ratio"].default
-        )  # by value: a recipe that a report tells has all fields
+        # by value, since a recipe that a report tells has all fields
+        default = type(self).model_fields["ratio"].default
         said = ["ratio"] if self.ratio != default else []
         said += [name for name in ("rank", "energy") if getattr(self, name) is not None]
         if len(said) > 1:

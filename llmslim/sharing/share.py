@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block
 from llmslim.anatomy.match import nearest
-from llmslim.calibration.factor import damped_cholesky, root_of
+from llmslim.calibration.factor import rising_cholesky, root_of
 from llmslim.calibration.statistics import (
     InputStats,
     check_finite,
@@ -72,9 +72,9 @@ class Sums:
         mean = self.weight.double() / self.count
         if not self.heard:
             return mean.float(), 0.0
-        ridge = damping * self.hessian.diagonal().mean().double()
-        while (lower := damped_cholesky(self.hessian.double(), ridge)) is None:
-            ridge = ridge * 10
+        lower, ridge = rising_cholesky(
+            self.hessian.double(), damping * self.hessian.diagonal().mean().double()
+        )
         fitted = torch.cholesky_solve((self.product + ridge * mean).T, lower).T
         # sum_i s_i tr (W - W_i) H_i (W - W_i)^T, and s_i tr W_i H_i W_i^T = 1
         error = (
