@@ -10,6 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,6 +167,23 @@ def _child(how: str, job: dict[str, Any]) -> None:
         logits[name] = logits_of(model).clone()
     assert ("llmslim" in sys.modules) == (how != "transformers")
     save_file(logits, job["result"])
+
+
+@contextmanager
+def killed_at_training_step(step: int, monkeypatch: Any) -> Iterator[None]:
+    """Training that runs inside is interrupted behind that optimizer step, and must be."""
+    import pytest
+
+    from llmslim.training import loop
+
+    def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Watch, "on_step_end", die)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def outlook(family: str, **overrides: Any) -> Any:

@@ -23,6 +23,7 @@ from llmslim.recipe import Calibration, Recipe
 from llmslim.training import losses
 from llmslim.training.forward import sampled
 from tests import reference
+from tests.checkpoints import killed_at_training_step
 from tests.test_recovery import tensors, whole
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -301,22 +302,14 @@ def test_the_student_does_not_drop_out(
 def test_a_killed_run_goes_on_to_the_same_bytes(
     name: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmslim.training import loop
-
     torch.set_num_threads(1)
     update = {"teacher": str(folders["llama"]), "save_steps": 4, "validation": 0.25}
     steps = [STEPS[name].model_copy(update=update)]
     student = str(folders["llama student"])
     compress(student, steps, tmp_path / "unbroken", **QUICK)
 
-    def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop._Watch, "on_step_end", die)
-        with pytest.raises(KeyboardInterrupt):
-            compress(student, steps, tmp_path / "killed", **QUICK)
+    with killed_at_training_step(6, monkeypatch):
+        compress(student, steps, tmp_path / "killed", **QUICK)
     compress(student, steps, tmp_path / "killed", **QUICK)
     weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("unbroken", "killed")]
     assert weights[0] == weights[1]

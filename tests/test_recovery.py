@@ -21,6 +21,7 @@ from llmslim.recovery.full import Full
 from llmslim.recovery.lora import LoRA
 from llmslim.recovery.scales import ScaledLinear, Scales
 from llmslim.training.losses import divergence, next_token
+from tests.checkpoints import killed_at_training_step
 from tests.tiny import save_tiny
 
 pytestmark = pytest.mark.usefixtures("verified_here")
@@ -144,8 +145,6 @@ def test_lora_over_packed_weights_stays_packed(folders: dict[str, Path], tmp_pat
 def test_a_killed_run_goes_on_to_the_same_bytes(
     step: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmslim.training import loop
-
     torch.set_num_threads(1)
     fields: dict[str, Any] = {**FAST, "save_steps": 4, "validation": 0.25}
     steps = (
@@ -155,14 +154,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     )
     compress(str(folders["llama"]), steps, tmp_path / "unbroken", **QUICK)
 
-    def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop._Watch, "on_step_end", die)
-        with pytest.raises(KeyboardInterrupt):
-            compress(str(folders["llama"]), steps, tmp_path / "killed", **QUICK)
+    with killed_at_training_step(6, monkeypatch):
+        compress(str(folders["llama"]), steps, tmp_path / "killed", **QUICK)
     result = compress(str(folders["llama"]), steps, tmp_path / "killed", **QUICK)
     assert result.report["run"]["resumed"]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("unbroken", "killed")]
