@@ -116,6 +116,33 @@ def by_bytes(result: Result) -> str:
     return table([*headings, "peak MB"], listed)
 
 
+def recovery(result: Result) -> str:
+    """A line per row: what training took, and how much of the perplexity that was lost it won back."""
+    found = {row["name"]: row["quality"]["perplexity"] for row in result["rows"]}
+    base = found.get("base", float("nan"))
+    listed = []
+    for row in result["rows"]:
+        if row["name"] == "base":
+            listed.append(["float32", "", "", f"{base:.2f}", "", "", ""])
+            continue
+        perplexity = row["quality"]["perplexity"]
+        before = found.get(f"{row['name'].split('/')[0]}/untrained", float("nan"))
+        gone = f"{100 * (before - perplexity) / (before - base):.0f} %" if "minutes" in row else ""
+        listed.append(
+            [
+                row["name"],
+                f"{row['size']['bytes_on_disk'] / 1e6:.1f}",
+                f"{row['minutes']:g}" if "minutes" in row else "",
+                f"{perplexity:.2f}",
+                gone,
+                f"{row['cpu_seconds']['steps']:.0f}",
+                f"{row['peak_memory_mb']['process']:.0f}",
+            ]
+        )
+    headings = ["what / training", "MB on disk", "minutes", "WikiText-2 perplexity", "of the increase gone"]
+    return table([*headings, "CPU s", "peak MB"], listed)
+
+
 def pruning(result: Result) -> str:
     return f"{by_share(result)}\n\n![perplexity against what is removed](evals/results/pruning.svg)"
 
@@ -226,6 +253,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
         "Blocks that share weights, SmolLM2-135M, 32 x 512 calibration tokens, nothing trained",
         by_bytes,
     ),
+    "recovery": ("Training after compression, SmolLM2-135M, text of WikiText-2 valid", recovery),
     "recipes": ("The recipes in configs/, SmolLM2-135M, 32 x 512 calibration tokens of WikiText-2", by_bytes),
     "speed": ("Speed at batch 1: median of the rounds (smallest-largest), ratio to the dense model", speed),
     "speed_pruned": ("Speed with about 30% of the blocks' parameters removed, batch 1, as above", speed),

@@ -29,7 +29,16 @@ def parser(docstring: str, name: str) -> ArgumentParser:
 
 def run(options: Namespace, variants: dict[str, Steps], render: Callable[[dict[str, Any]], str]) -> None:
     """Measure the chosen variants that the results file has not with the same options; print the tables."""
-    order = list(variants)
+    each(options, list(variants), lambda name, options: measure(name, variants[name], options), render)
+
+
+def each(
+    options: Namespace,
+    order: list[str],
+    measure: Callable[[str, Namespace], dict[str, Any]],
+    render: Callable[[dict[str, Any]], str],
+) -> None:
+    """`run` for rows that are measured in another way."""
     chosen = [name for name in order if any(fnmatch(name, pattern) for pattern in options.variants)]
     if options.list or not chosen:
         sys.exit("\n".join(order))
@@ -37,15 +46,19 @@ def run(options: Namespace, variants: dict[str, Steps], render: Callable[[dict[s
     done = {row["name"] for row in result["rows"] if row["options"] == settings(options)}
     for name in chosen:
         if options.again or name not in done:
-            record.put(result, measure(name, variants[name], options), options.output)
+            record.put(result, measure(name, options), options.output)
     result["rows"].sort(key=lambda row: order.index(row["name"]) if row["name"] in order else len(order))
     record.write(result, options.output)
     print(render(result))
 
 
-def measure(name: str, steps: Steps, options: Namespace) -> dict[str, Any]:
-    """Run one variant and judge it; without steps the model is judged as it is."""
-    folder = options.work / name.replace("/", "-").replace("%", "").replace(":", "-")
+def measure(name: str, steps: Steps, options: Namespace, keep: Path | None = None) -> dict[str, Any]:
+    """Run one variant and judge it; without steps the model is judged as it is.
+
+    Args:
+        keep: where its checkpoint is to stay; removed when not given.
+    """
+    folder = keep or options.work / name.replace("/", "-").replace("%", "").replace(":", "-")
     prefix = f"{Path(options.data).absolute()}/" if options.data else ""
     text = f"{prefix}Salesforce/wikitext:wikitext-2-raw-v1"
     if not steps:
@@ -69,7 +82,8 @@ def measure(name: str, steps: Steps, options: Namespace) -> dict[str, Any]:
     path.write_text(json.dumps(recipe))  # JSON is YAML
     report, cost = record.quantized(record.llmslim("compress", options.model, str(path)), folder)
     quality = judge(str(folder), f"{text}:test", options)
-    shutil.rmtree(folder)
+    if keep is None:
+        shutil.rmtree(folder)
     path.unlink()
     return {
         "name": name,

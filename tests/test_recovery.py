@@ -76,6 +76,12 @@ def test_gradients_of_scales_are_those_of_autograd(symmetric: bool, group: Any) 
     wanted = torch.autograd.grad((x @ quantized.dequantize().T).sin().sum(), [x, quantized.scale])
     found = torch.autograd.grad(scaled(x).sin().sum(), [x, scaled.scale])
     torch.testing.assert_close(found, wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = scaled(x)
+    assert y.dtype == torch.bfloat16
+    rough = torch.autograd.grad(y.float().sin().sum(), scaled.scale)[0]
+    assert rough.dtype == torch.float32 and not torch.equal(rough, found[1])
+    assert torch.nn.functional.cosine_similarity(rough.flatten(), found[1].flatten(), dim=0) > 0.99
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "bert"])

@@ -91,7 +91,9 @@ class ScaledLinear(nn.Module):
         return self.packed.weight  # type: ignore[return-value]  # models look at its type
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _Product.apply(x, self.scale, self.centred)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        y = _Product.apply(x.to(dtype), self.scale, self.centred)
         return y if self.packed.bias is None else y + self.packed.bias
 
     def rounded(self) -> Tensor:
@@ -107,19 +109,19 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, centred: Tensor) -> Tensor:
         ctx.save_for_backward(x, scale, centred)
-        return x @ _weight(centred, scale).T
+        return x @ _weight(centred, scale, x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         x, scale, centred = ctx.saved_tensors
         rows, groups = scale.shape
         by_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
-        by_scale = by_weight.mul_(centred).view(rows, -1, groups, centred.shape[1] // groups).sum((1, 3))
-        return grad @ _weight(centred, scale), by_scale, None
+        by_code = by_weight.float().mul_(centred).view(rows, -1, groups, centred.shape[1] // groups)
+        return grad @ _weight(centred, scale, x.dtype), by_code.sum((1, 3)), None
 
 
-def _weight(centred: Tensor, scale: Tensor) -> Tensor:
-    """float32 [out, in] of integers [out, in] and scales [rows, groups]."""
+def _weight(centred: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """[out, in] of integers [out, in] and scales float32 [rows, groups]."""
     rows, groups = scale.shape
     parts = centred.view(rows, -1, groups, centred.shape[1] // groups)
-    return (parts * scale[:, None, :, None]).view(centred.shape)
+    return (parts * scale[:, None, :, None]).to(dtype).view(centred.shape)

@@ -41,6 +41,8 @@ class Schedule:
     validation: float
     max_minutes: float | None
     seed: int
+    dtype: torch.dtype
+    """What products are computed in (autocast); weights and their updates are float32."""
 
 
 class Trainee(nn.Module):
@@ -139,6 +141,8 @@ def _arguments(
         disable_tqdm=True,
         report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
         use_cpu=device.type == "cpu",
+        bf16=schedule.dtype == torch.bfloat16,
+        fp16=schedule.dtype == torch.float16,
         **when,  # type: ignore[arg-type]
     )
 
@@ -168,7 +172,7 @@ class _Trainer(Trainer):
         return (value, {}) if return_outputs else value
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():  # Trainer's own looks for labels
+        with torch.no_grad(), self.compute_loss_context_manager():  # Trainer's own looks for labels
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

@@ -50,8 +50,10 @@ def divergence(
 def _divergence(
     student: Tensor, teacher: Tensor, temperature: float, kind: Divergence, beta: float
 ) -> Tensor:
-    q = F.log_softmax(student.float() / temperature, -1)
-    p = F.log_softmax(teacher.float() / temperature, -1)
+    student, teacher = student.float(), teacher.float()
+    if temperature != 1:  # a division is as long as the softmax
+        student, teacher = student / temperature, teacher / temperature
+    q, p = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
     if kind == "forward":
         return _kl(p, q)
     if kind == "reverse":

@@ -112,9 +112,9 @@ class TrainStep(BlockStep):
         fields = {
             name: getattr(self, name)
             for name in Schedule.__dataclass_fields__
-            if name not in ("name", "seed")
+            if name not in ("name", "seed", "dtype")
         }
-        schedule = Schedule(name=self.kind, seed=look.seed, **fields)
+        schedule = Schedule(name=self.kind, seed=look.seed, dtype=look.options.dtype, **fields)
         with self.training(model) as (trained, finish):
             loss, beside = self.criterion(model, teacher, look.tokens)
             train(

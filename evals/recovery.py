@@ -1,0 +1,81 @@
+"""What training wins back of SmolLM2-135M, after quantization, pruning and sharing, in a number of minutes.
+
+    python evals/recovery.py [--variants '3-bit/*']    --list names the variants
+
+Compressed on 32 x 512 tokens of WikiText-2 valid; trained on up to 448 windows of 512 tokens of the same split, as
+many as the minutes allow, on --threads cores. See variants.py for how a variant is judged. A row is what was
+compressed / how it was trained; `untrained` is where its training began.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import record
+import render
+import variants
+from variants import Steps
+
+WINDOWS = 448  # to train on
+QAT = {"bits": 2, "group_size": 64, "symmetric": False}
+STARTS: dict[str, Steps] = {
+    "3-bit": [{"gptq": {"bits": 3, "group_size": 64, "symmetric": False}}],
+    "pruned-20%": [{"mlp": {"ratio": round(0.2 / 0.75, 4), "multiple_of": 1}}],
+    "shared-half": [{"share": {"unique_blocks": 15}}],
+    "shared-half+deltas": [{"share": {"unique_blocks": 15, "delta_rank": 64}}],
+    "2-bit-gptq": [{"gptq": QAT}],
+    "2-bit-qat": [{"qat": QAT}],
+}
+SCALES: dict[str, Any] = {"lr": 1e-3, "batch_size": 1}
+FULL: dict[str, Any] = {"lr": 1e-4, "batch_size": 2}
+TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> name -> minutes, step
+    "3-bit": {
+        "scales": (18, {"scales": SCALES}),
+        "scales-next-token": (18, {"scales": {**SCALES, "objective": "next_token"}}),
+    },
+    "pruned-20%": {
+        "distill": (15, {"response": FULL}),
+        "next-token": (15, {"full": {**FULL, "objective": "next_token"}}),
+    },
+    "shared-half": {"distill": (15, {"response": FULL})},
+    "shared-half+deltas": {"distill": (15, {"response": FULL})},
+    "2-bit-gptq": {},
+    "2-bit-qat": {"scales": (15, {"scales": SCALES})},
+}
+
+
+def names() -> list[str]:
+    return ["base", *(f"{start}/{name}" for start in STARTS for name in ("untrained", *TRAININGS[start]))]
+
+
+def measure(name: str, options: Namespace) -> dict[str, Any]:
+    """One row; the start is made when it is not in the work folder, and stays there."""
+    if name == "base":
+        return variants.measure(name, [], options)
+    start, _, training = name.partition("/")
+    folder = options.work / start.replace("%", "")
+    if training == "untrained":
+        return variants.measure(name, STARTS[start], options, keep=folder)
+    if not folder.is_dir():
+        variants.measure(name, STARTS[start], options, keep=folder)
+    minutes, step = TRAININGS[start][training]
+    kind, fields = next(iter(step.items()))
+    steps = [{kind: {**fields, "teacher": options.model, "max_minutes": minutes, "epochs": 1000}}]
+    trained = Namespace(**{**vars(options), "model": str(folder), "num_samples": WINDOWS})
+    if fields.get("objective") == "next_token":
+        del steps[0][kind]["teacher"]
+    return {
+        **variants.measure(name, steps, trained),
+        "options": variants.settings(options),
+        "minutes": minutes,
+    }
+
+
+def main() -> None:
+    options = record.parse(variants.parser(__doc__ or "", "recovery"))
+    variants.each(options, names(), measure, render.recovery)
+
+
+if __name__ == "__main__":
+    main()
