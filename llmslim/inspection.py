@@ -8,6 +8,7 @@ from llmslim.anatomy.inspect import summary
 from llmslim.checkpoint.reader import plain_config, read_edits
 from llmslim.edit import replay
 from llmslim.loaders.models import find, skeleton
+from llmslim.work import silent
 
 if TYPE_CHECKING:
     from llmslim.recipe import Calibration
@@ -48,7 +49,7 @@ def sensitivity(
     seed: int = 0,
     revision: str | None = None,
     device: str | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """What each head, group of channels and block is worth, on a text; reads the weights block by block.
 

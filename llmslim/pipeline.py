@@ -31,7 +31,7 @@ from llmslim.report import write_report
 from llmslim.step import BlockStep, Step, StepRecord
 from llmslim.survey import run_survey
 from llmslim.teacher import check_training
-from llmslim.work import Progress, WorkFolder
+from llmslim.work import Progress, WorkFolder, silent
 
 
 @dataclass
@@ -50,7 +50,7 @@ def compress(
     revision: str | None = None,
     overwrite: bool = False,
     device: str | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
     on_plan: Any = lambda plan: None,
     **fields: Any,
 ) -> Result:

@@ -30,6 +30,7 @@ class Bars:
             progress.TimeElapsedColumn(),
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[note]}"),
             console=Console(file=file or sys.stderr),
         )
         self._tasks: dict[str, TaskID] = {}
@@ -41,10 +42,10 @@ class Bars:
     def __exit__(self, *error: object) -> None:
         self._bars.stop()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
         if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total)
-        self._bars.update(self._tasks[what], completed=done, total=total)
+            self._tasks[what] = self._bars.add_task(what, total=total, note=note)
+        self._bars.update(self._tasks[what], completed=done, total=total, note=note)
 
 
 class Lines:
@@ -65,7 +66,7 @@ class Lines:
     ) -> None:
         pass
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
         now = self._clock()
         start, first = self._begun.setdefault(what, (now, done))
         if now - self._last < EVERY:
@@ -74,7 +75,8 @@ class Lines:
         left = ""
         if first < done < total:
             left = f", {duration((now - start) / (done - first) * (total - done))} left"
-        print(f"{what}: {done}/{total}{left}", file=self._file, flush=True)
+        told = f", {note}" if note else ""
+        print(f"{what}: {done}/{total}{left}{told}", file=self._file, flush=True)
 
 
 def progress_for(file: TextIO | None = None) -> Bars | Lines:

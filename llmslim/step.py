@@ -24,6 +24,7 @@ from llmslim.experts import UnfuseExperts
 from llmslim.ties import counterpart, shared_modules
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from llmslim.calibration.statistics import InputStats
@@ -128,10 +129,12 @@ class Survey(Protocol):
         anatomy: of a skeleton on meta.
         tokens: calibration windows, int64 [windows, seq].
         seed: of the run.
+        dtype: what the run computes in.
     """
 
     anatomy: Anatomy
     seed: int
+    dtype: torch.dtype
 
     @property
     def tokens(self) -> Tensor: ...
@@ -156,7 +159,7 @@ class Survey(Protocol):
     def scratch(self) -> Path:
         """A folder of this step's own in the run's work folder, for what a resumed run finds again."""
 
-    def progress(self, what: str, done: int, total: int) -> None:
+    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """Tell how far some work is."""
 
 

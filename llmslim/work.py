@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmslim.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Progress = Callable[[str, int, int], None]
-"""progress(what is being done, steps done, steps in all)"""
+
+class Progress(Protocol):
+    """Called as work goes on: what is being done, steps done, steps in all, and what else there is to tell."""
+
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
+
+
+def silent(what: str, done: int, total: int, note: str = "") -> None:
+    """A `Progress` that tells nobody."""
 
 
 def duration(seconds: float) -> str:

@@ -33,13 +33,24 @@ def test_a_resumed_run_counts_only_what_it_does_itself() -> None:
     assert out.getvalue() == "gptq: 25/30, 10 s left\n"
 
 
+def test_what_else_there_is_to_tell_stands_at_the_end() -> None:
+    now, out = [0.0], io.StringIO()
+    lines = Lines(out, clock=lambda: now[0])
+    lines("scales", 1, 30, "loss 0.5")
+    now[0] = 10.0
+    lines("scales", 2, 30, "loss 0.4")
+    assert out.getvalue() == "scales: 2/30, 4 min 40 s left, loss 0.4\n"
+
+
 def test_bars_count_each_kind_of_work() -> None:
     out = io.StringIO()
     with Bars(out) as bars:
+        bars("scales", 1, 30, "loss 0.5")
         bars("gptq", 1, 30)
         bars("gptq", 30, 30)
         bars("evaluate", 2, 4)
     assert "30/30" in out.getvalue() and "2/4" in out.getvalue()
+    assert "loss 0.5" in out.getvalue()
 
 
 def test_a_terminal_gets_bars() -> None:

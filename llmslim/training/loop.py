@@ -21,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from llmslim.errors import UserError
+from llmslim.memory import resident_bytes
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
 """loss(model, tokens int64 [batch, seq]) -> scalar; it runs the model itself."""
@@ -72,7 +73,7 @@ def train(
     schedule: Schedule,
     scratch: Path,
     log: Path,
-    progress: Callable[[int, int], None],
+    progress: Callable[[int, int, str], None],
     dropout: bool = True,
 ) -> None:
     """Train some parameters of a model in place; goes on at the last checkpoint in `scratch`.
@@ -169,6 +170,7 @@ class _Trainer(Trainer):
         value = self.loss(unwrapped.__dict__["model"], inputs["input_ids"])
         if not torch.isfinite(value):
             self.watch.refuse("loss", self.state.global_step)
+        self.watch.loss = value.detach()
         return (value, {}) if return_outputs else value
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -193,7 +195,7 @@ class _Watch(TrainerCallback):
         tokens: int,
         scratch: Path,
         log: Path,
-        progress: Callable[[int, int], None],
+        progress: Callable[[int, int, str], None],
     ) -> None:
         self.schedule, self.steps, self.tokens, self.log, self.progress = (
             schedule,
@@ -205,6 +207,7 @@ class _Watch(TrainerCallback):
         self._place, self._clock = scratch.name, scratch / "elapsed.json"
         self._before = json.loads(self._clock.read_text()) if self._clock.exists() else 0.0
         self._begun, self._first = time.monotonic(), 0
+        self.loss = torch.tensor(float("nan"))  # the last one
 
     @property
     def elapsed(self) -> float:
@@ -235,7 +238,10 @@ class _Watch(TrainerCallback):
                 self.refuse("gradient", state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress(state.global_step, self.steps)
+        pace, left = self._pace(state.global_step)
+        total = self.steps if self.schedule.max_minutes is None else round(state.global_step + left * pace)
+        told = f"loss {self.loss:.4g}, {pace * self.tokens:.0f} tokens/s, {resident_bytes() / 1e6:,.0f} MB"
+        self.progress(state.global_step, total, told)
         limit = self.schedule.max_minutes
         if limit is not None and self.elapsed > 60 * limit:
             control.should_training_stop = True
@@ -243,16 +249,20 @@ class _Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._clock.write_text(json.dumps(self.elapsed))
 
+    def _pace(self, step: int) -> tuple[float, float]:
+        """Steps per second in this run, at least one of which is done, and the seconds that are left."""
+        pace = (step - self._first) / max(time.monotonic() - self._begun, 1e-9)
+        left = (self.steps - step) / pace
+        if self.schedule.max_minutes is not None:
+            left = min(left, 60 * self.schedule.max_minutes - self.elapsed)
+        return pace, max(left, 0.0)
+
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The trainer's history, which its checkpoints keep, is the log: a resumed run repeats no line."""
-        made = state.global_step - self._first
-        if made and state.log_history:
-            pace = made / max(time.monotonic() - self._begun, 1e-9)
-            left = (self.steps - state.global_step) / pace
-            if self.schedule.max_minutes is not None:
-                left = min(left, 60 * self.schedule.max_minutes - self.elapsed)
-            told = {"tokens_per_second": round(pace * self.tokens, 1), "seconds_left": round(max(left, 0), 1)}
-            state.log_history[-1].update(told)
+        if state.global_step > self._first and state.log_history:
+            pace, left = self._pace(state.global_step)
+            told = {"tokens_per_second": round(pace * self.tokens, 1), "seconds_left": round(left, 1)}
+            state.log_history[-1].update(told, memory_mb=round(resident_bytes() / 1e6))
         kept = self.log.read_text().splitlines() if self.log.exists() else []
         others = [line for line in kept if json.loads(line)["pass"] != self._place]
         own = [

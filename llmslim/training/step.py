@@ -114,13 +114,13 @@ class TrainStep(BlockStep):
             for name in Schedule.__dataclass_fields__
             if name not in ("name", "seed", "dtype")
         }
-        schedule = Schedule(name=self.kind, seed=look.seed, dtype=look.options.dtype, **fields)
+        schedule = Schedule(name=self.kind, seed=look.seed, dtype=look.dtype, **fields)
         with self.training(model) as (trained, finish):
             loss, beside = self.criterion(model, teacher, look.tokens)
             train(
                 model, [*trained, *beside], look.tokens, loss, schedule, look.scratch,
                 look.scratch.parent / "training.jsonl",
-                lambda done, total: look.progress(self.kind, done, total), self.dropout_trains,
+                lambda done, total, note: look.progress(self.kind, done, total, note), self.dropout_trains,
             )  # fmt: skip
             with torch.no_grad():
                 return {name: tensor.detach().cpu().clone() for name, tensor in finish().items()}
