@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 import transformers
@@ -23,7 +22,7 @@ def classifier_class(config: transformers.PreTrainedConfig) -> type[transformers
             f"transformers has no class of {config.model_type!r} that classifies a text: use a family that "
             "AutoModelForSequenceClassification knows, encoder or decoder."
         )
-    return mapping[type(config)]
+    return cast(type[transformers.PreTrainedModel], mapping[type(config)])
 
 
 def classifies(config: transformers.PreTrainedConfig, task: Task) -> bool:
@@ -78,23 +77,3 @@ def headed_config(files: ModelFiles, task: Task) -> transformers.PreTrainedConfi
     config.problem_type = "single_label_classification" if task.labels else "regression"
     config.pad_token_id = pad_token(config, files.tokenizer())  # decoders find the last token of a text by it
     return config
-
-
-def save_headed(files: ModelFiles, config: transformers.PreTrainedConfig, seed: int, folder: Path) -> None:
-    """Write the model with a fresh head as a plain checkpoint; the same seed gives the same head.
-
-    Args:
-        config: of `headed_config`.
-    """
-    files.weights  # noqa: B018  refuses folders without safetensors
-    cls: Any = getattr(transformers, config.architectures[0])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = cls.from_pretrained(
-            files.folder, config=config, dtype=files.dtype, ignore_mismatched_sizes=True
-        )
-    model.save_pretrained(folder)
-    tokenizer = files.tokenizer()
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
-    tokenizer.save_pretrained(folder)
