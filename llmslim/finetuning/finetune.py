@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,10 @@ class Finetune(InsideFields, WholeStep):
     epochs: float = Field(3.0, gt=0, description="passes over the training sentences")
     batch_size: int = Field(32, ge=1, description="sentences per optimizer step")
     weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of matrix products in training; bfloat16 saves time where the machine is fast at it",
+    )
     save_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints to resume from")
     validation: float = Field(
         0.0, ge=0, lt=1, description="share of the sentences held out; what does best on it is kept"
@@ -125,12 +129,17 @@ class Finetune(InsideFields, WholeStep):
 
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            output, found = observe(model, inputs, learn.inside.modules[0] if learn else ())
+            with self.autocast(batch["labels"].device):
+                output, found = observe(model, inputs, learn.inside.modules[0] if learn else ())
             logits = output.logits[:, columns].float()
             value = self._labels(logits, batch["labels"])
             return value if learn is None else learn(value, logits, found, inputs)
 
         return loss, list(learn.inside.projections.parameters()) if learn else []
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """What forwards run in."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def _labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of logits [batch, labels]."""
@@ -161,7 +170,7 @@ class _Teacher:
         from llmslim.training.losses import divergence
 
         step = self.step
-        with torch.no_grad():
+        with torch.no_grad(), step.autocast(logits.device):
             output, wanted = observe(self.model, self._inputs(inputs), self.inside.modules[1])
         target = output.logits[:, self.columns].float()
         classes = bool(step.task.labels)
