@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
@@ -139,10 +140,12 @@ class Survey(Protocol):
         anatomy: of a skeleton on meta.
         tokens: calibration windows, int64 [windows, seq].
         seed: of the run.
+        dtype: what the run computes in.
     """
 
     anatomy: Anatomy
     seed: int
+    dtype: torch.dtype
 
     @property
     def tokens(self) -> Tensor: ...

@@ -29,7 +29,7 @@ class Look:
         self, files: ModelFiles, options: PassOptions, progress: Progress, scratch: Path = Path()
     ) -> None:
         self.files, self.options, self.scratch, self.progress = files, options, scratch, progress
-        self.seed = options.seed
+        self.seed, self.dtype = options.seed, options.dtype
         self.reader = CheckpointReader(files)
         self.anatomy = Anatomy.of(self.reader.model_skeleton())
 

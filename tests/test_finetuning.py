@@ -210,7 +210,10 @@ def test_a_fitting_head_is_kept(teacher: Path, data: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
-        ("bert", {"glue": "sst"}, "glue = 'sst': Unknown GLUE task 'sst', did you mean 'sst2'"),
+        ("bert", {"glue": "sst"}, "Unknown GLUE task 'sst', did you mean 'sst2'"),
+        ("bert", {"glue": ""}, "Which task should it learn"),
+        ("bert", {"glue": "rte"}, "No GLUE data for rte"),
+        ("bert", {"data": "nowhere"}, "No GLUE data for sst2: there is no folder"),
         ("bert", {"alpha": 0.9}, "alpha is about learning from a teacher, and none is given"),
         ("bert", {"teacher": "bert"}, "The teacher .* cannot be scored|distilled from itself"),
         ("bert", {"teacher": "llama"}, "classification head of 2 labels, and LlamaForCausalLM has none"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -183,6 +184,8 @@ def evaluate_glue(
         raise UserError("Which GLUE tasks? Name one or more, such as --glue sst2,mrpc.")
     if subset is not None and subset < 1:
         raise UserError(f"subset {subset} is too few: it takes at least 1 example.")
+    if importlib.util.find_spec("sklearn") is None or importlib.util.find_spec("scipy") is None:
+        raise UserError("GLUE's metrics need scikit-learn and scipy: pip install 'llmslim[glue]'.")
     files = find(model, revision)
     for task in chosen:
         require_head(files.config, task, files.spec)

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
 from llmslim.errors import UserError
-from llmslim.loaders.glue import TASKS, Sentences, Task, pad_token, task_of, task_rows
+from llmslim.loaders.glue import TASKS, Sentences, Task, pad_token, require_data, task_of, task_rows
 from llmslim.loaders.heads import classifies, headed_config, inputs_of, label_columns, require_head
 from llmslim.training.inside import InsideFields
 from llmslim.training.whole import WholeStep
@@ -43,7 +43,7 @@ class Finetune(InsideFields, WholeStep):
     kind: ClassVar[str] = "finetune"
     verb: ClassVar[str] = "finetune"
 
-    glue: str = Field(description=f"the task: {', '.join(TASKS)}")
+    glue: str = Field("", description=f"the task: {', '.join(TASKS)}")
     data: str = Field("", description="holds nyu-mll/glue in the Hub's layout; the Hub when not given")
     max_length: int = Field(128, ge=2, description="tokens that a sentence, or pair, is cut to")
     teacher: str = Field(
@@ -55,22 +55,14 @@ class Finetune(InsideFields, WholeStep):
     epochs: float = Field(3.0, gt=0, description="passes over the training sentences")
     batch_size: int = Field(32, ge=1, description="sentences per optimizer step")
     weight_decay: float = Field(0.01, ge=0, description="of AdamW")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32",
-        description="of matrix products in training; bfloat16 saves time where the machine is fast at it",
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of products in training; auto: bfloat16 where the model is stored so and it is fast",
     )
     save_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints to resume from")
     validation: float = Field(
         0.0, ge=0, lt=1, description="share of the sentences held out; what does best on it is kept"
     )
-
-    @field_validator("glue")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        try:
-            return task_of(name).name
-        except UserError as error:
-            raise ValueError(str(error).rstrip(".")) from error
 
     @model_validator(mode="after")
     def _of_the_teacher(self) -> Self:
@@ -82,7 +74,10 @@ class Finetune(InsideFields, WholeStep):
 
     @property
     def task(self) -> Task:
-        return TASKS[self.glue]
+        """Raises `UserError` for a name that is none."""
+        if not self.glue:
+            raise UserError(f"Which task should it learn? Give --glue with one of {', '.join(TASKS)}.")
+        return task_of(self.glue)
 
     @property
     def needs_calibration(self) -> bool:
@@ -101,6 +96,7 @@ class Finetune(InsideFields, WholeStep):
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
+        require_data(self.task, self.data)
         config = anatomy.model.config
         require_head(config, self.task, "The model of this step")  # a recipe with two tasks
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -119,6 +115,9 @@ class Finetune(InsideFields, WholeStep):
         mixed = [rows[index] for index in order]
         return Sentences(self.task, mixed, tokenizer, inputs_of(model), pad, self.max_length)
 
+    def products(self, look: Survey) -> torch.dtype:
+        return super().products(look) if self.precision == "auto" else getattr(torch, self.precision)
+
     def criterion(
         self, model: PreTrainedModel, teacher: PreTrainedModel | None, data: Any
     ) -> tuple[Loss, list[nn.Parameter]]:
@@ -129,17 +128,12 @@ class Finetune(InsideFields, WholeStep):
 
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            with self.autocast(batch["labels"].device):
-                output, found = observe(model, inputs, learn.inside.modules[0] if learn else ())
+            output, found = observe(model, inputs, learn.inside.modules[0] if learn else ())
             logits = output.logits[:, columns].float()
             value = self._labels(logits, batch["labels"])
             return value if learn is None else learn(value, logits, found, inputs)
 
         return loss, list(learn.inside.projections.parameters()) if learn else []
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """What forwards run in."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def _labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of logits [batch, labels]."""
@@ -170,7 +164,7 @@ class _Teacher:
         from llmslim.training.losses import divergence
 
         step = self.step
-        with torch.no_grad(), step.autocast(logits.device):
+        with torch.no_grad():
             output, wanted = observe(self.model, self._inputs(inputs), self.inside.modules[1])
         target = output.logits[:, self.columns].float()
         classes = bool(step.task.labels)

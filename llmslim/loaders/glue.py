@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,20 +78,31 @@ def task_rows(task: Task, split: str, folder: str = "") -> list[dict[str, Any]]:
     Raises:
         UserError: the data are not there, or have not the columns of the task.
     """
+    rows = list(_records(task, split, folder))
+    wanted = (*task.columns, "label")
+    lacks = [column for column in wanted if not rows or column not in rows[0]]
+    if lacks:
+        there = f"the columns {', '.join(rows[0])}" if rows else "no rows"
+        raise UserError(
+            f"{DATASET}:{task.name}:{split} has {there}, and {task.name} needs {', '.join(wanted)}."
+        )
+    return rows
+
+
+def require_data(task: Task, folder: str = "") -> None:
+    """Refuse data that are not there, without reading them."""
+    _records(task, "train", folder)
+
+
+def _records(task: Task, split: str, folder: str) -> Iterable[dict[str, Any]]:
     name = str(Path(folder).expanduser() / DATASET) if folder else DATASET
     try:
-        rows = list(records(f"{name}:{task.name}:{split}"))
+        return records(f"{name}:{task.name}:{split}")
     except UserError as error:
         raise UserError(
             f"No GLUE data for {task.name}: {str(error).rstrip('.')}. With --data FOLDER they are read from "
             f"FOLDER/{DATASET}."
         ) from error
-    wanted = (*task.columns, "label")
-    lacks = [column for column in wanted if not rows or column not in rows[0]]
-    if lacks:
-        there = f"the columns {', '.join(rows[0])}" if rows else "no rows"
-        raise UserError(f"{name}:{task.name}:{split} has {there}, and {task.name} needs {', '.join(wanted)}.")
-    return rows
 
 
 class Sentences(torch.utils.data.Dataset):

@@ -91,6 +91,10 @@ class TrainStep(BlockStep):
         """What the step trains on: the calibration windows, int64 [windows, seq]."""
         return look.tokens
 
+    def products(self, look: Survey) -> torch.dtype:
+        """The type that matrix products are computed in: the run's; weights and their updates are float32."""
+        return look.dtype
+
     def check_teacher(self, config: PreTrainedConfig, spec: str) -> None:
         """Refuse a teacher, of that spec, that the step cannot learn from; by its config."""
 
@@ -121,7 +125,7 @@ class TrainStep(BlockStep):
             for name in Schedule.__dataclass_fields__
             if name not in ("name", "seed", "dtype")
         }
-        schedule = Schedule(name=self.kind, seed=look.seed, dtype=look.options.dtype, **fields)
+        schedule = Schedule(name=self.kind, seed=look.seed, dtype=self.products(look), **fields)
         data = self.examples(look, model)
         with self.training(model) as (trained, finish):
             loss, beside = self.criterion(model, teacher, data)
