@@ -178,6 +178,39 @@ def pruning_encoder(result: Result) -> str:
     return table([*headings, "CPU s"], rows)
 
 
+def glue(result: Result) -> str:
+    """A row for each kind of model: the metrics of each task, their mean, and how much of the teacher's that is."""
+    tasks = list(dict.fromkeys(row["task"] for row in result["rows"]))
+    kinds: dict[str, dict[str, Result]] = {}
+    for row in result["rows"]:
+        kinds.setdefault(row["kind"], {})[row["task"]] = row
+    whole = kinds.get("teacher", {})
+    listed, names = [], {}
+    for kind, rows in kinds.items():
+        cells = []
+        for task in tasks:
+            metrics = rows[task]["metrics"] if task in rows else {}
+            names |= {task: ", ".join(metrics)} if metrics else {}
+            cells.append(" / ".join(f"{100 * found['value']:.1f}" for found in metrics.values()))
+        both = [task for task in rows if task in whole]
+        kept = sum(rows[t]["score"] for t in both) / sum(whole[t]["score"] for t in both) if both else None
+        sizes = [row["size"]["bytes_on_disk"] / 1e6 for row in rows.values()]
+        seconds = sum(row["cpu_seconds"]["steps"] for row in rows.values())
+        mean = 100 * sum(row["score"] for row in rows.values()) / len(rows)
+        listed.append(
+            [
+                kind,
+                *cells,
+                f"{mean:.1f}",
+                "" if kept is None else f"{100 * kept:.1f} %",
+                f"{sizes[0]:.1f}",
+                f"{seconds:.0f}",
+            ]
+        )
+    headings = ["model", *(f"{task} ({names.get(task, '')})" for task in tasks), "mean", "of the teacher's"]
+    return table([*headings, "MB on disk", "CPU s"], listed)
+
+
 def speed(result: Result) -> str:
     def figure(row: Result, name: str) -> str:
         one = row[name]
@@ -245,6 +278,10 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "peers_gptqmodel": ("The same by GPTQModel, on one core", peers),
     "pruning": ("Pruning SmolLM2-135M, 32 x 512 calibration tokens, nothing trained", pruning),
     "pruning_encoder": ("Pruning MiniLM: sentence embeddings of GLUE, nothing trained", pruning_encoder),
+    "glue": (
+        "MiniLM on GLUE's validation data: teachers, 3-layer students by labels and by the teacher, quantized",
+        glue,
+    ),
     "factorization": (
         "Low-rank factors, SmolLM2-135M, 32 x 512 calibration tokens, nothing trained",
         by_share,

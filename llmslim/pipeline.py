@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 import llmslim
 from llmslim.checkpoint.formats import Format, choose
+from llmslim.checkpoint.head import write_headed
 from llmslim.checkpoint.reader import CheckpointReader, plain_config, read_edits
 from llmslim.checkpoint.verify import verify_in_fresh_process
 from llmslim.checkpoint.writer import CheckpointWriter
@@ -83,6 +84,8 @@ def compress(
     prepared.plan.require_disk(Path(output))
     work.save()
     return_freed_memory()  # reading and tokenizing the text left holes
+    if prepared.fresh_head:
+        prepared = _with_head(prepared, work)
 
     record, made = run_steps(prepared, work, progress)
     progress("verify", 0, 1)
@@ -92,10 +95,23 @@ def compress(
         failed = next(check for check in verification["checks"] if not check["ok"])
         raise RuntimeError(f"The saved checkpoint in {work.path} is not what was made: {failed['detail']}")
     result = ModelFiles(str(work.path), work.path, made[-1].config, files.base)
-    measured = measure(files, [*made[:-1], result], recipe, options.device, options.dtype, progress, work)
+    measured = measure(
+        prepared.files, [*made[:-1], result], recipe, options.device, options.dtype, progress, work
+    )
     report = {**_report(prepared, work, record, started), "verification": verification, **measured}
     write_report(work.path, report, files)
     return Result(work.publish(), report)
+
+
+def _with_head(prepared: Prepared, work: WorkFolder) -> Prepared:
+    """The run, from the model with a fresh head in the work folder."""
+    folder = work.scratch("start")
+    if not work.state.get("started"):
+        write_headed(prepared.files, prepared.recipe.seed, folder)
+        work.state["started"] = True
+        work.save()
+    files = replace(prepared.files, folder=folder, config=find(str(folder)).config, _weights=None)
+    return replace(prepared, files=files, options=replace(prepared.options, base=files))
 
 
 def run_steps(
@@ -147,7 +163,11 @@ def _report(prepared: Prepared, work: WorkFolder, record: StepRecord, started: f
 
 @dataclass
 class Prepared:
-    """A run that has passed every check, before a weight is read."""
+    """A run that has passed every check, before a weight is read.
+
+    Attributes:
+        fresh_head: whether the config of the files names a head that their weights have not.
+    """
 
     files: ModelFiles
     recipe: Recipe
@@ -155,6 +175,7 @@ class Prepared:
     format: Format
     text: TextSample | None
     plan: Plan
+    fresh_head: bool = False
 
 
 def prepare(
@@ -171,6 +192,9 @@ def prepare(
         UserError: for a model, text, option or format that cannot work.
     """
     files = find(model, revision, metadata_only=plan_only)
+    headed = next((config for step in recipe.steps if (config := step.starts_from(files))), None)
+    if headed is not None:
+        files = replace(files, config=headed)
     place = torch.device(device) if device else default_device()
     stored = files.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     recipe = recipe.model_copy(
@@ -205,7 +229,7 @@ def prepare(
         _check_length(recipe.evaluation.seq_len, files)
     streams = reader.streams if reader else True
     plan = make_plan(files, reader_model, recipe, options, form, outlook, streams, chosen)
-    return Prepared(files, recipe, options, form, text, plan)
+    return Prepared(files, recipe, options, form, text, plan, headed is not None)
 
 
 def _resolved(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
@@ -25,10 +26,11 @@ from llmslim.ties import counterpart, shared_modules
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from llmslim.calibration.statistics import InputStats
     from llmslim.calibration.stream import BlockStream
+    from llmslim.loaders.models import ModelFiles
 
 STEPS: dict[str, type[Step]] = {}
 
@@ -99,6 +101,16 @@ class Step(BaseModel):
         """Whether the step looks at a text."""
         return False
 
+    def starts_from(self, files: ModelFiles) -> PreTrainedConfig | None:
+        """The config of the model that a run with this step must start from, if it is not that of the files.
+
+        Its architecture is that of the files with another head, which the run makes before the first step.
+
+        Raises:
+            UserError: there can be no such model.
+        """
+        return None
+
     def resolve(self, outlook: Outlook) -> tuple[list[Step], str]:
         """The steps that run in this one's place on this model, and what was chosen in words; on meta.
 
@@ -138,6 +150,9 @@ class Survey(Protocol):
 
     @property
     def tokens(self) -> Tensor: ...
+
+    def tokenizer(self) -> Any:
+        """The model's."""
 
     @property
     def mask_token(self) -> int | None:
@@ -367,7 +382,7 @@ def load_steps() -> None:
                 importlib.import_module(f"llmslim.{room}.{module.name}")
 
 
-ROOMS = ("quantization", "pruning", "factorization", "sharing", "recovery", "distillation")
+ROOMS = ("quantization", "pruning", "factorization", "sharing", "recovery", "distillation", "finetuning")
 
 
 def build_step(kind: str, fields: dict[str, Any]) -> Step:

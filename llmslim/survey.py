@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,9 +38,12 @@ class Look:
         assert self.options.tokens is not None, "the step's needs_calibration says that it needs no text"
         return self.options.tokens
 
+    def tokenizer(self) -> Any:
+        return self.files.tokenizer()
+
     @property
     def mask_token(self) -> int | None:
-        return self.files.tokenizer().mask_token_id
+        return self.tokenizer().mask_token_id
 
     def progressed(self, done: int, total: int) -> None:
         self.progress("survey", done, total)

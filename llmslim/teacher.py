@@ -44,7 +44,7 @@ def check_training(steps: Sequence[Step], files: ModelFiles, text: TextSample | 
         if not isinstance(step, TrainStep):
             continue
         windows = len(text.tokens) if text else 0
-        if step.validation and windows < 2:
+        if step.needs_calibration and step.validation and windows < 2:
             raise UserError(f"validation {step.validation} needs 2 windows of text, and there is {windows}.")
         if not step.distills:
             continue
@@ -60,3 +60,4 @@ def check_training(steps: Sequence[Step], files: ModelFiles, text: TextSample | 
                 f"The teacher {teacher.spec} has a vocabulary of {sizes[0]} tokens and {files.spec} one of {sizes[1]}: "
                 "a teacher must have the same tokens."
             )
+        step.check_teacher(teacher.config, teacher.spec)

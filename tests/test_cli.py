@@ -122,6 +122,10 @@ NEEDED: dict[str, dict[str, Any]] = {
     "owl_outlier": {"layer_sparsity": "owl"},
     "sparsity_range": {"layer_sparsity": "owl"},
     "ramp": {"rounds": 2},
+    **{
+        name: {"teacher": "a"}
+        for name in ("temperature", "hidden", "attention", "layer_map", "relation_heads")
+    },
 }
 """Fields that are refused without another one."""
 

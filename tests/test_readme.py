@@ -28,6 +28,7 @@ from llmslim.calibration.statistics import InputStats, output_error
 from llmslim.checkpoint.formats import formats
 from llmslim.quantization.rtn import RTN
 from llmslim.step import STEPS, StepRecord, load_steps
+from tests.glue_data import write_glue
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +58,7 @@ SHORT = {
     "factorize": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
     "share": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed --unique-blocks 2",
     "distill": "--num-samples 4 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
+    "finetune": "--data glue --max-steps 2 --no-evaluate",
     "recover": "--num-samples 4 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
     "compress": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed --plan",
     "evaluate": "--seq-len 32 --windows 2",
@@ -75,6 +77,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder to be in, where README's paths lead where they should; outputs stay from test to test."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "configs").symlink_to(ROOT / "configs")
+    write_glue(folder / "glue", ["sst2"], train=32)
     before = Path.cwd()
     os.chdir(folder)
     yield folder

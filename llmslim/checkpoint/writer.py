@@ -79,7 +79,7 @@ class CheckpointWriter:
             self.folder / "config.json"
         ).exists():  # else an earlier run was killed while it removed the parts
             self._join(parts)
-            _copy_metadata(source.folder, self.folder)
+            copy_metadata(source.folder, self.folder)
             self._write_config(source, [*read_edits(source)[1], *edits])
         for part in parts:
             part.unlink()
@@ -151,7 +151,7 @@ def _shards(parts: list[Path]) -> list[list[Path]]:
     return groups
 
 
-def _copy_metadata(source: Path, folder: Path) -> None:
+def copy_metadata(source: Path, folder: Path) -> None:
     """Copy tokenizer, chat template, generation config, licence; no weights, index, model card or report."""
     if source.resolve() == folder.resolve():
         raise UserError(f"The output {folder} is the folder that the model is read from; give another one.")

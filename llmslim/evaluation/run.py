@@ -52,7 +52,7 @@ def evaluate(
     device = device or default_device()
     files, other = find(model, revision), find(base) if base is not None else None
     require_causal(CheckpointReader(files).model_skeleton())
-    chosen = _dtype(dtype, files, device)
+    chosen = resolve_dtype(dtype, files, device)
     _check_length(files, seq_len)
     tokens = sample(text, files.tokenizer(), windows, seq_len, join=join, builtin_part="test")
     figures: dict[str, Any] = {"model": model, "base": base, "streamed": streamed}
@@ -103,7 +103,8 @@ def _flat(measured: PerplexityResult | Comparison) -> dict[str, Any]:
     return flat
 
 
-def _dtype(name: str | None, files: ModelFiles, device: torch.device) -> torch.dtype:
+def resolve_dtype(name: str | None, files: ModelFiles, device: torch.device) -> torch.dtype:
+    """The type to compute in: the named one, or what is fast here."""
     if name is None:
         return compute_dtype(device, files.dtype)
     known = {

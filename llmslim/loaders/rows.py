@@ -124,7 +124,12 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def dataset_rows(spec: str) -> Iterator[str]:
-    """The rows of `NAME[:CONFIG[:SPLIT]]`, streamed: a text of 300 GB costs only what is read of it.
+    """The text of each row of `NAME[:CONFIG[:SPLIT]]`; see `records`."""
+    return _texts(records(spec), spec)
+
+
+def records(spec: str) -> Iterable[dict[str, Any]]:
+    """The rows of `NAME[:CONFIG[:SPLIT]]` with all columns, streamed: 300 GB cost only what is read of them.
 
     Offline, a Hub data set comes from the cache that `datasets.load_dataset` keeps.
     """
@@ -132,7 +137,7 @@ def dataset_rows(spec: str) -> Iterator[str]:
 
     name, config, split = _resolve(spec)
     from_cache = datasets.config.HF_HUB_OFFLINE and not Path(name).is_dir()
-    return _texts(datasets.load_dataset(name, config, split=split, streaming=not from_cache), spec)
+    return datasets.load_dataset(name, config, split=split, streaming=not from_cache)
 
 
 def _resolve(spec: str) -> tuple[str, str, str]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+Inputs = Tensor | Mapping[str, Tensor]
+"""Tokens int64 [batch, seq], or all that a model takes, by name."""
 
-def run(model: nn.Module, tokens: Tensor) -> Any:
-    """The output of a model for tokens int64 [batch, seq]; no cache is made."""
+
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """The output of a model; no cache is made."""
     caches = bool(getattr(model.config, "use_cache", False))
-    return model(input_ids=tokens, use_cache=False) if caches else model(input_ids=tokens)
+    named = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
+    return model(**named, use_cache=False) if caches else model(**named)
 
 
-def observe(model: nn.Module, tokens: Tensor, modules: Sequence[nn.Module]) -> tuple[Any, list[Tensor]]:
+def observe(model: nn.Module, inputs: Inputs, modules: Sequence[nn.Module]) -> tuple[Any, list[Tensor]]:
     """The output, and what each of these modules of the model gave in between (the first, of a tuple)."""
     given: dict[nn.Module, Tensor] = {}
 
@@ -24,7 +28,7 @@ def observe(model: nn.Module, tokens: Tensor, modules: Sequence[nn.Module]) -> t
 
     hooks = [module.register_forward_hook(keep) for module in dict.fromkeys(modules)]
     try:
-        output = run(model, tokens)
+        output = run(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()

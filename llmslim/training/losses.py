@@ -91,7 +91,7 @@ def hidden_states(student: Tensor, teacher: Tensor) -> Tensor:
     return (error / target.square().sum(-1).clamp_min(1e-12)).mean()
 
 
-def self_relations(student: Tensor, teacher: Tensor, heads: int) -> Tensor:
+def self_relations(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """Mean over heads and tokens of KL(R_teacher || R_student), R = softmax(X X^T / sqrt(head_dim)), in nats.
 
     MiniLM's relations of queries, of keys or of values among themselves (Wang et al. 2020, arXiv:2012.15828).
@@ -99,14 +99,20 @@ def self_relations(student: Tensor, teacher: Tensor, heads: int) -> Tensor:
     Args:
         student, teacher: X of all heads [batch, seq, width]; widths may differ, gradients flow to the student's.
         heads: relation heads, into which both widths are split.
+        mask: bool [batch, seq], which tokens are no padding; all when None.
     """
-    p, q = (_log_relations(x.float(), heads) for x in (teacher.detach(), student))
+    p, q = (_log_relations(x.float(), heads, mask) for x in (teacher.detach(), student))
+    if mask is not None:  # [tokens, heads, seq]; padding has the same p and q, so it adds nothing
+        p, q = (x.transpose(1, 2)[mask] for x in (p, q))
     return _kl(p, q) / p.shape[:-1].numel()
 
 
-def _log_relations(x: Tensor, heads: int) -> Tensor:
+def _log_relations(x: Tensor, heads: int, mask: Tensor | None) -> Tensor:
     x = x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [batch, heads, seq, head_dim]
-    return F.log_softmax(x @ x.mT / x.shape[-1] ** 0.5, -1)
+    relations = x @ x.mT / x.shape[-1] ** 0.5
+    if mask is not None:  # not -inf: what is certainly 0 has no logarithm to compare
+        relations = relations.masked_fill(~mask[:, None, None], -1e4)
+    return F.log_softmax(relations, -1)
 
 
 def distances(student: Tensor, teacher: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -16,10 +16,10 @@ from llmslim.errors import UserError
 from llmslim.step import BlockStep, StepRecord, Survey
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from llmslim.calibration.stream import BlockStream
-    from llmslim.training.loop import Loss
+    from llmslim.training.loop import Examples, Loss
 
 Finish = Callable[[], dict[str, Tensor]]
 """What training leaves: name of a parameter in the checkpoint -> its value."""
@@ -78,14 +78,25 @@ class TrainStep(BlockStep):
 
     @abstractmethod
     def criterion(
-        self, model: PreTrainedModel, teacher: PreTrainedModel | None, tokens: Tensor
+        self, model: PreTrainedModel, teacher: PreTrainedModel | None, data: Any
     ) -> tuple[Loss, list[nn.Parameter]]:
         """What training lowers, and the parameters that belong to it: trained with the model, then thrown away.
 
         Args:
             teacher: frozen; None for a step that learns from none.
-            tokens: the windows that training will take, int64 [windows, seq].
+            data: what training will take: the windows, int64 [windows, seq], or what else `examples` gives.
         """
+
+    def examples(self, look: Survey, model: PreTrainedModel) -> Tensor | Examples:
+        """What the step trains on: the calibration windows, int64 [windows, seq]."""
+        return look.tokens
+
+    def products(self, look: Survey) -> torch.dtype:
+        """The type that matrix products are computed in: the run's; weights and their updates are float32."""
+        return look.dtype
+
+    def check_teacher(self, config: PreTrainedConfig, spec: str) -> None:
+        """Refuse a teacher, of that spec, that the step cannot learn from; by its config."""
 
     @abstractmethod
     def training(self, model: PreTrainedModel) -> AbstractContextManager[tuple[list[nn.Parameter], Finish]]:
@@ -114,11 +125,12 @@ class TrainStep(BlockStep):
             for name in Schedule.__dataclass_fields__
             if name not in ("name", "seed", "dtype")
         }
-        schedule = Schedule(name=self.kind, seed=look.seed, dtype=look.dtype, **fields)
+        schedule = Schedule(name=self.kind, seed=look.seed, dtype=self.products(look), **fields)
+        data = self.examples(look, model)
         with self.training(model) as (trained, finish):
-            loss, beside = self.criterion(model, teacher, look.tokens)
+            loss, beside = self.criterion(model, teacher, data)
             train(
-                model, [*trained, *beside], look.tokens, loss, schedule, look.scratch,
+                model, [*trained, *beside], data, loss, schedule, look.scratch,
                 look.scratch.parent / "training.jsonl",
                 lambda done, total, note: look.progress(self.kind, done, total, note), self.dropout_trains,
             )  # fmt: skip

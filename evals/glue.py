@@ -1,0 +1,109 @@
+"""MiniLM (BERT, 6 layers) as a classifier on GLUE: teachers, 3-layer students with and without them, quantized ones.
+
+    python evals/glue.py [--variants 'mrpc/*']    --list names the variants
+
+Of each task: `teacher` is all of MiniLM fine-tuned; `labels` and `taught` are every second block of it, fine-tuned in
+the same way by the labels alone and by the teacher beside (classes, hidden states, attention relations); `8bit` (rtn)
+and `4bit` (gptq, calibrated on 256 x 32 tokens of the task's own sentences) are the taught student, quantized. Judged
+on GLUE's validation data in float32. Models stay in --work, from where later variants take them; one that is not there
+is made. Matrix products of the training are bfloat16, weights float32.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import record
+import render
+import variants
+from pruning_encoder import TASKS, minilm, sentences
+
+TRAINING: dict[str, dict[str, Any]] = {  # of the teacher; a student has twice the learning rate and epochs
+    "sst2": {"lr": 5e-5, "epochs": 2, "batch_size": 32, "max_length": 64},
+    "mrpc": {"lr": 5e-5, "epochs": 5, "batch_size": 16},
+    "rte": {"lr": 5e-5, "epochs": 5, "batch_size": 16},
+    "cola": {"lr": 5e-5, "epochs": 5, "batch_size": 32, "max_length": 64},
+    "stsb": {"lr": 5e-5, "epochs": 4, "batch_size": 16},
+}
+STUDENT = [0, 2, 4]  # the blocks that go; those that stay learn from their own place in the teacher
+KINDS = ("teacher", "labels", "taught", "8bit", "4bit")
+
+
+def steps_of(name: str, options: Namespace) -> tuple[str, list[dict[str, Any]]]:
+    """The model that a variant starts from (the name of another variant, or a path), and its steps."""
+    task, kind = name.split("/")
+    learn = {**TRAINING[task], "glue": task, "data": options.data, "precision": "bfloat16"}
+    if kind == "teacher":
+        return minilm(), [{"finetune": learn}]
+    if kind in ("8bit", "4bit"):
+        bits = {"rtn": {"bits": 8}} if kind == "8bit" else {"gptq": {"bits": 4, "group_size": 64}}
+        return f"{task}/taught", [bits]
+    learn |= {"lr": 2 * learn["lr"], "epochs": learn["epochs"] * (1 if task == "sst2" else 2)}
+    if kind == "taught":
+        learn["teacher"] = str(place(f"{task}/teacher", options))
+    return f"{task}/teacher", [{"layers": {"drop": STUDENT}}, {"finetune": learn}]
+
+
+def place(name: str, options: Namespace) -> Path:
+    return options.work / name.replace("/", "-")
+
+
+def made(name: str, options: Namespace) -> dict[str, Any]:
+    """Make the model of a variant, and before it what it is made from if that is not there; what it cost."""
+    source, steps = steps_of(name, options)
+    task, kind = name.split("/")
+    needed = [] if kind == "teacher" else [source]  # a student is made from its teacher
+    for other in needed:
+        if not place(other, options).is_dir():
+            made(other, options)
+    options.work.mkdir(parents=True, exist_ok=True)
+    text, recipe = options.work / f"{task}.jsonl", options.work / f"{name.replace('/', '-')}.yaml"
+    seen = sentences(options.data, "train", {task: TASKS[task]}, 4000)
+    text.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in seen))
+    calibration = {"text": str(text), "num_samples": options.num_samples, "seq_len": options.seq_len}
+    whole = {"steps": steps, "calibration": calibration, "evaluation": None, "seed": options.seed}
+    recipe.write_text(json.dumps(whole))  # JSON is YAML
+    start = source if source == minilm() else str(place(source, options))
+    report, cost = record.quantized(record.llmslim("compress", start, str(recipe)), place(name, options))
+    return {**cost, **record.outcome(report), "steps": steps}
+
+
+def measure(name: str, options: Namespace) -> dict[str, Any]:
+    """Make a variant and judge it."""
+    task, kind = name.split("/")
+    row = made(name, options)
+    words = [
+        "--glue",
+        task,
+        "--dtype",
+        "float32",
+        "--json",
+        *(["--data", options.data] if options.data else []),
+    ]
+    done = record.run(record.llmslim("evaluate", str(place(name, options)), *words))
+    figures = json.loads(done.stdout)
+    return {
+        "name": name,
+        "task": task,
+        "kind": kind,
+        "options": variants.settings(options),
+        **row,
+        "protocol": figures["protocol"],
+        **figures["tasks"][task],
+    }
+
+
+def main() -> None:
+    parser = variants.parser(__doc__ or "", "glue")
+    parser.set_defaults(model=minilm() if "--list" not in sys.argv else "", num_samples=256, seq_len=32)
+    options = record.parse(parser)
+    names = [f"{task}/{kind}" for task in TRAINING for kind in KINDS]
+    variants.each(options, names, measure, render.glue)
+
+
+if __name__ == "__main__":
+    main()

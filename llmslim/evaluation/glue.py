@@ -1,0 +1,207 @@
+"""Scores on GLUE tasks, by the official metrics, with bootstrap confidence intervals."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from llmslim.checkpoint.load import load_model
+from llmslim.errors import UserError
+from llmslim.evaluation.run import resolve_dtype
+from llmslim.loaders.glue import DATASET, Sentences, Task, pad_token, task_of, task_rows
+from llmslim.loaders.heads import inputs_of, label_columns, require_head
+from llmslim.loaders.models import default_device, find
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Progress = Callable[[int, int], None]
+
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+MAX_LENGTH = 512  # tokens of a sentence or pair, where the model can take as many
+
+
+def _matthews(predicted: Any, labels: Any) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(labels, predicted))
+
+
+def _f1(predicted: Any, labels: Any) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predicted, zero_division=0))
+
+
+def _accuracy(predicted: Any, labels: Any) -> float:
+    return float((predicted == labels).mean())
+
+
+def _pearson(predicted: Any, labels: Any) -> float:
+    from scipy.stats import pearsonr
+
+    return float(pearsonr(predicted, labels).statistic)
+
+
+def _spearman(predicted: Any, labels: Any) -> float:
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(predicted, labels).statistic)
+
+
+METRICS: dict[str, Callable[[Any, Any], float]] = {
+    "matthews": _matthews,
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "pearson": _pearson,
+    "spearman": _spearman,
+}
+"""metric(predicted [examples], labels [examples]); f1 is of label 1."""
+
+
+def score(metric: str, predicted: Any, labels: Any) -> float:
+    """One metric; 0 where it is not defined, as the correlation with a constant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = METRICS[metric](np.asarray(predicted), np.asarray(labels))
+    return value if math.isfinite(value) else 0.0
+
+
+def interval(metric: str, predicted: Any, labels: Any, seed: int = 0) -> tuple[float, float]:
+    """95 % confidence interval by the percentile bootstrap over examples (1000 resamples)."""
+    predicted, labels = np.asarray(predicted), np.asarray(labels)
+    draws = np.random.default_rng(seed).integers(len(labels), size=(RESAMPLES, len(labels)))
+    values = [score(metric, predicted[rows], labels[rows]) for rows in draws]
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+@torch.no_grad()
+def predictions(
+    model: PreTrainedModel,
+    task: Task,
+    data: Sentences,
+    batch_size: int = 32,
+    progress: Progress = lambda done, total: None,
+) -> np.ndarray:
+    """The most probable label of each example, or its score for a task without classes; [examples].
+
+    Batches are of like length: a padded token costs as much as a real one.
+    """
+    columns = label_columns(model.config, task)
+    order = sorted(range(len(data)), key=lambda index: data.lengths[index])
+    found = torch.zeros(len(data), dtype=torch.float32 if not task.labels else torch.int64)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = data.collate([data[index] for index in rows])
+        del batch["labels"]
+        logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+        logits = logits.float().cpu()[:, columns]
+        if not logits.isfinite().all():
+            raise UserError(
+                "the model's logits hold NaN or infinity, so nothing can be measured: look for such values in its "
+                "weights, or load it with dtype float32 if it was made for a wider range"
+            )
+        found[rows] = logits.argmax(-1) if task.labels else logits[:, 0]
+        progress(start + len(rows), len(order))
+    return found.numpy()
+
+
+def task_scores(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    task: Task,
+    folder: str = "",
+    subset: int | None = None,
+    batch_size: int = 32,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """All metrics of one task on its validation data: {examples, total, metrics: {name: {value, low, high}}, score}.
+
+    Args:
+        subset: the first so many examples of each split; all when None.
+    """
+    record: dict[str, Any] = {"examples": 0, "total": 0, "metrics": {}}
+    length = min(MAX_LENGTH, positions(model.config, tokenizer))
+    pad = model.config.pad_token_id = pad_token(model.config, tokenizer)
+    for split in task.splits:
+        rows = task_rows(task, split, folder)
+        used = rows[:subset]
+        data = Sentences(task, used, tokenizer, inputs_of(model), pad, length)
+        predicted, labels = predictions(model, task, data, batch_size, progress), data.labels.numpy()
+        record["examples"] += len(used)
+        record["total"] += len(rows)
+        suffix = "_mismatched" if split.endswith("_mismatched") else ""
+        for metric in task.metrics:
+            low, high = interval(metric, predicted, labels)
+            value = score(metric, predicted, labels)
+            record["metrics"][metric + suffix] = {"value": value, "low": low, "high": high}
+    values = [metric["value"] for metric in record["metrics"].values()]
+    return {**record, "score": sum(values) / len(values)}
+
+
+def positions(config: Any, tokenizer: Any) -> int:
+    """Tokens that a model can take; RoBERTa and its kin count from 2, which their tokenizer knows."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH
+    return min(limit, tokenizer.model_max_length)
+
+
+def evaluate_glue(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    data: str = "",
+    subset: int | None = None,
+    batch_size: int = 32,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: torch.device | None = None,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Score a classifier on GLUE tasks by their validation data.
+
+    Args:
+        model: a Hub id or a folder.
+        tasks: names, such as ["sst2"].
+        data: folder that holds `nyu-mll/glue` in the Hub's layout; the Hub when "".
+        subset: the first so many examples alone, for a quick look.
+
+    Returns:
+        Plain JSON: tasks (see `task_scores`), average (of the tasks' scores), and the protocol.
+
+    Raises:
+        UserError: for a task, data set or head that is not there.
+    """
+    chosen = [task_of(name) for name in dict.fromkeys(tasks)]
+    if not chosen:
+        raise UserError("Which GLUE tasks? Name one or more, such as --glue sst2,mrpc.")
+    if subset is not None and subset < 1:
+        raise UserError(f"subset {subset} is too few: it takes at least 1 example.")
+    if importlib.util.find_spec("sklearn") is None or importlib.util.find_spec("scipy") is None:
+        raise UserError("GLUE's metrics need scikit-learn and scipy: pip install 'llmslim[glue]'.")
+    files = find(model, revision)
+    for task in chosen:
+        require_head(files.config, task, files.spec)
+    place = device or default_device()
+    loaded, tokenizer = load_model(files, resolve_dtype(dtype, files, place), place), files.tokenizer()
+    scores = {
+        task.name: task_scores(loaded, tokenizer, task, data, subset, batch_size, progress) for task in chosen
+    }
+    some = "" if subset is None else f", the first {subset} examples of each split alone"
+    return {
+        "model": files.base,
+        "tasks": scores,
+        "average": sum(record["score"] for record in scores.values()) / len(scores),
+        "subset": subset,
+        "protocol": f"{DATASET} validation{some}; at most {MAX_LENGTH} tokens; 95 % intervals by the percentile "
+        f"bootstrap over examples, {RESAMPLES} resamples",
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": str(place),
+    }

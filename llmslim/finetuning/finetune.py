@@ -1,0 +1,175 @@
+"""Fine-tune a classifier on a GLUE task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from llmslim.anatomy import Anatomy
+from llmslim.errors import UserError
+from llmslim.loaders.glue import TASKS, Sentences, Task, pad_token, require_data, task_of, task_rows
+from llmslim.loaders.heads import classifies, headed_config, inputs_of, label_columns, require_head
+from llmslim.training.inside import InsideFields
+from llmslim.training.whole import WholeStep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from typing_extensions import Self
+
+    from llmslim.loaders.models import ModelFiles
+    from llmslim.step import Survey
+    from llmslim.training.loop import Loss
+
+SAMPLE = 256  # sentences that projections are fitted to before training
+OF_TEACHER = ("alpha", "temperature", "hidden", "attention", "layer_map", "relation_heads")
+
+
+class Finetune(InsideFields, WholeStep):
+    """Train all weights of a dense model as a classifier: (1 - alpha) * labels + alpha * teacher + inside.
+
+    - labels: cross-entropy, or the squared error of a score (stsb).
+    - teacher: KL from its distribution over the classes, both divided by the temperature (Hinton et al. 2015,
+      arXiv:1503.02531); the squared error from its score. Without a teacher alpha is 0.
+    - inside: the teacher's hidden states and relations of its last attention (TinyBERT, arXiv:1909.10351; MiniLMv2,
+      arXiv:2012.15828), as in `distill --method features`; padding is left out.
+
+    Batches are of like length, padded to their longest. Dropout is what the config says.
+    """
+
+    kind: ClassVar[str] = "finetune"
+    verb: ClassVar[str] = "finetune"
+
+    glue: str = Field("", description=f"the task: {', '.join(TASKS)}")
+    data: str = Field("", description="holds nyu-mll/glue in the Hub's layout; the Hub when not given")
+    max_length: int = Field(128, ge=2, description="tokens that a sentence, or pair, is cut to")
+    teacher: str = Field(
+        "", description="classifier of the same task to learn from; labels alone when not given"
+    )
+    alpha: float = Field(0.5, ge=0, le=1, description="share of the teacher's classes in the loss")
+    temperature: float = Field(1.0, gt=0, description="divides the logits of both sides when distilling")
+    lr: float = Field(5e-5, gt=0, description="peak learning rate of AdamW; cosine to 0 at the end")
+    epochs: float = Field(3.0, gt=0, description="passes over the training sentences")
+    batch_size: int = Field(32, ge=1, description="sentences per optimizer step")
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of products in training; auto: bfloat16 where the model is stored so and it is fast",
+    )
+    save_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints to resume from")
+    validation: float = Field(
+        0.0, ge=0, lt=1, description="share of the sentences held out; what does best on it is kept"
+    )
+
+    @model_validator(mode="after")
+    def _of_the_teacher(self) -> Self:
+        fields = type(self).model_fields
+        changed = next((n for n in OF_TEACHER if getattr(self, n) != fields[n].default), None)
+        if changed and not self.teacher:
+            raise ValueError(f"{changed} is about learning from a teacher, and none is given")
+        return self
+
+    @property
+    def task(self) -> Task:
+        """Raises `UserError` for a name that is none."""
+        if not self.glue:
+            raise UserError(f"Which task should it learn? Give --glue with one of {', '.join(TASKS)}.")
+        return task_of(self.glue)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return False  # the step brings its own text
+
+    @property
+    def distills(self) -> bool:
+        return bool(self.teacher)
+
+    @property
+    def predicts(self) -> bool:
+        return False  # tokens
+
+    def starts_from(self, files: ModelFiles) -> PreTrainedConfig | None:
+        return None if classifies(files.config, self.task) else headed_config(files, self.task)
+
+    def check(self, anatomy: Anatomy) -> None:
+        super().check(anatomy)
+        require_data(self.task, self.data)
+        config = anatomy.model.config
+        require_head(config, self.task, "The model of this step")  # a recipe with two tasks
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if limit and self.max_length > limit:
+            raise UserError(f"max_length {self.max_length} is more than the {limit} positions of the model.")
+
+    def check_teacher(self, config: PreTrainedConfig, spec: str) -> None:
+        require_head(config, self.task, f"The teacher {spec}")
+
+    def examples(self, look: Survey, model: PreTrainedModel) -> Sentences:
+        """The task's training sentences, in an order that the seed gives."""
+        rows = task_rows(self.task, "train", self.data)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(look.seed)).tolist()
+        tokenizer = look.tokenizer()
+        pad = pad_token(model.config, tokenizer)
+        mixed = [rows[index] for index in order]
+        return Sentences(self.task, mixed, tokenizer, inputs_of(model), pad, self.max_length)
+
+    def products(self, look: Survey) -> torch.dtype:
+        return super().products(look) if self.precision == "auto" else getattr(torch, self.precision)
+
+    def criterion(
+        self, model: PreTrainedModel, teacher: PreTrainedModel | None, data: Any
+    ) -> tuple[Loss, list[nn.Parameter]]:
+        from llmslim.training.forward import observe
+
+        columns = label_columns(model.config, self.task)
+        learn = None if teacher is None else _Teacher(self, model, teacher, data)
+
+        def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            output, found = observe(model, inputs, learn.inside.modules[0] if learn else ())
+            logits = output.logits[:, columns].float()
+            value = self._labels(logits, batch["labels"])
+            return value if learn is None else learn(value, logits, found, inputs)
+
+        return loss, list(learn.inside.projections.parameters()) if learn else []
+
+    def _labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of logits [batch, labels]."""
+        if self.task.labels:
+            return F.cross_entropy(logits, labels)
+        return F.mse_loss(logits[:, 0], labels)
+
+
+class _Teacher:
+    """What a batch teaches: adds the teacher's part to the loss of the labels."""
+
+    def __init__(
+        self, step: Finetune, model: PreTrainedModel, teacher: PreTrainedModel, data: Sentences
+    ) -> None:
+        self.step, self.model = step, teacher
+        self.columns, self.names = label_columns(teacher.config, step.task), inputs_of(teacher)
+        some = data.collate([data[index] for index in range(min(SAMPLE, len(data)))])
+        sample = {name: tensor.to(model.device) for name, tensor in self._inputs(some).items()}
+        self.inside = step.comparison(model, teacher, sample, sample["attention_mask"].bool())
+
+    def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in batch.items() if name in self.names and name != "labels"}
+
+    def __call__(
+        self, value: Tensor, logits: Tensor, found: list[Tensor], inputs: dict[str, Tensor]
+    ) -> Tensor:
+        from llmslim.training.forward import observe
+        from llmslim.training.losses import divergence
+
+        step = self.step
+        with torch.no_grad():
+            output, wanted = observe(self.model, self._inputs(inputs), self.inside.modules[1])
+        target = output.logits[:, self.columns].float()
+        classes = bool(step.task.labels)
+        response = divergence(logits, target, step.temperature) if classes else F.mse_loss(logits, target)
+        value = (1 - step.alpha) * value + step.alpha * response
+        if found:
+            value = value + self.inside.value(found, wanted, inputs["attention_mask"].bool())
+        return value

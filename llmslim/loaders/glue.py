@@ -1,0 +1,161 @@
+"""The GLUE tasks (Wang et al. 2018, arXiv:1804.07461): their sentences, as tokens, with their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmslim.errors import UserError
+from llmslim.loaders.rows import records
+
+DATASET = "nyu-mll/glue"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        columns: of the data set, the sentences in their order.
+        labels: names of the classes, by number; none for a score (regression).
+        metrics: names of what is measured, in `llmslim.evaluation.glue.METRICS`.
+        splits: of the validation part; what is measured on the second one is called `_mismatched`.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+    splits: tuple[str, ...] = ("validation",)
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs that a classification head has for this task."""
+        return len(self.labels) or 1
+
+
+ENTAILS = ("entailment", "not_entailment")
+TASKS = {
+    task.name: task
+    for task in (
+        Task("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
+        Task("sst2", ("sentence",), ("negative", "positive")),
+        Task("mrpc", ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("f1", "accuracy")),
+        Task("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "accuracy")),
+        Task("stsb", ("sentence1", "sentence2"), (), ("pearson", "spearman")),
+        Task(
+            "mnli",
+            ("premise", "hypothesis"),
+            ("entailment", "neutral", "contradiction"),
+            splits=("validation_matched", "validation_mismatched"),
+        ),
+        Task("qnli", ("question", "sentence"), ENTAILS),
+        Task("rte", ("sentence1", "sentence2"), ENTAILS),
+        Task("wnli", ("sentence1", "sentence2"), ("not_entailment", "entailment")),
+    )
+}
+
+
+def task_of(name: str) -> Task:
+    """The task of that name, or a UserError that suggests the nearest."""
+    import difflib
+
+    if name not in TASKS:
+        close = difflib.get_close_matches(name, TASKS, 1)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"Unknown GLUE task {name!r}{hint}; there are {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+def task_rows(task: Task, split: str, folder: str = "") -> list[dict[str, Any]]:
+    """The rows of a split, from the Hub, or from `FOLDER/nyu-mll/glue` in the Hub's layout.
+
+    Raises:
+        UserError: the data are not there, or have not the columns of the task.
+    """
+    rows = list(_records(task, split, folder))
+    wanted = (*task.columns, "label")
+    lacks = [column for column in wanted if not rows or column not in rows[0]]
+    if lacks:
+        there = f"the columns {', '.join(rows[0])}" if rows else "no rows"
+        raise UserError(
+            f"{DATASET}:{task.name}:{split} has {there}, and {task.name} needs {', '.join(wanted)}."
+        )
+    return rows
+
+
+def require_data(task: Task, folder: str = "") -> None:
+    """Refuse data that are not there, without reading them."""
+    _records(task, "train", folder)
+
+
+def _records(task: Task, split: str, folder: str) -> Iterable[dict[str, Any]]:
+    name = str(Path(folder).expanduser() / DATASET) if folder else DATASET
+    try:
+        return records(f"{name}:{task.name}:{split}")
+    except UserError as error:
+        raise UserError(
+            f"No GLUE data for {task.name}: {str(error).rstrip('.')}. With --data FOLDER they are read from "
+            f"FOLDER/{DATASET}."
+        ) from error
+
+
+class Sentences(torch.utils.data.Dataset):
+    """Sentences (or pairs) as tokens, with labels; batches are padded to their longest at the right.
+
+    Args:
+        rows: of the task's data set.
+        inputs: what the model takes; of what the tokenizer gives, the rest is left out.
+        pad: id of the token that fills up a batch.
+        max_length: tokens that a sentence, or pair, is cut to.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        rows: Sequence[dict[str, Any]],
+        tokenizer: Any,
+        inputs: Sequence[str],
+        pad: int,
+        max_length: int,
+    ) -> None:
+        texts = [[str(row[column]) for row in rows] for column in task.columns]
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+        names = [name for name in encoded if name in inputs]
+        self._columns = {name: encoded[name] for name in names}
+        self._pad = pad
+        self.labels = torch.tensor(
+            [row["label"] for row in rows], dtype=torch.int64 if task.labels else torch.float32
+        )
+        self.lengths = [len(ids) for ids in encoded["input_ids"]]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**{name: rows[index] for name, rows in self._columns.items()}, "labels": self.labels[index]}
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """A batch: each input int64 [batch, seq], labels [batch]."""
+        batch = {}
+        for name in self._columns:
+            rows = [torch.tensor(example[name]) for example in examples]
+            pad = self._pad if name == "input_ids" else 0
+            batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+        return {**batch, "labels": torch.stack([example["labels"] for example in examples])}
+
+
+def pad_token(config: Any, tokenizer: Any) -> int:
+    """What fills up a batch; for decoders, which often name nothing, the end of a text."""
+    candidates = (
+        config.pad_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.unk_token_id,
+    )
+    return next((token for token in candidates if token is not None), 0)

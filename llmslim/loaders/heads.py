@@ -1,0 +1,79 @@
+"""Classification heads: whether a model has the one that a task needs, and a fresh one where it has not."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import cast
+
+import torch
+import transformers
+
+from llmslim.errors import UserError
+from llmslim.loaders.glue import Task, pad_token
+from llmslim.loaders.models import ModelFiles, model_class
+
+
+def classifier_class(config: transformers.PreTrainedConfig) -> type[transformers.PreTrainedModel]:
+    """The family's class with a head that classifies sequences."""
+    mapping = transformers.AutoModelForSequenceClassification._model_mapping
+    if type(config) not in mapping or config.is_encoder_decoder:
+        raise UserError(
+            f"transformers has no class of {config.model_type!r} that classifies a text: use a family that "
+            "AutoModelForSequenceClassification knows, encoder or decoder."
+        )
+    return cast(type[transformers.PreTrainedModel], mapping[type(config)])
+
+
+def classifies(config: transformers.PreTrainedConfig, task: Task) -> bool:
+    """Whether a model of that config has a head with the labels of the task."""
+    mapping = transformers.AutoModelForSequenceClassification._model_mapping
+    known = type(config) in mapping and model_class(config) is mapping[type(config)]
+    return known and config.num_labels == task.num_labels
+
+
+def require_head(config: transformers.PreTrainedConfig, task: Task, spec: str) -> None:
+    """Refuse a model without a head for the task."""
+    if classifies(config, task):
+        return
+    name = model_class(config).__name__
+    has = f"{name} has one of {config.num_labels}" if "Classification" in name else f"{name} has none"
+    raise UserError(
+        f"{spec} cannot be scored on {task.name}: that needs a classification head of {task.num_labels} "
+        f"label{'s' * (task.num_labels > 1)}, and {has}; `llmslim finetune` makes one."
+    )
+
+
+def label_columns(config: transformers.PreTrainedConfig, task: Task) -> list[int]:
+    """For each label of the task, the output of the head that stands for it: by name, else in the same order."""
+    names = {str(name).lower(): index for index, name in (config.id2label or {}).items()}
+    if set(names) != set(task.labels):
+        return list(range(task.num_labels))
+    return [int(names[label]) for label in task.labels]
+
+
+def inputs_of(model: torch.nn.Module) -> list[str]:
+    """Names of what the forward of a model takes."""
+    return list(inspect.signature(model.forward).parameters)
+
+
+def headed_config(files: ModelFiles, task: Task) -> transformers.PreTrainedConfig:
+    """The config of the model with a head for the task.
+
+    Raises:
+        UserError: its family has no such head, or its weights are no longer those of a plain model.
+    """
+    cls = classifier_class(files.config)
+    if getattr(files.config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{files.spec} has no classification head for {task.name}, and a compressed checkpoint cannot be given "
+            "one: fine-tune the uncompressed model, and compress that."
+        )
+    config = copy.deepcopy(files.config)
+    config.architectures = [cls.__name__]
+    config.num_labels = task.num_labels
+    config.id2label = dict(enumerate(task.labels or ("score",)))
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    config.problem_type = "single_label_classification" if task.labels else "regression"
+    config.pad_token_id = pad_token(config, files.tokenizer())  # decoders find the last token of a text by it
+    return config

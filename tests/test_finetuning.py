@@ -1,0 +1,260 @@
+"""finetune: classifiers that learn a toy task, resume to the same bytes, and learn from teachers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from llmslim.errors import UserError
+from llmslim.evaluation.glue import evaluate_glue
+from llmslim.finetuning.finetune import Finetune
+from llmslim.loaders.glue import TASKS, Sentences, task_rows
+from llmslim.loaders.heads import inputs_of
+from llmslim.pipeline import compress, prepare
+from llmslim.recipe import Recipe
+from llmslim.training import losses
+from llmslim.training.loop import _ByLength
+from tests.checkpoints import killed_at_training_step
+from tests.glue_data import write_glue
+from tests.tiny import randomize, save_tiny, tiny_config, tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("verified_here")
+QUICK: dict[str, Any] = {"evaluation": None, "calibration": {"num_samples": 4, "seq_len": 32}}
+FAST: dict[str, Any] = {"lr": 2e-3, "epochs": 5, "batch_size": 16}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_glue(tmp_path_factory.mktemp("data"), ["sst2", "mrpc", "stsb"]))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    return {family: save_tiny(family, root / family) for family in ("bert", "llama", "gpt2", "t5")}
+
+
+@pytest.fixture(scope="module")
+def teacher(folders: dict[str, Path], data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    from llmslim import pipeline
+    from llmslim.checkpoint.verify import verify
+
+    output = tmp_path_factory.mktemp("teacher") / "made"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify_in_fresh_process", verify)
+        finetune(folders["bert"], output, data)
+    yield output
+
+
+def finetune(base: Path, output: Path, data: str, glue: str = "sst2", **fields: Any) -> Any:
+    return compress(str(base), [Finetune(glue=glue, data=data, **{**FAST, **fields})], output, **QUICK)
+
+
+def accuracy(folder: Path, data: str) -> float:
+    return evaluate_glue(str(folder), ["sst2"], data=data)["tasks"]["sst2"]["metrics"]["accuracy"]["value"]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+def test_a_classifier_learns_and_loads_without_llmslim(
+    family: str, folders: dict[str, Path], data: str, tmp_path: Path
+) -> None:
+    result = finetune(folders[family], tmp_path / "c", data)
+    assert result.report["verification"]["ok"] and result.report["format"] == "plain"
+    found = accuracy(tmp_path / "c", data)
+    assert found > 0.9
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "c")
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    assert model.config.architectures == [type(model).__name__]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "c")
+    rows = task_rows(TASKS["sst2"], "validation", data)
+    batch = tokenizer([row["sentence"] for row in rows], padding=True, return_tensors="pt")
+    batch = {name: tensor for name, tensor in batch.items() if name in inputs_of(model)}
+    with torch.no_grad():
+        predicted = model(**batch).logits.argmax(-1).tolist()
+    assert sum(p == row["label"] for p, row in zip(predicted, rows, strict=True)) / len(rows) == found
+
+
+def test_a_score_is_learned_too(folders: dict[str, Path], data: str, tmp_path: Path) -> None:
+    finetune(folders["llama"], tmp_path / "c", data, "stsb")
+    record = evaluate_glue(str(tmp_path / "c"), ["stsb"], data=data)
+    assert record["tasks"]["stsb"]["metrics"]["pearson"]["value"] > 0.8
+
+
+@pytest.mark.parametrize("glue", ["sst2", "stsb"])
+def test_the_loss_is_that_of_labels_and_teacher(glue: str, data: str) -> None:
+    """alpha weighs the teacher's classes (KL at a temperature) or score (square) against the labels'."""
+    task, tokenizer = TASKS[glue], tiny_tokenizer()
+    config = tiny_config("bert", num_labels=task.num_labels)
+    student, teacher = (AutoModelForSequenceClassification.from_config(config).eval() for _ in range(2))
+    randomize(student, 0)
+    randomize(teacher, 1)
+    examples = Sentences(task, task_rows(task, "validation", data), tokenizer, inputs_of(student), 0, 64)
+    batch = examples.collate([examples[index] for index in range(9)])
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    step = Finetune(glue=glue, teacher="t", alpha=0.3, temperature=2.0, hidden=0.0, attention=0.0)
+    with torch.no_grad():
+        found = step.criterion(student, teacher, examples)[0](student, batch)
+        mine, its = (model(**inputs).logits for model in (student, teacher))
+    if glue == "sst2":
+        p, q = (logits.div(2).softmax(-1) for logits in (its, mine))
+        labels = -mine.softmax(-1)[range(9), batch["labels"]].log().mean()
+        taught = 4 * (p * (p / q).log()).sum(-1).mean()
+    else:
+        labels, taught = (mine[:, 0] - batch["labels"]).square().mean(), (mine - its).square().mean()
+    torch.testing.assert_close(found, 0.7 * labels + 0.3 * taught)
+
+
+def test_a_decoder_without_a_pad_token_gets_one(folders: dict[str, Path], data: str, tmp_path: Path) -> None:
+    base = save_tiny("llama", tmp_path / "base", pad_token_id=None)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    finetune(base, tmp_path / "c", data, max_steps=2, epochs=1)
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "c").config
+    assert config.pad_token_id == AutoTokenizer.from_pretrained(tmp_path / "c").pad_token_id is not None
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    folders: dict[str, Path],
+    teacher: Path,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.set_num_threads(1)
+    fields: dict[str, Any] = {"epochs": 2, "save_steps": 5, "validation": 0.2, "teacher": str(teacher)}
+    finetune(folders["bert"], tmp_path / "unbroken", data, **fields)
+    for step in (8, 19):  # in either epoch
+        with killed_at_training_step(step, monkeypatch):
+            finetune(folders["bert"], tmp_path / "killed", data, **fields)
+    assert finetune(folders["bert"], tmp_path / "killed", data, **fields).report["run"]["resumed"]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("unbroken", "killed")]
+    assert weights[0] == weights[1]
+
+
+def test_a_classifier_is_pruned_quantized_and_taught(teacher: Path, data: str, tmp_path: Path) -> None:
+    steps: list[Any] = [
+        {"layers": {"drop": [1]}},
+        {"finetune": {"glue": "sst2", "data": data, "teacher": str(teacher), **FAST}},
+        {"rtn": {"bits": 8}},
+    ]
+    result = compress(str(teacher), Recipe.parse({"steps": steps, **QUICK}), tmp_path / "s")
+    assert result.report["verification"]["ok"]
+    assert accuracy(tmp_path / "s", data) > 0.9
+    from llmslim.checkpoint.load import load
+
+    model, _ = load(str(tmp_path / "s"))
+    assert len(model.bert.encoder.layer) == 2
+    assert type(model.classifier) is type(model.bert.pooler.dense) is torch.nn.Linear
+
+
+def test_what_is_inside_is_learned_without_padding(data: str) -> None:
+    """A batch and its sentences one by one have the same loss: a mean over tokens, and no trace of padding."""
+    task, tokenizer = TASKS["sst2"], tiny_tokenizer()
+    student, teacher = (
+        AutoModelForSequenceClassification.from_config(tiny_config("bert", num_hidden_layers=n)).eval()
+        for n in (1, 3)
+    )
+    randomize(student, 0)
+    randomize(teacher, 1)
+    examples = Sentences(task, task_rows(task, "validation", data), tokenizer, inputs_of(student), 0, 64)
+    rows = [examples[index] for index in (0, 1, 2)]
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    assert len(set(lengths.tolist())) > 1
+    with torch.no_grad():
+        loss, _ = Finetune(glue="sst2", teacher="t").criterion(student, teacher, examples)
+        bare, _ = Finetune(glue="sst2", teacher="t", hidden=0.0, attention=0.0).criterion(
+            student, teacher, examples
+        )
+        inside = [float(loss(student, b) - bare(student, b)) for b in (examples.collate([r]) for r in rows)]
+        batch = examples.collate(rows)
+        found = float(loss(student, batch) - bare(student, batch))
+    assert found == pytest.approx(float((torch.tensor(inside) * lengths).sum() / lengths.sum()), rel=1e-3)
+
+
+def test_padding_is_no_part_of_what_is_compared() -> None:
+    student, teacher = torch.randn(2, 7, 8), torch.randn(2, 7, 12)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[1, 4:] = False
+    rows = [
+        losses.self_relations(student[i : i + 1, :n], teacher[i : i + 1, :n], 2) for i, n in ((0, 7), (1, 4))
+    ]
+    wanted = (7 * rows[0] + 4 * rows[1]) / 11  # a mean over tokens
+    torch.testing.assert_close(losses.self_relations(student, teacher, 2, mask), wanted)
+
+
+def test_batches_are_of_like_length_and_told_by_seed_and_epoch() -> None:
+    lengths = [1 + (7 * index) % 31 for index in range(403)]
+    sampler = _ByLength(lengths, 4, 0)
+    first = list(sampler)
+    assert sorted(first) == list(range(403)) and first == list(sampler)
+    spread = [max(b) - min(b) for b in ([lengths[i] for i in first[s : s + 4]] for s in range(0, 400, 4))]
+    assert sum(spread) / len(spread) < 2  # of 30
+    sampler.set_epoch(1)
+    assert list(sampler) != first and sorted(sampler) == list(range(403))
+
+
+def test_the_head_comes_from_the_seed(folders: dict[str, Path], data: str, tmp_path: Path) -> None:
+    heads = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        step = Finetune(glue="sst2", data=data, max_steps=1, lr=1e-12)
+        compress(str(folders["bert"]), [step], tmp_path / name, seed=seed, **QUICK)
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
+        heads.append(model.classifier.weight.detach())
+    assert torch.equal(heads[0], heads[1]) and not torch.allclose(heads[0], heads[2], atol=1e-3)
+
+
+def test_a_fitting_head_is_kept(teacher: Path, data: str, tmp_path: Path) -> None:
+    finetune(teacher, tmp_path / "c", data, max_steps=1, lr=1e-12)
+    before, after = (
+        AutoModelForSequenceClassification.from_pretrained(folder).classifier.weight
+        for folder in (teacher, tmp_path / "c")
+    )
+    torch.testing.assert_close(before, after)
+    lines = [json.loads(line) for line in (tmp_path / "c/training.jsonl").read_text().splitlines()]
+    assert lines and lines[0]["method"] == "finetune"
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("bert", {"glue": "sst"}, "Unknown GLUE task 'sst', did you mean 'sst2'"),
+        ("bert", {"glue": ""}, "Which task should it learn"),
+        ("bert", {"glue": "rte"}, "No GLUE data for rte"),
+        ("bert", {"data": "nowhere"}, "No GLUE data for sst2: there is no folder"),
+        ("bert", {"alpha": 0.9}, "alpha is about learning from a teacher, and none is given"),
+        ("bert", {"teacher": "bert"}, "The teacher .* cannot be scored|distilled from itself"),
+        ("bert", {"teacher": "llama"}, "classification head of 2 labels, and LlamaForCausalLM has none"),
+        ("bert", {"max_length": 1000}, "max_length 1000 is more than the 512 positions"),
+        ("t5", {}, "no class of 't5' that classifies a text"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_weights_are_read(
+    family: str, fields: dict[str, Any], message: str, folders: dict[str, Path], data: str
+) -> None:
+    fields = {"glue": "sst2", "data": data, **fields}
+    if "teacher" in fields:
+        fields["teacher"] = str(folders[fields["teacher"]])
+    with pytest.raises(UserError, match=message):
+        prepare(str(folders[family]), Recipe.parse({"steps": [{"finetune": fields}], **QUICK}))
+
+
+def test_a_compressed_model_gets_no_head(folders: dict[str, Path], data: str, tmp_path: Path) -> None:
+    compress(str(folders["bert"]), Recipe.parse({"steps": [{"rtn": {"bits": 8}}], **QUICK}), tmp_path / "q")
+    with pytest.raises(UserError, match="fine-tune the uncompressed model, and compress that"):
+        prepare(str(tmp_path / "q"), Recipe(steps=(Finetune(glue="sst2", data=data),), **QUICK))
+
+
+def test_two_tasks_are_no_recipe(folders: dict[str, Path], data: str) -> None:
+    steps = (Finetune(glue="sst2", data=data), Finetune(glue="stsb", data=data))
+    with pytest.raises(
+        UserError, match="classification head of 1 label, and BertForSequenceClassification has"
+    ):
+        prepare(str(folders["bert"]), Recipe(steps=steps, **QUICK))
