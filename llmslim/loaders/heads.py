@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-import transformers
 
 from llmslim.errors import UserError
 from llmslim.loaders.glue import Task, pad_token
-from llmslim.loaders.models import ModelFiles, model_class
+
+if TYPE_CHECKING:
+    import transformers
+
+    from llmslim.loaders.models import ModelFiles
 
 
 def classifier_class(config: transformers.PreTrainedConfig) -> type[transformers.PreTrainedModel]:
     """The family's class with a head that classifies sequences."""
+    import transformers
+
     mapping = transformers.AutoModelForSequenceClassification._model_mapping
     if type(config) not in mapping or config.is_encoder_decoder:
         raise UserError(
             f"transformers has no class of {config.model_type!r} that classifies a text: use a family that "
             "AutoModelForSequenceClassification knows, encoder or decoder."
         )
-    return cast(type[transformers.PreTrainedModel], mapping[type(config)])
+    return cast("type[transformers.PreTrainedModel]", mapping[type(config)])
 
 
 def classifies(config: transformers.PreTrainedConfig, task: Task) -> bool:
     """Whether a model of that config has a head with the labels of the task."""
+    import transformers
+
+    from llmslim.loaders.models import model_class
+
     mapping = transformers.AutoModelForSequenceClassification._model_mapping
     known = type(config) in mapping and model_class(config) is mapping[type(config)]
     return known and config.num_labels == task.num_labels
@@ -34,6 +43,8 @@ def classifies(config: transformers.PreTrainedConfig, task: Task) -> bool:
 
 def require_head(config: transformers.PreTrainedConfig, task: Task, spec: str) -> None:
     """Refuse a model without a head for the task."""
+    from llmslim.loaders.models import model_class
+
     if classifies(config, task):
         return
     name = model_class(config).__name__
