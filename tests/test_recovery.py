@@ -20,6 +20,7 @@ from llmslim.recipe import Calibration, Recipe
 from llmslim.recovery.full import Full
 from llmslim.recovery.lora import LoRA
 from llmslim.recovery.scales import ScaledLinear, Scales
+from llmslim.training.loop import Schedule, train
 from llmslim.training.losses import divergence, next_token
 from tests.checkpoints import killed_at_training_step
 from tests.tiny import save_tiny
@@ -166,6 +167,36 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert result.report["run"]["resumed"]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("unbroken", "killed")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_computed_in_the_runs_type_and_weights_stay_float32(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    linear, seen = torch.nn.Linear(8, 8), set()
+
+    def loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        y = model(tokens.float())
+        seen.add((torch.is_grad_enabled(), y.dtype))
+        return y.float().square().mean()
+
+    schedule = Schedule(
+        "test", lr=0.01, epochs=1, max_steps=None, batch_size=2, warmup=0, weight_decay=0, save_steps=2,
+        validation=0.5, max_minutes=None, seed=0, dtype=dtype,
+    )  # fmt: skip
+    tokens = torch.randint(0, 9, (8, 8))
+    train(
+        linear,
+        list(linear.parameters()),
+        tokens,
+        loss,
+        schedule,
+        tmp_path / "1",
+        tmp_path / "log",
+        lambda *told: None,
+    )
+    assert seen == {(True, dtype), (False, dtype)}
+    assert linear.weight.dtype == torch.float32
 
 
 def test_time_stops_training(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from llmslim.errors import UserError
-from llmslim.memory import resident_bytes
+from llmslim.memory import freed_memory_kept, resident_bytes
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch) -> scalar; it runs the model itself. A batch is tokens int64 [batch, seq], or of `Examples`."""
@@ -132,7 +132,8 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    with freed_memory_kept():
+        trainer.train(resume_from_checkpoint=last)
     model.eval()
 
 
@@ -230,14 +231,17 @@ class _Trainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         unwrapped = self.accelerator.unwrap_model(model)
-        value = self.loss(unwrapped.__dict__["model"], inputs)
+        dtype, device = self.watch.schedule.dtype, self.args.device.type
+        # accelerate casts in the forward of the module that it wraps, which a loss does not call
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            value = self.loss(unwrapped.__dict__["model"], inputs)
         if not torch.isfinite(value):
             self.watch.refuse("loss", self.state.global_step)
         self.watch.loss = value.detach()
         return (value, {}) if return_outputs else value
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), self.compute_loss_context_manager():  # Trainer's own looks for labels
+        with torch.no_grad():  # Trainer's own looks for labels
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
