@@ -55,7 +55,7 @@ class Recipe(BaseModel):
     evaluation: Evaluation | None = Evaluation()
     format: Literal["auto", "llmslim", "compressed-tensors", "gptq", "bitsandbytes"] = Field(
         "auto",
-        description="of the output; auto: compressed-tensors (of bnb: bitsandbytes) where that can hold it, else llmslim",
+        description="of the output; auto: compressed-tensors (of bnb: bitsandbytes) if it can hold it, else llmslim",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of what stays dense in the output; auto: the model's own"

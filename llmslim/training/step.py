@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -78,12 +78,12 @@ class TrainStep(BlockStep):
 
     @abstractmethod
     def criterion(
-        self, model: PreTrainedModel, teacher: PreTrainedModel | None, tokens: Tensor
+        self, model: PreTrainedModel, teacher: Any, tokens: Tensor
     ) -> tuple[Loss, list[nn.Parameter]]:
         """What training lowers, and the parameters that belong to it: trained with the model, then thrown away.
 
         Args:
-            teacher: frozen; None for a step that learns from none.
+            teacher: what `learned_from` gave.
             tokens: the windows that training will take, int64 [windows, seq].
         """
 
@@ -103,10 +103,14 @@ class TrainStep(BlockStep):
                 f"{type(model).__name__} does not."
             )
 
+    def learned_from(self, look: Survey) -> Any:
+        """The teacher, frozen, or what stands for it; None for a step that learns from none."""
+        return look.teacher(self.teacher) if self.distills else None
+
     def survey(self, look: Survey) -> dict[str, Tensor]:
         from llmslim.training.loop import Schedule, train
 
-        teacher = look.teacher(self.teacher) if self.distills else None
+        teacher = self.learned_from(look)
         torch.manual_seed(look.seed)  # of adapters' first weights
         model = look.loaded()
         fields = {
