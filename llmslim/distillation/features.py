@@ -34,15 +34,18 @@ class Features(BesideResponse):
       widths may differ (MiniLMv2, Wang et al. 2020, arXiv:2012.15828); their mean. They are taken as the projections
       give them: before rotary positions and norms of heads, without a causal mask.
 
+    Which block learns from which: `learned` takes those with the outputs most alike in the sum, in order, by linear CKA
+    on the first windows (Kornblith et al. 2019, arXiv:1905.00414), before training.
+
     TinyBERT's attention maps (which fast attention does not give) and embeddings are left out.
     """
 
     kind: ClassVar[str] = "features"
     verb: ClassVar[str] = "distill"
 
-    layer_map: Literal["uniform", "last"] = Field(
+    layer_map: Literal["uniform", "last", "learned"] = Field(
         "uniform",
-        description="the teacher's blocks that the student's learn from: evenly spaced, or its last ones",
+        description="the teacher's blocks that the student's learn from: evenly spaced, its last, or the most alike",
     )
     hidden: float = Field(1.0, ge=0, description="weight of the hidden states")
     attention: float = Field(1.0, ge=0, description="weight of the last attention's relations")
@@ -72,11 +75,7 @@ class Features(BesideResponse):
 
         assert teacher is not None
         students, teachers = Anatomy(model).blocks, Anatomy(teacher).blocks
-        pairs = (
-            list(zip(students, self._mapped(len(students), len(teachers)), strict=True))
-            if self.hidden
-            else []
-        )
+        pairs = list(zip(students, self._chosen(model, teacher, tokens), strict=True)) if self.hidden else []
         blocks = [s.module for s, _ in pairs], [teachers[t].module for _, t in pairs]
         projections = fitted(model, teacher, *blocks, tokens) if pairs else nn.ModuleList()
         attentions = [students[-1].attention, teachers[-1].attention] if self.attention else []
@@ -99,8 +98,17 @@ class Features(BesideResponse):
 
         return self.beside(teacher, (modules[0], modules[1]), inside), list(projections.parameters())
 
-    def _mapped(self, students: int, teachers: int) -> list[int]:
+    def _chosen(self, model: PreTrainedModel, teacher: PreTrainedModel, tokens: Tensor) -> list[int]:
         """For each block of the student, the index of its block of the teacher."""
+        blocks, targets = ([block.module for block in Anatomy(one).blocks] for one in (model, teacher))
+        fixed = self._mapped(len(blocks), len(targets))
+        if self.layer_map != "learned":
+            return fixed
+        mine, its = outputs(model, teacher, blocks, targets, tokens)
+        return ascending(torch.tensor([[alikeness(x, y) for y in its] for x in mine]))
+
+    def _mapped(self, students: int, teachers: int) -> list[int]:
+        """The same where it does not depend on what the blocks do."""
         if students > teachers:
             raise UserError(
                 f"The student has {students} blocks and the teacher {teachers}: features are learned from a teacher "
@@ -136,13 +144,55 @@ def fitted(
     Args:
         tokens: int64 [windows, seq]; the first windows, at least one, are what the Linears are fitted to.
     """
+    mine, its = outputs(student, teacher, blocks, targets, tokens)
+    return nn.ModuleList(projection(x, y) for x, y in zip(mine, its, strict=True))
+
+
+@torch.no_grad()
+def outputs(
+    student: nn.Module,
+    teacher: nn.Module,
+    blocks: Sequence[nn.Module],
+    targets: Sequence[nn.Module],
+    tokens: Tensor,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What blocks of the student, and of the teacher, give for the first windows: [tokens, width] each."""
     from llmslim.training.forward import observe
 
     some = tokens[: max(1, SAMPLE // tokens.shape[1])].to(next(student.parameters()).device)
-    outputs = observe(student, some, blocks)[1], observe(teacher, some, targets)[1]
-    return nn.ModuleList(
-        projection(x.flatten(0, -2), y.flatten(0, -2)) for x, y in zip(*outputs, strict=True)
-    )
+    mine, its = observe(student, some, blocks)[1], observe(teacher, some, targets)[1]
+    return [x.flatten(0, -2) for x in mine], [y.flatten(0, -2) for y in its]
+
+
+def alikeness(x: Tensor, y: Tensor) -> float:
+    """Linear CKA: ||Y^T X||^2 / (||X^T X|| ||Y^T Y||) of centred rows, Frobenius; 0 to 1.
+
+    1 where y is x turned and scaled as a whole (Kornblith et al. 2019, arXiv:1905.00414).
+
+    Args:
+        x, y: [tokens, width]; widths may differ.
+    """
+    x, y = (z.float() - z.float().mean(0) for z in (x, y))
+    scale = (x.T @ x).norm() * (y.T @ y).norm()
+    return float((y.T @ x).square().sum() / scale.clamp_min(1e-30))
+
+
+def ascending(scores: Tensor) -> list[int]:
+    """A column for each row, each to the right of the one before, of the largest sum; [rows, columns >= rows]."""
+    rows, columns = scores.shape
+    best = [[0.0] * (columns + 1)]  # [row][column]: of so many rows in so many columns
+    for row in range(rows):
+        sums = [-math.inf] * (columns + 1)
+        for column in range(row + 1, columns + 1):
+            sums[column] = max(sums[column - 1], best[row][column - 1] + float(scores[row, column - 1]))
+        best.append(sums)
+    chosen, column = [], columns
+    for row in range(rows, 0, -1):
+        while column > row and best[row][column - 1] == best[row][column]:
+            column -= 1
+        column -= 1
+        chosen.append(column)
+    return chosen[::-1]
 
 
 def projection(x: Tensor, y: Tensor) -> nn.Module:
