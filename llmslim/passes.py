@@ -20,6 +20,7 @@ from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import parse_edit
 from llmslim.loaders.models import ModelFiles, place, release, tie
+from llmslim.quantization.bnb_linear import BnbLinear
 from llmslim.step import REFERENCE_PART, BlockStep, StepRecord
 from llmslim.ties import shared_modules
 from llmslim.work import Progress, WorkFolder, load_tensors, save_tensors
@@ -198,7 +199,9 @@ class BlockPass:
         """Round what a step computed to what the checkpoint can hold, so that the probe sees what is saved."""
         for module in modules:
             for leaf, parameter in module._parameters.items():
-                grid = isinstance(module, Packed) and leaf != "bias"  # packed weights are stored as they are
+                grid = (
+                    isinstance(module, Packed | BnbLinear) and leaf != "bias"
+                )  # packed weights are stored as they are
                 if parameter is not None and parameter.is_floating_point() and not grid:
                     parameter.copy_(parameter.to(self.options.stored))
 

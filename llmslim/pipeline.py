@@ -132,6 +132,8 @@ def run_steps(
         record.notes += done.notes
         if not work.state.get(f"saved-{number}"):
             CheckpointWriter(folder, form, options.stored).finish(made[-1], done.edits)
+            if isinstance(step, BlockStep):
+                step.write_beside(folder, done)
             work.state[f"saved-{number}"] = True
             work.save()
         made.append(find(str(folder)))
@@ -243,6 +245,11 @@ def _resolved(
         chosen += [told] if told else []
         for step in running:
             step.check(outlook.anatomy)
+            if settled and isinstance(settled[-1], BlockStep) and settled[-1].writes_beside:
+                raise UserError(
+                    f"{settled[-1].kind} keeps its adapter beside the model, which {step.kind} would lose: make it the "
+                    "last step, or leave save_adapter out."
+                )
             outlook = outlook.after(step.planned_edits(outlook.anatomy))
             settled.append(step)
     return tuple(settled), outlook, tuple(chosen)

@@ -88,13 +88,14 @@ def make_plan(
     shape = _Shape(anatomy, options, files.dtype)
     output = weight_bytes(outlook.anatomy.model, form, options.stored)
     lanes = 2 * shape.lane_bytes + sum(1 for _ in anatomy.blocks) * 64 * shape.hidden * 4
+    kept = sum(step.disk_bytes(shape.tokens) for step in recipe.steps)
     return Plan(
         peak_memory=_peak_memory(shape, recipe, anatomy, streams),
         available_memory=available_memory(),
         seconds=_seconds(shape, recipe, anatomy, options.device, options.dtype),
         input_bytes=_input_bytes(files, shape.total),
         output_bytes=output,
-        disk_bytes=2 * output + lanes + shape.outer * 4 + 20 * 2**20,
+        disk_bytes=kept + 2 * output + lanes + shape.outer * 4 + 20 * 2**20,
         format=form.name,
         streams=streams,
         compute_dtype=str(options.dtype).removeprefix("torch."),

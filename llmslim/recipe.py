@@ -53,9 +53,9 @@ class Recipe(BaseModel):
     steps: tuple[SerializeAsAny[Step], ...]
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = Evaluation()
-    format: Literal["auto", "llmslim", "compressed-tensors", "gptq"] = Field(
+    format: Literal["auto", "llmslim", "compressed-tensors", "gptq", "bitsandbytes"] = Field(
         "auto",
-        description="of the output; auto: compressed-tensors where it can hold the result, else llmslim",
+        description="of the output; auto: compressed-tensors (of bnb: bitsandbytes) if it can hold it, else llmslim",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of what stays dense in the output; auto: the model's own"

@@ -133,6 +133,10 @@ class Step(BaseModel):
         """Memory the step needs at its peak beside a block's weights and the calibration states; for the plan."""
         return 0
 
+    def disk_bytes(self, tokens: int) -> int:
+        """What the step keeps in the work folder of a text of so many tokens, for itself; for the plan."""
+        return 0
+
 
 class Survey(Protocol):
     """The model as it is before a step, for steps that must see all of it before they decide on a part.
@@ -198,6 +202,14 @@ class BlockStep(Step):
     def survey_copies(self) -> int:
         """How often the survey holds all weights in float32 (itself loaded, gradients, sums); for the plan."""
         return 0
+
+    def write_beside(self, folder: Path, record: StepRecord) -> None:
+        """Write to the checkpoint's folder, which is complete, what belongs to it and is none of its weights."""
+
+    @property
+    def writes_beside(self) -> bool:
+        """Whether there is such a thing, which the next step would lose."""
+        return False
 
     @property
     def streams_calibration(self) -> bool:

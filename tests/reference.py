@@ -237,3 +237,21 @@ def angles(student, teacher) -> float:
                         cosines.append(float(a @ b / (a.norm() * b.norm())))
                     losses.append(huber(*cosines))
     return sum(losses) / len(losses)
+
+
+def nf4(weight, block: int = 64):
+    """QLoRA: each weight over the largest of its block to the nearest of the 16 values of its appendix E."""
+    values = [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ]
+    flat = weight.flatten()
+    out = flat.clone()
+    for start in range(0, len(flat), block):
+        part = flat[start : start + block]
+        scale = max(abs(float(w)) for w in part)
+        for i, w in enumerate(part.tolist()):
+            out[start + i] = scale * min(values, key=lambda value: abs(value - w / scale))
+    return out.reshape(weight.shape)

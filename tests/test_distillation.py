@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from llmslim.distillation.features import Features, projection
+from llmslim.distillation.features import Features
 from llmslim.distillation.relations import Relations
 from llmslim.distillation.response import Response
 from llmslim.errors import UserError
@@ -22,6 +22,7 @@ from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration, Recipe
 from llmslim.training import losses
 from llmslim.training.forward import sampled
+from llmslim.training.inside import projection
 from tests import reference
 from tests.checkpoints import killed_at_training_step
 from tests.test_recovery import tensors, whole

@@ -25,6 +25,11 @@ def is_matrix(module: nn.Module) -> bool:
     return is_conv1d(module) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Whether the weight of a matrix or table is kept in fewer bits, of whatever kind."""
+    return hasattr(module, "dequantize") and hasattr(module, "shape")
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether the module is a LayerNorm, RMSNorm or one of their many namesakes."""
     vectors = [parameter.ndim == 1 for parameter in module.parameters(recurse=False)]

@@ -19,6 +19,7 @@ from llmslim.checkpoint.plain import absorb
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.loaders.models import skeleton
+from llmslim.quantization.bnb_linear import BnbLinear
 from llmslim.quantization.edits import PackLinear
 from llmslim.quantization.grid import QuantizedWeight, Scheme
 from llmslim.quantization.packed import PackedEmbedding, PackedLinear
@@ -26,7 +27,7 @@ from llmslim.sparse import SparseLinear, SparseWeight
 from llmslim.step import nearest
 
 Packed = PackedLinear | PackedEmbedding
-Compact = Packed | SparseLinear
+Compact = Packed | SparseLinear | BnbLinear
 """Modules whose weight lies in a file in other tensors than a dense one's."""
 Get = Callable[[str], Tensor]
 
@@ -49,14 +50,15 @@ class Format(ABC):
     def stored(self, name: str, module: Any) -> dict[str, Tensor]:
         """The tensors on disk, by full name, of the compact weight of the module `name`; without its bias.
 
-        Only llmslim's own format has to do with a `SparseLinear`: others refuse its edit.
+        Only llmslim's own format has to do with a `SparseLinear`, and only that and bitsandbytes' with a
+        `BnbLinear`: others refuse their edits.
 
         Works on meta as well, for names, shapes and types.
         """
 
     @abstractmethod
-    def read(self, name: str, module: Any, get: Get) -> QuantizedWeight | SparseWeight:
-        """The inverse of `stored`: what the module's `store` takes.
+    def read(self, name: str, module: Any, get: Get) -> QuantizedWeight | SparseWeight | dict[str, Tensor]:
+        """The inverse of `stored`: what the module's `store` takes; of a `BnbLinear`, its tensors by name.
 
         Args:
             module: a skeleton, for shape and scheme; not changed.
@@ -81,17 +83,18 @@ class Format(ABC):
 
 def formats() -> dict[str, Format]:
     """Every format by its name, which is also the `quant_method` in config.json."""
+    from llmslim.checkpoint.bitsandbytes import BitsAndBytesLayout
     from llmslim.checkpoint.compressed_tensors import CompressedTensors
     from llmslim.checkpoint.gptq import GPTQLayout
     from llmslim.checkpoint.own import Own
 
-    return {form.name: form for form in (Own(), CompressedTensors(), GPTQLayout())}
+    return {form.name: form for form in (Own(), CompressedTensors(), GPTQLayout(), BitsAndBytesLayout())}
 
 
 def choose(
     name: str, edits: Sequence[Edit], model: PreTrainedModel | None, dtype: torch.dtype | None = None
 ) -> Format:
-    """The format of that name, or for "auto" compressed-tensors where it can hold the result, else llmslim.
+    """The format of that name, or for "auto" compressed-tensors (of method bnb: bitsandbytes) if it can, else llmslim.
 
     Where a plain config says all that was done, the result is plain.
 
@@ -120,7 +123,8 @@ def choose(
     stored = dtype or stored_dtype(model)
     reasons = {form: known[form].refusal(edits, model, stored) for form in known}
     if name == "auto":
-        return known["llmslim" if reasons["compressed-tensors"] else "compressed-tensors"]
+        standard = ("compressed-tensors", "bitsandbytes")
+        return known[next((form for form in standard if not reasons[form]), "llmslim")]
     if reasons[name]:
         able = [form for form, reason in reasons.items() if not reason]
         raise UserError(f"Format {name!r} cannot hold this result: {reasons[name]}; {' or '.join(able)} can.")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from llmslim.checkpoint.bitsandbytes import settle
 from llmslim.checkpoint.names import relative
 from llmslim.checkpoint.reader import plain_config, read_edits
 from llmslim.errors import UserError
@@ -25,7 +26,7 @@ def load(
 
     Args:
         spec: a Hub id, a folder, a .gguf file, or "demo". Checkpoints of llmslim, compressed-tensors
-            (pack-quantized) and GPTQ come with fast packed Linears.
+            (pack-quantized) and GPTQ come with fast packed Linears, bitsandbytes with its own.
         revision: of a Hub model.
         dtype: to compute in; by default bfloat16 where the machine is fast at it, else float32.
             "auto": as stored.
@@ -48,6 +49,11 @@ def load_model(files: ModelFiles, dtype: torch.dtype | str | None, device: torch
     config = copy.deepcopy(files.config)
     if method in ("llmslim", "compressed-tensors", "gptq"):
         config.quantization_config = _ours(files, dtype)
+    if method == "bitsandbytes":  # computes in its own type, else
+        config.quantization_config = {
+            **_stored(files),
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        }
     files.weights  # noqa: B018  refuses folders without safetensors
     try:
         model = model_class(config).from_pretrained(  # type: ignore[attr-defined]
@@ -63,6 +69,7 @@ def load_model(files: ModelFiles, dtype: torch.dtype | str | None, device: torch
         raise UserError(
             f"{files.spec}: some tensors have other shapes than config.json says, as told above; the folder is damaged."
         ) from error
+    settle(model)
     return model.eval()
 
 
@@ -78,10 +85,13 @@ def _resolve(dtype: torch.dtype | str | None, files: ModelFiles, device: torch.d
 
 
 def _method(files: ModelFiles) -> str | None:
-    stored = getattr(files.config, "quantization_config", None)
-    if stored is None:
-        return None
-    return stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    return _stored(files).get("quant_method")
+
+
+def _stored(files: ModelFiles) -> dict[str, Any]:
+    """The quantization_config of the files; empty when there is none."""
+    stored = getattr(files.config, "quantization_config", None) or {}
+    return stored if isinstance(stored, dict) else stored.to_dict()
 
 
 def _ours(files: ModelFiles, dtype: torch.dtype) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from llmslim.checkpoint.names import absolute, relative
 from llmslim.edit import Edit, parse_edit
 from llmslim.errors import UserError
 from llmslim.quantization import packing
+from llmslim.quantization.bnb_linear import BnbLinear
 from llmslim.quantization.grid import QuantizedWeight
 from llmslim.sparse import SparseLinear, SparseWeight
 
@@ -33,16 +34,20 @@ class Own(Format):
         return None
 
     def stored(self, name: str, module: Compact) -> dict[str, Tensor]:
-        if isinstance(module, SparseLinear):
+        if isinstance(module, SparseLinear | BnbLinear):
             return {f"{name}.{part}": tensor for part, tensor in module.stored().items()}
         parts = {
             part: getattr(module, part) for part in ("weight_packed", "weight_scale", "weight_zero_point")
         }
         return {f"{name}.{part}": tensor.detach() for part, tensor in parts.items() if tensor is not None}
 
-    def read(self, name: str, module: Compact, get: Get) -> QuantizedWeight | SparseWeight:
+    def read(
+        self, name: str, module: Compact, get: Get
+    ) -> QuantizedWeight | SparseWeight | dict[str, Tensor]:
         like = self.stored(name, module)
         tensors = {full: expect(full, get(full), tensor) for full, tensor in like.items()}
+        if isinstance(module, BnbLinear):
+            return {full.removeprefix(f"{name}."): tensor for full, tensor in tensors.items()}
         if isinstance(module, SparseLinear):
             sparse = SparseWeight(*tensors.values())
             try:

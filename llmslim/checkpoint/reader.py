@@ -19,6 +19,7 @@ from llmslim.checkpoint.inventory import dense_tensors, part_of, stored_tensors
 from llmslim.edit import Edit, replay
 from llmslim.errors import UserError
 from llmslim.loaders.models import ModelFiles, place, skeleton, tie
+from llmslim.quantization.bnb_linear import BnbLinear
 from llmslim.quantization.grid import QuantizedWeight
 from llmslim.quantization.packed import PackedLinear
 from llmslim.sparse import SparseLinear, SparseWeight
@@ -145,6 +146,10 @@ class CheckpointReader:
             assert isinstance(sparse, SparseWeight)  # as for every SparseLinear
             dense = module.dense(sparse, round_to or sparse.values.dtype).to(dtype)
             return {f"{name}.weight": dense, f"{name}.weight_bitmap": sparse.bitmap.clone()}
+        if isinstance(module, BnbLinear):
+            parts = self._storage.read(name, module, get)
+            assert isinstance(parts, dict)  # as for every BnbLinear
+            return {f"{name}.{leaf}": tensor.clone() for leaf, tensor in parts.items()}
         if self._storage.name == "llmslim":  # they are what is stored
             like = self._storage.stored(name, module)
             return {

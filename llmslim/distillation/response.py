@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
 from llmslim.errors import UserError
+from llmslim.training.cached import CachedStep, TeacherCache
 from llmslim.training.losses import Divergence
 from llmslim.training.whole import WholeStep
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from llmslim.training.loop import Loss
 
 
-class Response(WholeStep):
+class Response(CachedStep, WholeStep):
     """Train a student to give the teacher's distribution over tokens, on a text or on what it writes itself.
 
     alpha * divergence + (1 - alpha) * next token (Hinton et al. 2015, arXiv:1503.02531). With `on_policy`, that share
@@ -52,6 +53,14 @@ class Response(WholeStep):
             raise ValueError(f"beta is for divergence js, not {self.divergence}")
         return self
 
+    @model_validator(mode="after")
+    def _cache_is_of_a_text(self) -> Self:
+        if self.cached_logits is not None and self.on_policy:
+            raise ValueError(
+                "cached_logits is of a text known beforehand, not of what the student writes: on_policy 0"
+            )
+        return self
+
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
         if anatomy.is_decoder:
@@ -68,10 +77,10 @@ class Response(WholeStep):
             )
 
     def criterion(
-        self, model: PreTrainedModel, teacher: PreTrainedModel | None, tokens: Tensor
+        self, model: PreTrainedModel, teacher: PreTrainedModel | TeacherCache | None, tokens: Tensor
     ) -> tuple[Loss, list[nn.Parameter]]:
         from llmslim.training.forward import run, sampled
-        from llmslim.training.losses import divergence, next_token
+        from llmslim.training.losses import coarse_divergence, divergence, next_token
 
         assert teacher is not None
         prompt = tokens.shape[1] // 2
@@ -81,12 +90,16 @@ class Response(WholeStep):
             if own:
                 tokens = sampled(model, tokens[:, :prompt], tokens.shape[1] - prompt)
             logits = run(model, tokens).logits
-            with torch.no_grad():
-                targets = run(teacher, tokens).logits
-            judged = slice(prompt - 1, -1) if own else slice(None)  # what the written tokens were drawn from
-            value = self.alpha * divergence(
-                logits[:, judged], targets[:, judged], self.temperature, self.divergence, self.beta
-            )
+            how = (self.temperature, self.divergence, self.beta)
+            if isinstance(teacher, TeacherCache):
+                value = self.alpha * coarse_divergence(logits, *teacher.of(tokens), *how)
+            else:
+                with torch.no_grad():
+                    targets = run(teacher, tokens).logits
+                judged = (
+                    slice(prompt - 1, -1) if own else slice(None)
+                )  # what the written tokens were drawn from
+                value = self.alpha * divergence(logits[:, judged], targets[:, judged], *how)
             if self.alpha < 1 and not own:
                 value = value + (1 - self.alpha) * next_token(logits, tokens)
             return value

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
-from llmslim.anatomy.parts import features, is_linear
+from llmslim.anatomy.parts import features, is_linear, is_packed
 from llmslim.calibration.statistics import InputStats, output_error
 from llmslim.calibration.stream import BlockStream
 from llmslim.edit import Edit
@@ -90,11 +90,7 @@ class Quantizer(LinearStep):
                 )
             _check_group(table, cast(Tensor, module.weight).shape[1], self.group_size)
         if not chosen:
-            if any(isinstance(module, PackedLinear) for module in anatomy.model.modules()):
-                raise UserError("This model is quantized already: quantize the original one instead.")
-            raise UserError(
-                f"Nothing to quantize: include={list(self.include)} and exclude={list(self.exclude)} leave no Linear."
-            )
+            refuse_nothing(self, anatomy)
 
     def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
         edits: list[Edit] = [*self._outer_edits(anatomy)]
@@ -142,7 +138,7 @@ class Quantizer(LinearStep):
         model = stream.model
         for edit in self._outer_edits(stream.anatomy):
             weight = cast(Tensor, model.get_submodule(edit.module).weight)
-            _check_finite(edit.module, weight)
+            check_finite(edit.module, weight)
             quantized = round_table(weight, edit.scheme)
             record.linears.append(self._row(edit.module, edit.scheme, weight, quantized, None))
             edit.apply(model)
@@ -158,7 +154,7 @@ class Quantizer(LinearStep):
     ) -> tuple[Edit, nn.Module]:
         scheme = self.scheme(name)
         weight = weight.float()
-        _check_finite(name, weight)
+        check_finite(name, weight)
         quantized = self.quantize(name, weight, scheme, stats, record)
         record.linears.append(self._row(name, scheme, weight, quantized, stats))
         return PackLinear(module=name, scheme=scheme), PackedLinear.from_quantized(quantized, bias=None)
@@ -178,6 +174,15 @@ class Quantizer(LinearStep):
             row["output_error"] = output_error(weight, quantized.dequantize(), stats.hessian)
             row["tokens"] = stats.tokens
         return row
+
+
+def refuse_nothing(step: LinearStep, anatomy: Anatomy) -> NoReturn:
+    """Say why a step has no Linear to quantize."""
+    if any(is_packed(module) for module in anatomy.model.modules()):
+        raise UserError("This model is quantized already: quantize the original one instead.")
+    raise UserError(
+        f"Nothing to quantize: include={list(step.include)} and exclude={list(step.exclude)} leave no Linear."
+    )
 
 
 def round_table(weight: Tensor, scheme: Scheme, rows: int = 4096) -> QuantizedWeight:
@@ -200,7 +205,7 @@ def fill_packed(module: PackedLinear | PackedEmbedding, quantized: QuantizedWeig
         setattr(module, name, parameter)
 
 
-def _check_finite(name: str, weight: Tensor) -> None:
+def check_finite(name: str, weight: Tensor) -> None:
     if not bool(weight.isfinite().all()):
         raise UserError(
             f"{name} has NaN or infinite weights, which cannot be quantized; --exclude it or mend the model."

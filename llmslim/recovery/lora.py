@@ -1,10 +1,12 @@
-"""Low-rank adapters by peft, merged when they are trained."""
+"""Low-rank adapters by peft, merged when they are trained, or kept beside."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,18 +14,26 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmslim.anatomy import Anatomy
+from llmslim.anatomy import Anatomy, Block
 from llmslim.anatomy.match import nearest
-from llmslim.anatomy.parts import is_conv1d, is_linear
+from llmslim.anatomy.parts import is_conv1d, is_linear, is_matrix, is_packed
 from llmslim.errors import UserError
 from llmslim.sparse import SparseLinear
-from llmslim.step import matches
+from llmslim.step import StepRecord, matches
 from llmslim.ties import shared_modules
 from llmslim.training.objective import ObjectiveStep
 from llmslim.training.step import LOST, Finish
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from llmslim.calibration.stream import BlockStream
+
+
+ADAPTER = "adapter"
+PEFT = "base_model.model."
+"""What peft puts in front of names in the files of adapters."""
+TURNED = "fan_in_fan_out"
 
 
 class LoRA(ObjectiveStep):
@@ -32,8 +42,11 @@ class LoRA(ObjectiveStep):
     y = W x + (alpha / rank) B A x (Hu et al. 2021, arXiv:2106.09685); over packed weights that is QLoRA (Dettmers
     et al. 2023, arXiv:2305.14314). Merging into dense weights is exact; of sparse ones the adapter is masked while
     it trains. Packed weights are rounded anew to the grid that they have, which loses most of what is smaller than
-    half a step: how much is noted. Weights that blocks share get no adapters (their corrections do). No adapters are
-    kept beside: the result is a checkpoint like its source.
+    half a step: how much is noted. Weights that blocks share get no adapters (their corrections do).
+
+    With `save_adapter` the model stays as it is and the adapter lies in its folder `adapter`, as peft saves it:
+    `PeftModel.from_pretrained(model, "OUTPUT/adapter")`, over packed weights `llmslim.recovery.lora.with_adapter`. That
+    is the only way over weights of bitsandbytes. What the report measures is the model without it.
     """
 
     kind: ClassVar[str] = "lora"
@@ -48,10 +61,24 @@ class LoRA(ObjectiveStep):
         description="modules that get adapters, by name: 'q_proj'; all Linears of the blocks when not given",
     )
 
+    save_adapter: bool = Field(
+        False, description="keep the adapter beside the model, in its folder adapter, instead of merging it"
+    )
+
+    @property
+    def writes_beside(self) -> bool:
+        return self.save_adapter
+
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
         _installed()
         known = _linears(anatomy)
+        fixed = [name for name in self._named(known, self.target_modules) if _has_no_grid(known[name])]
+        if fixed and not self.save_adapter:
+            raise UserError(
+                f"lora cannot merge into weights of bitsandbytes, such as {fixed[0]}: give --save-adapter to keep the "
+                "adapter beside the model."
+            )
         missing = [pattern for pattern in self.target_modules if not self._named(known, (pattern,))]
         if missing or not known:
             leaves = sorted({name.rpartition(".")[2] for name in known})
@@ -66,26 +93,101 @@ class LoRA(ObjectiveStep):
 
     @contextmanager
     def training(self, model: PreTrainedModel) -> Iterator[tuple[list[nn.Parameter], Finish]]:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import inject_adapter_in_model
         from peft.tuners import lora
 
         known = _linears(Anatomy(model))
         targets = self._named(known, self.target_modules)
-        config = LoraConfig(
+        turned = any(is_conv1d(known[name]) for name in targets)
+        config = self._config(list(targets), turned)
+        _register(config, model, {} if self.save_adapter else {SparseLinear: _masked(lora.Linear)})
+        inject_adapter_in_model(config, model)
+        adapters: dict[str, Any] = {name: model.get_submodule(name) for name in targets}
+        parameters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+
+        def kept() -> dict[str, Tensor]:
+            own = {f"{PEFT}{name.replace('.default', '')}": p for name, p in parameters.items()}
+            return {**own, TURNED: torch.tensor(turned)}
+
+        yield list(parameters.values()), kept if self.save_adapter else lambda: _merged(adapters)
+
+    def _config(self, targets: list[str], turned: bool) -> Any:
+        """peft's description of the adapter.
+
+        Args:
+            targets: names of the modules that have one.
+            turned: whether these hold their weights as [in, out] (Conv1D).
+        """
+        from peft import LoraConfig
+
+        return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
             lora_dropout=self.dropout,
-            target_modules=list(targets),
-            fan_in_fan_out=any(is_conv1d(known[name]) for name in targets),
+            target_modules=targets,
+            fan_in_fan_out=turned,
         )
-        packed = {type(known[name]) for name in targets if hasattr(known[name], "quantized")}
-        config._register_custom_module(
-            {**dict.fromkeys(packed, lora.Linear), SparseLinear: _masked(lora.Linear)}
-        )
-        inject_adapter_in_model(config, model)
-        adapters: dict[str, Any] = {name: model.get_submodule(name) for name in targets}
-        parameters = [p for name, p in model.named_parameters() if ".lora_" in name]
-        yield parameters, lambda: _merged(adapters)
+
+    def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
+        if not self.save_adapter:
+            super().compress_outer(stream, record)
+
+    def compress_block(
+        self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
+    ) -> None:
+        if not self.save_adapter:
+            super().compress_block(block, stream, reference, record)
+
+    def write_beside(self, folder: Path, record: StepRecord) -> None:
+        if not self.save_adapter:
+            return
+        from safetensors.torch import save_file
+
+        tensors = {name: tensor for name, tensor in record.survey.items() if name.startswith(PEFT)}
+        names = {name.removeprefix(PEFT).partition(".lora_")[0] for name in tensors}
+        config = self._config(sorted(names), bool(record.survey[TURNED]))
+        config.inference_mode = True
+        made = json.loads((folder / "config.json").read_text())["architectures"][0]
+        config.task_type = "CAUSAL_LM" if made.endswith(("ForCausalLM", "LMHeadModel")) else None
+        place = folder / ADAPTER
+        place.mkdir(exist_ok=True)
+        save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(place))
+        record.note(self.kind, f"the adapter is in {ADAPTER}/; what is measured is the model without it")
+
+
+def with_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
+    """A peft model: `model` with the adapter of a folder, also where its Linears are packed.
+
+    Raises:
+        UserError: the adapter is for another model.
+    """
+    _installed()
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(str(folder))
+    _register(config, model, {})
+    try:
+        return PeftModel.from_pretrained(model, str(folder), config=config).eval()
+    except (ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"The adapter {folder} does not fit this {type(model).__name__}: take the model that it was trained with "
+            f"({said})."
+        ) from error
+
+
+def _register(config: Any, model: nn.Module, others: dict[type, Any]) -> None:
+    """Tell peft what it puts beside Linears that it does not know; it keeps no note of that in files."""
+    from peft.tuners import lora
+
+    packed = {type(m) for m in model.modules() if is_packed(m) and is_matrix(m) and not is_linear(m)}
+    config._register_custom_module({**dict.fromkeys(packed, lora.Linear), **others})
+
+
+def _has_no_grid(module: nn.Module) -> bool:
+    """Whether the weight is packed in a way that nothing can be rounded to anew."""
+    return is_packed(module) and not hasattr(module, "quantized")
 
 
 def _merged(adapters: dict[str, Any]) -> dict[str, Tensor]:
@@ -145,7 +247,7 @@ def _linears(anatomy: Anatomy) -> dict[str, nn.Module]:
         f"{block.name}.{name}": module
         for block in anatomy.blocks
         for name, module in block.module.named_modules()
-        if (is_linear(module) or (hasattr(module, "quantized") and hasattr(module, "in_features")))
+        if (is_linear(module) or (is_packed(module) and is_matrix(module)))
         and not nearest(f"{block.name}.{name}", used)
     }
 

@@ -129,13 +129,14 @@ def _loading(format_name: str, config: dict[str, Any]) -> str:
     plugin = "import llmslim.plugin  # teaches transformers the format\n" if format_name == "llmslim" else ""
     packed = (
         ""
-        if format_name == "plain"
+        if format_name in ("plain", "bitsandbytes")
         else ", which keeps the weights packed in memory and computes with them so"
     )
     needs = {
         "plain": "It is a standard checkpoint; with plain transformers and whatever else reads those:",
         "llmslim": "With transformers, after `pip install llmslim`:",
         "compressed-tensors": "With plain transformers (`pip install compressed-tensors`), and with vLLM:",
+        "bitsandbytes": "With plain transformers (`pip install bitsandbytes`):",
         "gptq": "With plain transformers (`pip install optimum gptqmodel`):",
     }
     return (

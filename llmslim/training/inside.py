@@ -40,9 +40,9 @@ class Comparison:
 class InsideFields(BaseModel):
     """The fields of a step that compares inside; what they weigh, `llmslim.distillation.features.Features` tells."""
 
-    layer_map: Literal["uniform", "last"] = Field(
+    layer_map: Literal["uniform", "last", "learned"] = Field(
         "uniform",
-        description="the teacher's blocks that the student's learn from: evenly spaced, or its last ones",
+        description="the teacher's blocks that the student's learn from: evenly spaced, its last, or the most alike",
     )
     hidden: float = Field(1.0, ge=0, description="weight of the hidden states")
     attention: float = Field(1.0, ge=0, description="weight of the last attention's relations")
@@ -58,17 +58,14 @@ class InsideFields(BaseModel):
         """Pair the parts of two models.
 
         Args:
-            sample: what projections are fitted to before training.
+            sample: what projections are fitted to, and the most alike blocks found by, before training.
             mask: of the sample, which tokens are no padding.
         """
         from llmslim.training.losses import hidden_states, self_relations
 
         students, teachers = Anatomy(student).blocks, Anatomy(teacher).blocks
-        pairs = (
-            list(zip(students, self._mapped(len(students), len(teachers)), strict=True))
-            if self.hidden
-            else []
-        )
+        chosen = self._chosen(student, teacher, sample, mask) if self.hidden else []
+        pairs = list(zip(students, chosen, strict=True)) if self.hidden else []
         blocks = [s.module for s, _ in pairs], [teachers[t].module for _, t in pairs]
         projections = fitted(student, teacher, *blocks, sample, mask) if pairs else nn.ModuleList()
         attentions = [students[-1].attention, teachers[-1].attention] if self.attention else []
@@ -93,8 +90,19 @@ class InsideFields(BaseModel):
 
         return Comparison((modules[0], modules[1]), projections, value)
 
-    def _mapped(self, students: int, teachers: int) -> list[int]:
+    def _chosen(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, sample: Inputs, mask: Tensor | None
+    ) -> list[int]:
         """For each block of the student, the index of its block of the teacher."""
+        blocks, targets = ([block.module for block in Anatomy(one).blocks] for one in (student, teacher))
+        fixed = self._mapped(len(blocks), len(targets))
+        if self.layer_map != "learned":
+            return fixed
+        mine, its = outputs(student, teacher, blocks, targets, sample, mask)
+        return ascending(torch.tensor([[alikeness(x, y) for y in its] for x in mine]))
+
+    def _mapped(self, students: int, teachers: int) -> list[int]:
+        """The same where it does not depend on what the blocks do."""
         if students > teachers:
             raise UserError(
                 f"The student has {students} blocks and the teacher {teachers}: features are learned from a teacher "
@@ -129,16 +137,63 @@ def fitted(
     """For each block, what takes its output to the width of its target's: nothing, or a Linear without bias.
 
     Args:
-        sample: what the Linears are fitted to, on the models' device.
+        sample, mask: what the Linears are fitted to, as `outputs` takes them.
+    """
+    mine, its = outputs(student, teacher, blocks, targets, sample, mask)
+    return nn.ModuleList(projection(x, y) for x, y in zip(mine, its, strict=True))
+
+
+@torch.no_grad()
+def outputs(
+    student: nn.Module,
+    teacher: nn.Module,
+    blocks: Sequence[nn.Module],
+    targets: Sequence[nn.Module],
+    sample: Inputs,
+    mask: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What blocks of the student, and of the teacher, give for a sample: [tokens, width] each.
+
+    Args:
+        sample: on the models' device.
         mask: bool [batch, seq], which of its tokens are no padding; all when None.
     """
     from llmslim.training.forward import observe
 
-    outputs = observe(student, sample, blocks)[1], observe(teacher, sample, targets)[1]
     rows = slice(None) if mask is None else mask.flatten()
-    return nn.ModuleList(
-        projection(x.flatten(0, -2)[rows], y.flatten(0, -2)[rows]) for x, y in zip(*outputs, strict=True)
-    )
+    mine, its = observe(student, sample, blocks)[1], observe(teacher, sample, targets)[1]
+    return [x.flatten(0, -2)[rows] for x in mine], [y.flatten(0, -2)[rows] for y in its]
+
+
+def alikeness(x: Tensor, y: Tensor) -> float:
+    """Linear CKA: ||Y^T X||^2 / (||X^T X|| ||Y^T Y||) of centred rows, Frobenius; 0 to 1.
+
+    1 where y is x turned and scaled as a whole (Kornblith et al. 2019, arXiv:1905.00414).
+
+    Args:
+        x, y: [tokens, width]; widths may differ.
+    """
+    x, y = (z.float() - z.float().mean(0) for z in (x, y))
+    scale = (x.T @ x).norm() * (y.T @ y).norm()
+    return float((y.T @ x).square().sum() / scale.clamp_min(1e-30))
+
+
+def ascending(scores: Tensor) -> list[int]:
+    """A column for each row, each to the right of the one before, of the largest sum; [rows, columns >= rows]."""
+    rows, columns = scores.shape
+    best = [[0.0] * (columns + 1)]  # [row][column]: of so many rows in so many columns
+    for row in range(rows):
+        sums = [-math.inf] * (columns + 1)
+        for column in range(row + 1, columns + 1):
+            sums[column] = max(sums[column - 1], best[row][column - 1] + float(scores[row, column - 1]))
+        best.append(sums)
+    chosen, column = [], columns
+    for row in range(rows, 0, -1):
+        while column > row and best[row][column - 1] == best[row][column]:
+            column -= 1
+        column -= 1
+        chosen.append(column)
+    return chosen[::-1]
 
 
 def projection(x: Tensor, y: Tensor) -> nn.Module:

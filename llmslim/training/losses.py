@@ -54,12 +54,74 @@ def _divergence(
     if temperature != 1:  # a division is as long as the softmax
         student, teacher = student / temperature, teacher / temperature
     q, p = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
+    return _between(p, q, kind, beta)
+
+
+def _between(p: Tensor, q: Tensor, kind: Divergence, beta: float) -> Tensor:
+    """Sum of the divergences between rows of log probabilities, p the teacher's."""
     if kind == "forward":
         return _kl(p, q)
     if kind == "reverse":
         return _kl(q, p)
     m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
     return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
+
+
+def likeliest(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A distribution [..., vocabulary] made coarser: its k likeliest tokens, and all others as one.
+
+    Returns:
+        ids int64 [..., k], log probabilities float32 [..., k], and the log of what is left float32 [...]; None when
+        nothing is.
+    """
+    log_probs = F.log_softmax(logits.float() / temperature, -1)
+    top, ids = log_probs.topk(k, -1)
+    return ids, top, _rest(log_probs, ids)
+
+
+def coarse_divergence(
+    student: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    tail: Tensor | None,
+    temperature: float = 1.0,
+    kind: Divergence = "forward",
+    beta: float = 0.5,
+) -> Tensor:
+    """`divergence` from a teacher of which `likeliest` is known, with the student made coarser in the same way.
+
+    Never more than the divergence of the whole distributions, and equal where the tokens kept are all there are.
+
+    Args:
+        student: logits [..., vocabulary], gradients flow to them.
+        ids, log_probs, tail: of the teacher at this temperature; normalized anew after they were rounded.
+    """
+    rows = student.reshape(-1, student.shape[-1])
+    kept = ids.reshape(len(rows), -1)
+    known = log_probs if tail is None else torch.cat([log_probs, tail.unsqueeze(-1)], -1)
+    targets = F.log_softmax(known.detach().float(), -1).reshape(len(rows), -1)
+    total = rows.new_zeros((), dtype=torch.float32)
+    for some, chosen, p in zip(rows.split(CHUNK), kept.split(CHUNK), targets.split(CHUNK), strict=True):
+        total = total + checkpoint(
+            _coarse, some, chosen, p, tail is not None, temperature, kind, beta, use_reentrant=False
+        )
+    return total * (temperature**2 / len(rows))
+
+
+def _coarse(
+    student: Tensor, ids: Tensor, p: Tensor, tail: bool, temperature: float, kind: Divergence, beta: float
+) -> Tensor:
+    log_probs = F.log_softmax(student.float() / temperature, -1)
+    q = log_probs.gather(-1, ids)
+    rest = _rest(log_probs, ids) if tail else None
+    return _between(p, q if rest is None else torch.cat([q, rest.unsqueeze(-1)], -1), kind, beta)
+
+
+def _rest(log_probs: Tensor, ids: Tensor) -> Tensor | None:
+    """Log of the probability of all tokens but these; None when these are all."""
+    if ids.shape[-1] == log_probs.shape[-1]:
+        return None
+    return log_probs.scatter(-1, ids, -math.inf).logsumexp(-1)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

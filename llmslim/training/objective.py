@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
 from llmslim.errors import UserError
-from llmslim.training.step import TrainStep
+from llmslim.training.cached import CachedStep, TeacherCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmslim.training.loop import Loss
 
 
-class ObjectiveStep(TrainStep):
+class ObjectiveStep(CachedStep):
     """A `TrainStep` that needs no teacher when it predicts the next token."""
 
     without_teacher: ClassVar[str] = ", or use --objective next_token"
@@ -40,15 +40,17 @@ class ObjectiveStep(TrainStep):
             )
 
     def criterion(
-        self, model: PreTrainedModel, teacher: PreTrainedModel | None, tokens: Tensor
+        self, model: PreTrainedModel, teacher: PreTrainedModel | TeacherCache | None, tokens: Tensor
     ) -> tuple[Loss, list[nn.Parameter]]:
         from llmslim.training.forward import run
-        from llmslim.training.losses import divergence, next_token
+        from llmslim.training.losses import coarse_divergence, divergence, next_token
 
         def loss(model: nn.Module, tokens: Tensor) -> Tensor:
             logits = run(model, tokens).logits
             if teacher is None:
                 return next_token(logits, tokens)
+            if isinstance(teacher, TeacherCache):
+                return coarse_divergence(logits, *teacher.of(tokens), self.temperature)
             with torch.no_grad():
                 targets = run(teacher, tokens).logits
             return divergence(logits, targets, self.temperature)

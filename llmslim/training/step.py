@@ -77,13 +77,11 @@ class TrainStep(BlockStep):
         return True
 
     @abstractmethod
-    def criterion(
-        self, model: PreTrainedModel, teacher: PreTrainedModel | None, data: Any
-    ) -> tuple[Loss, list[nn.Parameter]]:
+    def criterion(self, model: PreTrainedModel, teacher: Any, data: Any) -> tuple[Loss, list[nn.Parameter]]:
         """What training lowers, and the parameters that belong to it: trained with the model, then thrown away.
 
         Args:
-            teacher: frozen; None for a step that learns from none.
+            teacher: what `learned_from` gave.
             data: what training will take: the windows, int64 [windows, seq], or what else `examples` gives.
         """
 
@@ -114,10 +112,14 @@ class TrainStep(BlockStep):
                 f"{type(model).__name__} does not."
             )
 
+    def learned_from(self, look: Survey) -> Any:
+        """The teacher, frozen, or what stands for it; None for a step that learns from none."""
+        return look.teacher(self.teacher) if self.distills else None
+
     def survey(self, look: Survey) -> dict[str, Tensor]:
         from llmslim.training.loop import Schedule, train
 
-        teacher = look.teacher(self.teacher) if self.distills else None
+        teacher = self.learned_from(look)
         torch.manual_seed(look.seed)  # of adapters' first weights
         model = look.loaded()
         fields = {

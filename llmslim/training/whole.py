@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
+from llmslim.anatomy.parts import is_packed
 from llmslim.errors import UserError
 from llmslim.sparse import SparseLinear
 from llmslim.training.step import Finish, TrainStep
@@ -26,7 +27,7 @@ class WholeStep(TrainStep):
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
-        packed = [name for name, module in anatomy.model.named_modules() if hasattr(module, "quantized")]
+        packed = [name for name, module in anatomy.model.named_modules() if is_packed(module)]
         if packed:
             raise UserError(
                 f"{self.verb} --method {self.kind} cannot train packed weights, and {packed[0]} is one of "
