@@ -27,8 +27,10 @@ STARTS: dict[str, Steps] = {
     "2-bit-gptq": [{"gptq": QAT}],
     "2-bit-qat": [{"qat": QAT}],
 }
-SCALES: dict[str, Any] = {"lr": 1e-3, "batch_size": 1}
-FULL: dict[str, Any] = {"lr": 1e-4, "batch_size": 2}
+SCALES: dict[str, Any] = {"lr": 3e-4, "batch_size": 1}
+LORA: dict[str, Any] = {"lr": 1e-3, "batch_size": 1, "save_adapter": True}
+FULL: dict[str, Any] = {"lr": 1e-4, "batch_size": 1}
+LABELS: dict[str, Any] = {**FULL, "alpha": 0.5}  # beside the teacher
 TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> name -> minutes, step
     "3-bit": {
         "scales": (18, {"scales": SCALES}),
@@ -36,10 +38,11 @@ TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> na
     },
     "pruned-20%": {
         "distill": (15, {"response": FULL}),
+        "distill+labels": (15, {"response": LABELS}),
         "next-token": (15, {"full": {**FULL, "objective": "next_token"}}),
     },
-    "shared-half": {"distill": (15, {"response": FULL})},
-    "shared-half+deltas": {"distill": (15, {"response": FULL})},
+    "shared-half": {"distill+labels": (12, {"response": LABELS})},
+    "shared-half+deltas": {"distill+labels": (12, {"response": LABELS})},
     "2-bit-gptq": {},
     "2-bit-qat": {"scales": (15, {"scales": SCALES})},
 }
