@@ -42,12 +42,12 @@ def test_a_student_of_the_teacher_s_blocks_finds_the_first_ones(count: int) -> N
     DropBlocks(stack="model.layers", keep=first).apply(student)
     tokens = torch.randint(5, 512, (4, 32), generator=torch.Generator().manual_seed(0))
     step = Features(layer_map="learned")
-    assert step._chosen(student, teacher, tokens) == list(first)
+    assert step._chosen(student, teacher, tokens, None) == list(first)
     assert len(Anatomy(student).blocks) == count
 
 
 def test_the_other_maps() -> None:
     teacher, student = tiny_model("llama", num_hidden_layers=6), tiny_model("llama", num_hidden_layers=3)
     tokens = torch.randint(5, 512, (1, 8))
-    assert Features(layer_map="uniform")._chosen(student, teacher, tokens) == [1, 3, 5]
-    assert Features(layer_map="last")._chosen(student, teacher, tokens) == [3, 4, 5]
+    assert Features(layer_map="uniform")._chosen(student, teacher, tokens, None) == [1, 3, 5]
+    assert Features(layer_map="last")._chosen(student, teacher, tokens, None) == [3, 4, 5]
