@@ -224,9 +224,8 @@ class BlockStep(Step):
         """How often training holds a block's weights in float32; 0 for a step that does not train block by block."""
         return 0
 
-    @property
-    def block_epochs(self) -> float:
-        """How often a block is trained on each window; for the plan."""
+    def windows_trained(self, windows: int) -> float:
+        """How many windows the training of one block takes in all, of a text of so many; for the plan."""
         return 0.0
 
 

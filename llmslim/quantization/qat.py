@@ -14,7 +14,7 @@ from llmslim.quantization.fake_quantize import TrainedWeight, scaled_gradient
 from llmslim.quantization.gptq import GPTQ
 from llmslim.quantization.grid import QuantizedWeight
 from llmslim.quantization.quantizer import Quantizer
-from llmslim.quantization.reconstruction import Reconstruction, Schedule
+from llmslim.quantization.reconstruction import Reconstruction, Schedule, TrainedVector
 
 MARGIN = 0.05
 """How far from the edge between two codes a weight begins, in steps of its grid."""
@@ -41,7 +41,7 @@ class QAT(Reconstruction):
         2e-3, gt=0, description="peak learning rate of the weights, in steps of their grid; cosine to 0"
     )
     scale_lr: float = Field(
-        1e-3, gt=0, description="that of step sizes, as a share of them, and of zero points, norms and biases"
+        1e-3, gt=0, description="that of step sizes, norms and biases, as a share of them, and of zero points"
     )
     epochs: float = Field(8.0, gt=0, description="passes over the calibration windows")
 
@@ -49,9 +49,8 @@ class QAT(Reconstruction):
     def trains_vectors(self) -> bool:
         return True
 
-    @property
-    def block_epochs(self) -> float:
-        return self.epochs
+    def windows_trained(self, windows: int) -> float:
+        return self.epochs * windows
 
     @property
     def block_copies(self) -> int:
@@ -64,12 +63,12 @@ class QAT(Reconstruction):
     def trained(self, weight: Tensor, start: QuantizedWeight) -> LearnedGrid:
         return LearnedGrid(weight, start)
 
-    def schedule(self, weights: list[TrainedWeight], vectors: list[nn.Parameter], chunks: int) -> Schedule:
+    def schedule(self, weights: list[TrainedWeight], vectors: list[TrainedVector], chunks: int) -> Schedule:
         matrices = [weight.weight for weight in weights]  # type: ignore[attr-defined]
         small = [p for weight in weights for name, p in weight.named_parameters() if name != "weight"]
         groups = [
             {"params": matrices, "lr": self.lr},
-            {"params": [*small, *vectors], "lr": self.scale_lr},
+            {"params": [*small, *(vector.change for vector in vectors)], "lr": self.scale_lr},
         ]
         steps = max(1, math.ceil(chunks * self.epochs))
         rates = [0.5 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
@@ -116,4 +115,3 @@ class LearnedGrid(TrainedWeight):
         # LSQ's gradient scale: that of a step size grows with the weights that share it
         ratio = scaled_gradient(self.ratio, self.damping)
         return self.stored_scale(self.unit * ratio), self.stored_zero(self.zero)
-

@@ -64,6 +64,18 @@ class Kept:
     vectors: dict[str, Tensor]
 
 
+class TrainedVector(nn.Module):
+    """A norm or a bias in training, as multiples of its mean size, so that learning rates mean the same for all."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.unit = float(start.abs().mean()) or 1.0
+        self.start, self.change = start, nn.Parameter(torch.zeros_like(start))
+
+    def forward(self) -> Tensor:
+        return self.start + self.unit * self.change
+
+
 class BlockTrainer:
     """One block in training, its dense Linears in place and their weights given by `weights`.
 
@@ -71,7 +83,7 @@ class BlockTrainer:
         stream: whose lane "calibration" stands in front of the block.
         targets: what the block is to make of each chunk of the lane.
         weights: by dotted name of their Linear.
-        vectors: by dotted name of the parameter, float32.
+        vectors: by dotted name of the parameter.
         validation: share of the chunks held out; what is best on them is kept, on all when there are none.
     """
 
@@ -81,7 +93,7 @@ class BlockTrainer:
         stream: BlockStream,
         targets: list[Tensor],
         weights: dict[str, TrainedWeight],
-        vectors: dict[str, nn.Parameter],
+        vectors: dict[str, TrainedVector],
         validation: float,
     ) -> None:
         self.block, self.stream, self.targets = block, stream, targets
@@ -111,7 +123,7 @@ class BlockTrainer:
     def judge(self) -> Kept:
         """The block as it would be stored now."""
         weights = {name: weight.quantized() for name, weight in self.weights.items()}
-        vectors = {name: vector.detach().to(self.stream.dtype) for name, vector in self.vectors.items()}
+        vectors = {name: vector().detach().to(self.stream.dtype) for name, vector in self.vectors.items()}
         dense = {name: weight.dequantize() for name, weight in weights.items()}
         errors = [float(self.error(index, dense, vectors)) for index in self.judged]
         return Kept(sum(errors) / len(errors), weights, vectors)
@@ -130,7 +142,8 @@ class BlockTrainer:
                 group["lr"] = peak * schedule.rates[step]
             with torch.enable_grad():
                 weights = {name: weight() for name, weight in self.weights.items()}
-                loss = self.error(order.pop(), weights, dict(self.vectors))
+                vectors = {name: vector() for name, vector in self.vectors.items()}
+                loss = self.error(order.pop(), weights, vectors)
                 if not torch.isfinite(loss):
                     record.note(
                         self.block.name, f"training stopped at step {step + 1}: the error is not finite"
@@ -191,9 +204,7 @@ class Reconstruction(Quantizer):
         return False
 
     @abstractmethod
-    def schedule(
-        self, weights: list[TrainedWeight], vectors: list[nn.Parameter], chunks: int
-    ) -> Schedule:
+    def schedule(self, weights: list[TrainedWeight], vectors: list[TrainedVector], chunks: int) -> Schedule:
         """How long and how fast to train, on so many chunks."""
 
     def compress_block(
@@ -286,8 +297,8 @@ def _in_place(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]
             replace_module(model, name, module)
 
 
-def _vectors(block: Block) -> dict[str, nn.Parameter]:
-    """Norms and biases of a block, in float32; without those that are an earlier block's."""
+def _vectors(block: Block) -> dict[str, TrainedVector]:
+    """Norms and biases of a block; without those that are an earlier block's."""
     shared = shared_modules(block.model)
     found = {}
     for path, parameter in block.module.named_parameters():
@@ -295,5 +306,5 @@ def _vectors(block: Block) -> dict[str, nn.Parameter]:
         owner, _, leaf = name.rpartition(".")
         foreign = leaf != "bias" and counterpart(owner, shared) is not None
         if parameter.ndim == 1 and parameter.is_floating_point() and not foreign:
-            found[name] = nn.Parameter(parameter.detach().float().clone())
+            found[name] = TrainedVector(parameter.detach().float())
     return found
