@@ -28,7 +28,10 @@ pytestmark = pytest.mark.usefixtures("verified_here")
 
 TEXT: dict[str, Any] = {"calibration": Calibration(num_samples=32, seq_len=32), "evaluation": None}
 COMMON: dict[str, Any] = {"bits": 2, "group_size": 32, "symmetric": False}
-SHORT = {"qat": QAT(**COMMON, epochs=1), "autoround": AutoRound(**COMMON, iterations=8)}
+SHORT = {
+    "qat": QAT(**COMMON, epochs=1, batch_size=8),
+    "autoround": AutoRound(**COMMON, iterations=8, batch_size=8),
+}
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +159,13 @@ def errors(folder: Path, step: Any, output: Path, **fields: Any) -> list[tuple[f
 def test_training_beats_where_it_begins(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Of the first block, whose inputs are everyone's: error of rounding > GPTQ's > that of training."""
     text = {"calibration": Calibration(num_samples=64, seq_len=32)}
-    qat = QAT(**COMMON, epochs=10, lr=5e-3, scale_lr=5e-3)
+    common = {**COMMON, "validation": 0.0, "batch_size": 8}
+    qat = QAT(**common, epochs=8, lr=1e-2)
     trained = errors(folders[family], qat, tmp_path / "qat", **text)
-    signed = errors(folders[family], AutoRound(**COMMON, iterations=60), tmp_path / "auto", **text)
-    assert all(after <= before for before, after in trained)
-    assert all(after < before for before, after in signed)
+    signed = errors(folders[family], AutoRound(**common, iterations=60), tmp_path / "auto", **text)
+    assert all(after < before for before, after in (*trained, *signed))
     (gptq, after_qat), (rtn, _) = trained[0], signed[0]
-    assert after_qat < 0.99 * gptq < gptq < rtn
+    assert after_qat < 0.98 * gptq < gptq < rtn
     assert signed[0][1] < 0.8 * rtn
 
 
@@ -205,7 +208,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 
 def test_norms_and_biases_are_trained_and_nothing_outside(folders: dict[str, Path], tmp_path: Path) -> None:
     source = llmslim.load(str(folders["gpt2"]))[0]
-    step = QAT(**COMMON, epochs=4, scale_lr=5e-3)
+    step = QAT(**COMMON, epochs=4, validation=0.0)
     made = llmslim.load(str(compress(str(folders["gpt2"]), [step], tmp_path / "out", **TEXT).folder))[0]
     ours = dict(made.named_parameters())
     for name, parameter in source.named_parameters():

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -161,7 +161,7 @@ class BlockTrainer:
 class Reconstruction(Quantizer):
     """A quantizer that trains block by block. Subclasses say how it begins, what is trained and how."""
 
-    batch_size: int = Field(4, ge=1, description="windows per optimizer step")
+    batch_size: int = Field(2, ge=1, description="windows per optimizer step")
     validation: float = Field(
         0.125, ge=0, lt=1, description="share of the windows held out; what does best on it is kept"
     )
