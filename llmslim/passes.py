@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import parse_edit
 from llmslim.loaders.models import ModelFiles, place, release, tie
 from llmslim.quantization.bnb_linear import BnbLinear
-from llmslim.step import REFERENCE_PART, BlockStep, StepRecord
+from llmslim.step import BlockStep, StepRecord
 from llmslim.ties import shared_modules
 from llmslim.work import Progress, WorkFolder, load_tensors, save_tensors
 
@@ -261,10 +262,12 @@ class BlockPass:
         two_sided = bool(self.model.config.is_encoder_decoder)
         if self.step.streams_calibration:
             assert self.options.tokens is not None
-            lane = Lane.of_tokens("calibration", self.options.tokens, two_sided)
+            per_chunk = self.step.windows_per_chunk
+            lane = Lane.of_tokens("calibration", self.options.tokens, two_sided, per_chunk)
             self.stream.add(lane)
             if self.reference:
-                self.reference.add(Lane("calibration", lane.inputs[: -(-len(lane.inputs) // REFERENCE_PART)]))
+                followed = math.ceil(len(lane.inputs) * self.step.reference_share)
+                self.reference.add(Lane("calibration", lane.inputs[:followed]))
         probe = probe_tokens(self.model, self.options.seed)
         self.stream.add(Lane.of_tokens("probe", probe, two_sided))
         save_tensors(self.scratch / "tokens.safetensors", {"tokens": probe})

@@ -20,7 +20,7 @@ from llmslim.memory import available_memory, resident_bytes
 from llmslim.outlook import Foresight
 from llmslim.passes import PassOptions
 from llmslim.recipe import Recipe
-from llmslim.step import REFERENCE_PART, BlockStep
+from llmslim.step import BlockStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,13 +130,21 @@ def _peak_memory(shape: _Shape, recipe: Recipe, anatomy: Anatomy, streams: bool)
     """The process as it is now, plus the larger of: gradients, entering the blocks, working on one, evaluating."""
     weights = shape.block * (shape.compute + shape.stored) if streams else shape.total * shape.compute
     blocks = [step for step in recipe.steps if isinstance(step, BlockStep)]
-    reference = any(step.follows_reference(anatomy, shape.tokens) for step in blocks)
-    models = 2 if reference else 1
-    lanes = 1 + reference / REFERENCE_PART
+    followed = max(
+        (s.reference_share for s in blocks if s.follows_reference(anatomy, shape.tokens)), default=0
+    )
+    models = 2 if followed else 1
+    trains = max((step.block_copies for step in blocks), default=0)
+    lanes = (
+        1 + followed + (1 if trains else 0)
+    )  # what a block is trained on stays while it is quantized for a start
     chunk = 2048 * (3 * shape.widest + 4 * shape.hidden) * shape.compute if shape.tokens else 0
     paused = shape.tokens * (shape.widest + 2 * shape.hidden) * shape.compute
     step = max((step.workspace_bytes(anatomy) for step in recipe.steps), default=0)
-    working = models * weights + int(lanes * shape.lane_bytes) + paused + max(chunk, step)
+    if trains:
+        paused += int(followed * shape.tokens * (3 * shape.hidden + shape.widest) * shape.compute)
+    training = max((_training(step, shape, len(list(anatomy.blocks))) for step in blocks), default=0)
+    working = models * weights + int(lanes * shape.lane_bytes) + max(paused + max(chunk, step), training)
     copies = max((step.survey_copies for step in blocks), default=0)
     # in float32: weights and what is as large, one gradient, what one window's backward needs
     window = shape.window * (shape.widths + 3 * shape.vocabulary)
@@ -148,6 +156,14 @@ def _peak_memory(shape: _Shape, recipe: Recipe, anatomy: Anatomy, streams: bool)
         logits = recipe.evaluation.seq_len * shape.vocabulary * shape.compute
         evaluating = 2 * windows + 4 * logits + weights + 2 * shape.outer * shape.compute
     return resident_bytes() + max(surveying, working, entering, evaluating)
+
+
+def _training(step: BlockStep, shape: _Shape, blocks: int) -> int:
+    """Bytes that a block in training takes: copies of its weights, and what the backward pass of one chunk needs."""
+    if not step.block_copies:
+        return 0
+    tokens = shape.window * (step.windows_per_chunk or 1)
+    return 4 * step.block_copies * shape.block + 3 * tokens * shape.widths // blocks * shape.compute
 
 
 def _seconds(
@@ -162,6 +178,8 @@ def _seconds(
             if isinstance(step, BlockStep) and step.needs_survey:
                 # a forward, with a backward if it takes gradients
                 flops += (6.0 if step.survey_copies else 2.0) * shape.tokens * weights
+            if isinstance(step, BlockStep):
+                flops += 6.0 * step.windows_trained(shape.tokens // shape.window) * shape.window * weights
             flops += 1.25 * shape.tokens * sum(width * width for _, width in shape.matrices) / 2
         flops += 2.0 * sum(rows * width * width for rows, width in shape.matrices) * 2
     if recipe.evaluation is not None and anatomy.head is not None:

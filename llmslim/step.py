@@ -225,8 +225,8 @@ class BlockStep(Step):
         """Change one block, which is filled, and pass the lane "calibration" through the result.
 
         Args:
-            reference: the model as it was before the step, with the first third of the same lane, still in front of
-                this block, when `needs_reference`; the step passes it through the block.
+            reference: the model as it was before the step, with the first `reference_share` of the same lane, still
+                in front of this block, when `needs_reference`; the step passes it through the block.
         """
         raise TypeError(f"{type(self).__name__} does not define compress_block()")
 
@@ -238,6 +238,25 @@ class BlockStep(Step):
     def follows_reference(self, anatomy: Anatomy, tokens: int) -> bool:
         """Whether `needs_reference`, and a text of so many tokens tells enough for it."""
         return self.needs_reference
+
+    @property
+    def reference_share(self) -> float:
+        """The share of the windows that is followed through the model as it was before the step."""
+        return 1 / REFERENCE_PART
+
+    @property
+    def windows_per_chunk(self) -> int | None:
+        """How many windows pass through a block together; as many as are fast when None."""
+        return None
+
+    @property
+    def block_copies(self) -> int:
+        """How often training holds a block's weights in float32; 0 for a step that does not train block by block."""
+        return 0
+
+    def windows_trained(self, windows: int) -> float:
+        """How many windows the training of one block takes in all, of a text of so many; for the plan."""
+        return 0.0
 
 
 class LinearStep(BlockStep):

@@ -1,0 +1,276 @@
+"""Training quantized weights block by block: gradients, what is learned, what is kept, and the road around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import llmslim
+from llmslim.errors import UserError
+from llmslim.pipeline import compress
+from llmslim.pruning.weights import Magnitude
+from llmslim.quantization.autoround import AutoRound, RoundedWeight, SignDescent
+from llmslim.quantization.fake_quantize import fake_quantize
+from llmslim.quantization.gptq import GPTQ
+from llmslim.quantization.grid import Scheme, round_to_grid, round_to_nearest, search_grid
+from llmslim.quantization.packed import PackedLinear
+from llmslim.quantization.qat import QAT, LearnedGrid
+from llmslim.recipe import Calibration
+from llmslim.sharing.share import ShareBlocks
+from llmslim.step import STEPS, build_step
+from tests.tiny import FAMILIES, save_tiny
+
+pytestmark = pytest.mark.usefixtures("verified_here")
+
+TEXT: dict[str, Any] = {"calibration": Calibration(num_samples=32, seq_len=32), "evaluation": None}
+COMMON: dict[str, Any] = {"bits": 2, "group_size": 32, "symmetric": False}
+SHORT = {
+    "qat": QAT(**COMMON, epochs=1, batch_size=8),
+    "autoround": AutoRound(**COMMON, iterations=8, batch_size=8),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {family: save_tiny(family, root / family) for family in FAMILIES}
+
+
+def problem(groups: int = 3, width: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, groups, width, generator=generator, dtype=torch.float64)
+    scale = 0.3 + torch.rand(5, groups, generator=generator, dtype=torch.float64) / 5
+    return weight, scale, torch.randint(0, 4, scale.shape, generator=generator).double()
+
+
+def gradients(grad: Tensor, *inputs: Tensor, max_code: int = 3) -> list[Tensor]:
+    leaves = [value.clone().requires_grad_() for value in inputs]
+    weight, scale, zero, *offset = leaves
+    fake_quantize(weight, scale, zero, max_code, *offset).backward(grad)
+    return [leaf.grad for leaf in leaves]  # type: ignore[misc]
+
+
+def test_the_step_size_has_the_gradient_of_lsq() -> None:
+    """Equation 3 of arXiv:1902.08153, for signed codes -Q_n .. Q_p: zero in the middle of the grid."""
+    weight, scale, _ = problem()
+    q_n, q_p = 2, 1
+    levels = weight / scale[..., None]
+    expected = torch.where(levels.round() <= -q_n - 0.0, -q_n, torch.where(levels.round() >= q_p, q_p, 0.0))
+    inside = (levels.round() >= -q_n) & (levels.round() <= q_p)
+    expected = torch.where(inside, levels.round() - levels, expected)
+    found = gradients(torch.ones_like(weight), weight, scale, torch.full_like(scale, float(q_n)))
+    torch.testing.assert_close(found[1], expected.sum(-1))
+    torch.testing.assert_close(found[0], inside.double())
+
+
+@pytest.mark.parametrize("with_offset", [False, True])
+def test_gradients_are_those_of_rounding_straight_through(with_offset: bool) -> None:
+    """Against autograd of the formula with round(x) written as x + (round(x) - x) held constant."""
+    weight, scale, zero = problem()
+    inputs = [weight, scale, zero, torch.rand_like(weight) - 0.5][: 4 if with_offset else 3]
+    grad = torch.randn_like(weight)
+    leaves = [value.clone().requires_grad_() for value in inputs]
+    levels = leaves[0] / leaves[1][..., None] + leaves[2][..., None] + (leaves[3] if with_offset else 0)
+    rounded = levels + (levels.round() - levels).detach()
+    output = (rounded.clamp(0, 3) - leaves[2][..., None]) * leaves[1][..., None]
+    output.backward(grad)
+    torch.testing.assert_close(fake_quantize(*inputs[:3], 3, *inputs[3:]), output.detach())
+    for found, leaf in zip(gradients(grad, *inputs), leaves, strict=True):
+        torch.testing.assert_close(found, leaf.grad)
+
+
+def test_gradients_are_finite_differences_where_there_are_any() -> None:
+    """Beyond the ends of the grid nothing is rounded; inside, the slope over a whole step of the grid counts."""
+    weight, scale, zero = problem()
+    far = weight.sign() * (weight.abs() + 5)
+    grad = torch.ones_like(far)
+    at_weight, at_scale, at_zero = gradients(grad, far, scale, zero)
+    assert not at_weight.any()
+    for value, found in ((scale, at_scale), (zero, at_zero)):
+        delta = 1e-6 * torch.ones_like(value)
+        moved = [(far, scale + sign * delta, zero) for sign in (1, -1)]
+        if value is zero:
+            moved = [(far, scale, zero + sign * delta) for sign in (1, -1)]
+        up, down = (fake_quantize(*inputs, 3).sum(-1) for inputs in moved)
+        torch.testing.assert_close(found, (up - down) / 2e-6, rtol=1e-5, atol=1e-6)
+    one = scale[..., None]
+    near = (1.0 - zero[..., None] + torch.rand_like(weight) * 0.8 - 0.4) * one  # code 1, and 2 a step further
+    slope = (fake_quantize(near + one, scale, zero, 3) - fake_quantize(near, scale, zero, 3)) / one
+    torch.testing.assert_close(slope, gradients(grad, near, scale, zero)[0])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group", [16, "channel", "tensor"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_training_begins_at_the_codes_it_is_given(bits: int, group: Any, symmetric: bool) -> None:
+    scheme = Scheme(bits=bits, group_size=group, symmetric=symmetric)
+    weight = torch.randn(8, 48)
+    weight[:, 5] = 0
+    other = weight + 0.2 * torch.randn(8, 48).masked_fill(weight == 0, 0)
+    start = round_to_grid(other, *search_grid(other, scheme), scheme)
+    learned = LearnedGrid(weight, start)
+    assert torch.equal(learned.quantized().codes, start.codes)
+    assert torch.equal(learned(), start.dequantize())
+    rounding = RoundedWeight(weight, scheme)
+    plain = round_to_nearest(weight, scheme)
+    assert (rounding.quantized().codes == plain.codes).float().mean() > 0.99
+    for trained in (learned, rounding):  # what training sees is what is stored, whatever has been learned
+        with torch.no_grad():
+            for name, parameter in trained.named_parameters():
+                low = name in ("alpha", "beta")
+                parameter.sub_(torch.rand_like(parameter) * 0.3 if low else torch.randn_like(parameter) * 0.1)
+        torch.testing.assert_close(trained(), trained.quantized().dequantize(), rtol=0, atol=0)
+        assert not trained()[:, 5].any() or trained is rounding
+
+
+def test_signed_descent_steps_by_the_sign_and_stays_in_bounds() -> None:
+    offset = torch.nn.Parameter(torch.tensor([0.0, 0.0, 0.45, -0.2]))
+    share = torch.nn.Parameter(torch.tensor([1.0, 0.05]))
+    unused = torch.nn.Parameter(torch.ones(1))
+    optimizer = SignDescent(
+        [
+            {"params": [offset, unused], "lr": 0.1, "bounds": (-0.5, 0.5)},
+            {"params": [share], "lr": 0.1, "bounds": (0.0, 1.0)},
+        ]
+    )
+    offset.grad, share.grad = torch.tensor([3.0, -1e-9, -2.0, 0.0]), torch.tensor([-1.0, 1.0])
+    optimizer.step()
+    torch.testing.assert_close(offset.data, torch.tensor([-0.1, 0.1, 0.5, -0.2]))
+    torch.testing.assert_close(share.data, torch.tensor([1.0, 0.0]))
+
+
+def test_the_rates_of_autoround_let_an_offset_get_just_anywhere() -> None:
+    schedule = AutoRound(iterations=200).schedule([], [], chunks=4)
+    assert sum(schedule.rates) / 200 == pytest.approx(0.5, abs=0.01)
+    assert schedule.steps == 200
+
+
+def errors(folder: Path, step: Any, output: Path, **fields: Any) -> list[tuple[float, float]]:
+    report = compress(str(folder), [step], output, **{**TEXT, **fields}).report
+    rows = [row for row in report["linears"] if "output_error_before" in row]
+    return [(row["output_error_before"], row["output_error"]) for row in rows]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_training_beats_where_it_begins(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of the first block, whose inputs are everyone's: error of rounding > GPTQ's > that of training."""
+    text = {"calibration": Calibration(num_samples=64, seq_len=32)}
+    common = {**COMMON, "validation": 0.0, "batch_size": 8}
+    qat = QAT(**common, epochs=8, lr=1e-2)
+    trained = errors(folders[family], qat, tmp_path / "qat", **text)
+    signed = errors(folders[family], AutoRound(**common, iterations=60), tmp_path / "auto", **text)
+    assert all(after < before for before, after in (*trained, *signed))
+    (gptq, after_qat), (rtn, _) = trained[0], signed[0]
+    assert after_qat < 0.98 * gptq < gptq < rtn
+    assert signed[0][1] < 0.8 * rtn
+
+
+@pytest.mark.parametrize("kind", SHORT)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_trained_and_loads_as_it_was_saved(
+    family: str, kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    report = compress(str(folders[family]), [SHORT[kind]], tmp_path / "out", **TEXT).report
+    assert report["verification"]["ok"] and report["verification"]["max_error"] == 0
+    rows = [row for row in report["linears"] if "output_error_before" in row]
+    assert len(rows) == report["plan"]["blocks"]
+    assert all(row["output_error"] <= row["output_error_before"] for row in rows)
+
+
+def stop_at(kind: str, block: int) -> Any:
+    def progress(what: str, done: int, total: int) -> None:
+        if what == kind and done == block:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.parametrize("kind", SHORT)
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    family: str, kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    source, step = str(folders[family]), SHORT[kind]
+    whole = compress(source, [step], tmp_path / "whole", **TEXT)
+    for block in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            compress(source, [step], tmp_path / "out", progress=stop_at(kind, block), **TEXT)
+    resumed = compress(source, [step], tmp_path / "out", **TEXT)
+    assert resumed.report["run"]["resumed"]
+    names = ("model.safetensors", "config.json")
+    assert all((resumed.folder / n).read_bytes() == (whole.folder / n).read_bytes() for n in names)
+    assert resumed.report["linears"] == whole.report["linears"]
+
+
+def test_norms_and_biases_are_trained_and_nothing_outside(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = llmslim.load(str(folders["gpt2"]))[0]
+    step = QAT(**COMMON, epochs=4, validation=0.0)
+    made = llmslim.load(str(compress(str(folders["gpt2"]), [step], tmp_path / "out", **TEXT).folder))[0]
+    ours = dict(made.named_parameters())
+    for name, parameter in source.named_parameters():
+        if parameter.ndim == 1 and ".h." in name:
+            assert not torch.equal(ours[name], parameter), name
+        elif ".h." not in name:
+            assert torch.equal(ours[name], parameter), name
+
+
+def test_pruned_weights_stay_zero(folders: dict[str, Path], tmp_path: Path) -> None:
+    steps = [Magnitude(sparsity=0.5), QAT(**COMMON, epochs=2, lr=0.02)]
+    made = llmslim.load(str(compress(str(folders["llama"]), steps, tmp_path / "out", **TEXT).folder))[0]
+    pruned = compress(str(folders["llama"]), steps[:1], tmp_path / "pruned", **TEXT).folder
+    before = llmslim.load(str(pruned))[0]
+    for name, module in made.named_modules():
+        if isinstance(module, PackedLinear):
+            zero = before.get_submodule(name).weight == 0  # type: ignore[union-attr]
+            assert zero.float().mean() > 0.4 and not module.dequantize()[zero].any(), name
+
+
+@pytest.mark.parametrize("kind", SHORT)
+def test_shared_blocks_take_what_the_first_has_learned(
+    kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    steps = [ShareBlocks(group_size=3), SHORT[kind]]
+    report = compress(str(folders["llama"]), steps, tmp_path / "out", **TEXT).report
+    assert report["verification"]["ok"]
+    made = llmslim.load(str(tmp_path / "out"))[0]
+    first, last = (made.model.layers[i].mlp.up_proj for i in (0, 2))
+    assert first.weight_packed.data_ptr() == last.weight_packed.data_ptr()
+
+
+def test_a_training_that_diverges_is_told_and_kept_from_the_model(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    step = QAT(**COMMON, epochs=2, lr=1e30, scale_lr=1e30)
+    report = compress(str(folders["llama"]), [step], tmp_path / "out", **TEXT).report
+    notes = [note["what"] for note in report["notes"]]
+    assert any("did not lower the error" in note for note in notes)
+    gptq = compress(str(folders["llama"]), [step.start()], tmp_path / "start", **TEXT)
+    assert isinstance(step.start(), GPTQ) and gptq.report["verification"]["ok"]
+
+
+@pytest.mark.parametrize("kind", SHORT)
+def test_targets_may_be_the_blocks_own(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    step = SHORT[kind].model_copy(update={"target": "block", "validation": 0.0})
+    found = errors(folders["qwen3"], step, tmp_path / "out")
+    assert all(after <= before for before, after in found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "said"),
+    [
+        ("qat", {"bits": 1}, "greater than or equal to 2"),
+        ("qat", {"lr": 0}, "greater than 0"),
+        ("qat", {"validation": 1.0}, "less than 1"),
+        ("qat", {"iterations": 3}, "Unknown option 'iterations' for qat"),
+        ("autoround", {"iterations": 0}, "greater than or equal to 1"),
+        ("autoround", {"target": "teacher"}, "'model' or 'block'"),
+    ],
+)
+def test_bad_fields_are_refused_in_one_sentence(kind: str, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        build_step(kind, fields)
+    assert STEPS[kind].verb == "quantize"
