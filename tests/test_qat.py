@@ -34,10 +34,21 @@ SHORT = {
 }
 
 
+class Folders(dict[str, Path]):
+    """The tiny models asked for, each made once."""
+
+    root: Path
+
+    def __missing__(self, family: str) -> Path:
+        self[family] = save_tiny(family, self.root / family)
+        return self[family]
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {family: save_tiny(family, root / family) for family in FAMILIES}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    made = Folders()
+    made.root = tmp_path_factory.mktemp("models")
+    return made
 
 
 def problem(groups: int = 3, width: int = 16) -> tuple[Tensor, Tensor, Tensor]:

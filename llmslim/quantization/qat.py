@@ -45,7 +45,7 @@ class QAT(Reconstruction):
         5e-3, gt=0, description="peak learning rate of the weights, in steps of their grid; cosine to 0"
     )
     scale_lr: float = Field(
-        1e-3, gt=0, description="that of step sizes, norms and biases, as a share of them, and of zero points"
+        2e-3, gt=0, description="that of step sizes, norms and biases, as a share of them, and of zero points"
     )
     epochs: float = Field(8.0, gt=0, description="passes over the calibration windows")
 
