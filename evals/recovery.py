@@ -25,8 +25,9 @@ STARTS: dict[str, Steps] = {
     "shared-half": [{"share": {"unique_blocks": 15}}],
     "shared-half+deltas": [{"share": {"unique_blocks": 15, "delta_rank": 64}}],
     "2-bit-gptq": [{"gptq": QAT}],
-    "2-bit-qat": [{"qat": QAT}],
+    "2-bit-qat": [{"qat": {**QAT, "epochs": 4}}],
 }
+TEXTS = {"2-bit-qat": 64}  # windows to compress on, where it is not --num-samples
 SCALES: dict[str, Any] = {"lr": 3e-4, "batch_size": 1}
 LORA: dict[str, Any] = {"lr": 1e-3, "batch_size": 1, "save_adapter": True}
 FULL: dict[str, Any] = {"lr": 1e-4, "batch_size": 1}
@@ -44,7 +45,7 @@ TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> na
     "shared-half": {"distill+labels": (12, {"response": LABELS})},
     "shared-half+deltas": {"distill+labels": (12, {"response": LABELS})},
     "2-bit-gptq": {},
-    "2-bit-qat": {"scales": (15, {"scales": SCALES})},
+    "2-bit-qat": {"scales": (12, {"scales": SCALES})},
 }
 
 
@@ -57,9 +58,12 @@ def measure(name: str, options: Namespace) -> dict[str, Any]:
     if name == "base":
         return variants.measure(name, [], options)
     start, _, training = name.partition("/")
+    asked = options
+    options = Namespace(**{**vars(options), "num_samples": TEXTS.get(start, options.num_samples)})
     folder = options.work / start.replace("%", "")
     if training == "untrained":
-        return variants.measure(name, STARTS[start], options, keep=folder)
+        row = variants.measure(name, STARTS[start], options, keep=folder)
+        return {**row, "options": variants.settings(asked), "compressed_on": options.num_samples}
     if not folder.is_dir():
         variants.measure(name, STARTS[start], options, keep=folder)
     minutes, step = TRAININGS[start][training]
@@ -70,7 +74,7 @@ def measure(name: str, options: Namespace) -> dict[str, Any]:
         del steps[0][kind]["teacher"]
     return {
         **variants.measure(name, steps, trained),
-        "options": variants.settings(options),
+        "options": variants.settings(asked),
         "minutes": minutes,
     }
 
