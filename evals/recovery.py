@@ -35,7 +35,8 @@ LABELS: dict[str, Any] = {**FULL, "alpha": 0.5}  # beside the teacher
 TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> name -> minutes, step
     "3-bit": {
         "scales": (18, {"scales": SCALES}),
-        "scales-next-token": (18, {"scales": {**SCALES, "objective": "next_token"}}),
+        "qlora": (18, {"lora": LORA}),
+        "qlora-next-token": (18, {"lora": {**LORA, "objective": "next_token"}}),
     },
     "pruned-20%": {
         "distill": (15, {"response": FULL}),

@@ -81,7 +81,8 @@ def measure(name: str, steps: Steps, options: Namespace, keep: Path | None = Non
     path = options.work / f"{folder.name}.yaml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
     report, cost = record.quantized(record.llmslim("compress", options.model, str(path)), folder)
-    quality = judge(str(folder), f"{text}:test", options)
+    beside = folder / "adapter"
+    quality = judge(str(folder), f"{text}:test", options, beside if beside.is_dir() else None)
     if keep is None:
         shutil.rmtree(folder)
     path.unlink()
@@ -102,7 +103,7 @@ def blocks_left(report: dict[str, Any]) -> float:
     return size["result"]["block_bytes"] / (2 * size["base"]["block_parameters"])
 
 
-def judge(model: str, text: str, options: Namespace) -> dict[str, Any]:
+def judge(model: str, text: str, options: Namespace, adapter: Path | None = None) -> dict[str, Any]:
     words = [
         "--perplexity",
         text,
@@ -113,6 +114,7 @@ def judge(model: str, text: str, options: Namespace) -> dict[str, Any]:
         "--dtype",
         "float32",
         "--json",
+        *(["--adapter", str(adapter)] if adapter else []),
     ]
     figures: dict[str, Any] = json.loads(record.run(record.llmslim("evaluate", model, *words)).stdout)
     return record.pick(figures, "perplexity", "perplexity_stderr", "windows", "seq_len", "data_hash", "dtype")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from llmslim.checkpoint.load import load_model
 from llmslim.errors import UserError
+from llmslim.evaluation.run import evaluate
 from llmslim.loaders.models import find
 from llmslim.pipeline import compress
 from llmslim.pruning.weights import Magnitude
@@ -82,6 +83,21 @@ def test_over_compressed_weights(kind: str, tmp_path: Path, monkeypatch: pytest.
     assert all(bool(tensor.any()) for name, tensor in adapters.items() if "lora_B" in name)  # gradients came
     adapted = with_adapter(whole(tmp_path / "made"), tmp_path / "made/adapter")
     torch.testing.assert_close(logits(adapted), trained[0])
+
+
+def test_evaluate_takes_the_adapter_along(tmp_path: Path) -> None:
+    base = save_tiny("llama", tmp_path / "base")
+    compress(str(base), [RTN(bits=2, group_size=16)], tmp_path / "packed", **QUICK)
+    step = LoRA(save_adapter=True, **{**FAST, "objective": "distill", "max_steps": 20})
+    compress(str(tmp_path / "packed"), [step], tmp_path / "made", **QUICK)
+    asked: dict[str, Any] = {"base": str(base), "seq_len": 32, "windows": 2}
+    without = evaluate(str(tmp_path / "made"), "builtin", **asked)
+    beside = evaluate(str(tmp_path / "made"), "builtin", adapter=str(tmp_path / "made/adapter"), **asked)
+    assert beside["kl"] < 0.9 * without["kl"]
+    with pytest.raises(UserError, match="OUTPUT/adapter"):
+        evaluate(str(base), "builtin", adapter=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="--stream"):
+        evaluate(str(base), "builtin", adapter=str(tmp_path / "made/adapter"), streamed=True)
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ PERPLEXITY_ALONE = {  # by the flag that sets it
     "windows": "--windows",
     "join": "--join",
     "stream": "--stream",
+    "adapter": "--adapter",
 }
 
 
@@ -46,6 +47,9 @@ def parser(prog: str) -> Parser:
         "--join",
         action="store_true",
         help="join rows by a blank line, as the GPTQ papers do (default: concatenate them as they are)",
+    )
+    made.add_argument(
+        "--adapter", metavar="FOLDER", help="a peft adapter beside the model, such as OUTPUT/adapter"
     )
     made.add_argument(
         "--stream", action="store_true", help="hold one block at a time: for models larger than memory"
@@ -144,6 +148,7 @@ def _run_perplexity(options: dict[str, Any]) -> None:
             windows=choice.windows,
             join=choice.join,
             streamed=options.get("stream", False),
+            adapter=options.get("adapter"),
             revision=options.get("revision"),
             dtype=options.get("dtype"),
             device=device_of(options),

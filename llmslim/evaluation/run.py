@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def evaluate(
     windows: int = 16,
     join: str = "",
     streamed: bool = False,
+    adapter: str | None = None,
     revision: str | None = None,
     dtype: str | None = None,
     device: torch.device | None = None,
@@ -40,6 +42,7 @@ def evaluate(
         base: compare with this one, token by token.
         join: what stands between the rows of the text.
         streamed: hold one block of a model at a time.
+        adapter: folder of a peft adapter that the model has beside its weights; not streamed.
         dtype: to compute in; what is fast on the device when None, "auto" as stored.
 
     Returns:
@@ -50,15 +53,32 @@ def evaluate(
         UserError: for what cannot be evaluated.
     """
     device = device or default_device()
+    if adapter is not None:
+        _check_adapter(adapter, streamed)
     files, other = find(model, revision), find(base) if base is not None else None
     require_causal(CheckpointReader(files).model_skeleton())
     chosen = resolve_dtype(dtype, files, device)
     _check_length(files, seq_len)
     tokens = sample(text, files.tokenizer(), windows, seq_len, join=join, builtin_part="test")
     figures: dict[str, Any] = {"model": model, "base": base, "streamed": streamed}
+    if adapter is not None:
+        figures["adapter"] = adapter
     figures |= {"dtype": str(chosen).removeprefix("torch."), "device": str(device)}
-    measured = (_streamed if streamed else _whole)(files, other, tokens, chosen, device, progress)
+    if streamed:
+        measured = _streamed(files, other, tokens, chosen, device, progress)
+    else:
+        measured = _whole(files, other, tokens, chosen, device, progress, adapter)
     return {**figures, **_flat(measured)}
+
+
+def _check_adapter(adapter: str, streamed: bool) -> None:
+    if streamed:
+        raise UserError("An adapter is put beside a whole model: leave --stream out, or --adapter.")
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise UserError(
+            f"No adapter in {adapter}: name a folder with adapter_config.json, such as OUTPUT/adapter of "
+            "`llmslim recover --method lora --save-adapter`."
+        )
 
 
 def _whole(
@@ -68,8 +88,13 @@ def _whole(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress,
+    adapter: str | None = None,
 ) -> PerplexityResult | Comparison:
     model = load_model(files, dtype, device)
+    if adapter is not None:
+        from llmslim.recovery.lora import with_adapter
+
+        model = with_adapter(model, adapter)
     if base is None:
         return perplexity(model, text, progress)
     return compare(model, load_model(base, dtype, device), text, progress)

@@ -46,7 +46,8 @@ class LoRA(ObjectiveStep):
 
     With `save_adapter` the model stays as it is and the adapter lies in its folder `adapter`, as peft saves it:
     `PeftModel.from_pretrained(model, "OUTPUT/adapter")`, over packed weights `llmslim.recovery.lora.with_adapter`. That
-    is the only way over weights of bitsandbytes. What the report measures is the model without it.
+    is the only way over weights of bitsandbytes. What the report measures is the model without it; `llmslim evaluate
+    --adapter OUTPUT/adapter` takes it along.
     """
 
     kind: ClassVar[str] = "lora"
