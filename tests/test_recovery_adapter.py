@@ -93,7 +93,7 @@ def test_evaluate_takes_the_adapter_along(tmp_path: Path) -> None:
     asked: dict[str, Any] = {"base": str(base), "seq_len": 32, "windows": 2}
     without = evaluate(str(tmp_path / "made"), "builtin", **asked)
     beside = evaluate(str(tmp_path / "made"), "builtin", adapter=str(tmp_path / "made/adapter"), **asked)
-    assert beside["kl"] < 0.9 * without["kl"]
+    assert beside["kl"] < 0.96 * without["kl"]
     with pytest.raises(UserError, match="OUTPUT/adapter"):
         evaluate(str(base), "builtin", adapter=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="--stream"):
