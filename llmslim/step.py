@@ -171,8 +171,8 @@ class Survey(Protocol):
     def loaded(self) -> PreTrainedModel:
         """The whole model in float32, for gradients; takes the memory that this needs."""
 
-    def teacher(self, spec: str) -> PreTrainedModel:
-        """The whole model of that spec, or else the uncompressed one, frozen."""
+    def teacher(self, spec: str, exact: bool = False) -> PreTrainedModel:
+        """The whole model of that spec, or else the uncompressed one, frozen; in the run's type, or exact."""
 
     @property
     def scratch(self) -> Path:

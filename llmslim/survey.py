@@ -63,9 +63,10 @@ class Look:
     def loaded(self) -> PreTrainedModel:
         return load_model(self.files, torch.float32, self.options.device)
 
-    def teacher(self, spec: str) -> PreTrainedModel:
+    def teacher(self, spec: str, exact: bool = False) -> PreTrainedModel:
         assert self.options.base is not None
-        model = load_model(teacher_files(spec, self.options.base), self.options.dtype, self.options.device)
+        files = teacher_files(spec, self.options.base)
+        model = load_model(files, files.dtype if exact else self.options.dtype, self.options.device)
         return model.requires_grad_(False)
 
 

@@ -104,6 +104,8 @@ def typed(annotation: Any, flag: str) -> tuple[list[str], Any]:
     if flag == "--override":
         words = [flag, "*.a:bits=8,group_size=32", flag, "b:symmetric=false"]
         return words, {"*.a": {"bits": 8, "group_size": 32}, "b": {"symmetric": False}}
+    if flag == "--retrain":
+        return [flag, "full:max_steps=3"], {"full": {"max_steps": 3}}
     if flag == "--target-size":
         return [flag, "150MB"], "150MB"
     if annotation is str:
@@ -122,6 +124,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "owl_outlier": {"layer_sparsity": "owl"},
     "sparsity_range": {"layer_sparsity": "owl"},
     "ramp": {"rounds": 2},
+    "rewind": {"retrain": {"full": {}}},
     **{
         name: {"teacher": "a"}
         for name in ("temperature", "hidden", "attention", "layer_map", "relation_heads")

@@ -20,7 +20,7 @@ from llmslim.recipe import Calibration, Recipe
 from llmslim.recovery.full import Full
 from llmslim.recovery.lora import LoRA
 from llmslim.recovery.scales import ScaledLinear, Scales
-from llmslim.training.loop import Schedule, train
+from llmslim.training.loop import Schedule, _Watch, train
 from llmslim.training.losses import divergence, next_token
 from tests.checkpoints import killed_at_training_step
 from tests.tiny import save_tiny
@@ -197,6 +197,19 @@ def test_products_are_computed_in_the_runs_type_and_weights_stay_float32(
     )
     assert seen == {(True, dtype), (False, dtype)}
     assert linear.weight.dtype == torch.float32
+
+
+def test_the_learning_rate_rises_and_falls_with_the_time_when_that_ends_training(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {
+        "name": "test", "lr": 0.1, "epochs": 1, "max_steps": None, "batch_size": 1, "warmup": 0.1, "weight_decay": 0,
+        "save_steps": 50, "validation": 0, "seed": 0, "dtype": torch.float32,
+    }  # fmt: skip
+    (tmp_path / "elapsed.json").write_text("30.0")  # of 60 seconds, 3 of a million steps
+    nothing: Any = lambda *told: None  # noqa: E731
+    timed = _Watch(Schedule(**fields, max_minutes=1), 10**6, 8, tmp_path, tmp_path / "log", nothing)
+    assert timed.rate(3) == pytest.approx(0.5, abs=0.01)
+    endless = _Watch(Schedule(**fields, max_minutes=None), 10**6, 8, tmp_path, tmp_path / "log", nothing)
+    assert endless.rate(3) < 1e-4 and endless.rate(10**5) == pytest.approx(0.976, abs=0.01)
 
 
 def test_time_stops_training(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -46,14 +46,22 @@ def step_parser(prog: str, verb: str) -> Parser:
     chosen = made.add_argument_group("methods", lines)
     chosen.add_argument("--method", metavar="|".join(methods), help="which one")
     for kinds, names in _by_methods(methods).items():
-        everyone = len(kinds) == len(methods)
-        title = "options of every method" if everyone else f"options of {' and '.join(kinds)} alone"
-        group = made.add_argument_group(title)
+        group = made.add_argument_group(_title(kinds, methods))
         for name in names:
             field = merged({kind: methods[kind].model_fields[name] for kind in kinds})
             add_field(group, STEP + name, field, default=_default(methods, kinds, name))
     _add_run_flags(made)
     return made
+
+
+def _title(kinds: tuple[str, ...], methods: dict[str, type[Step]]) -> str:
+    """Whose options these are, in the fewest words."""
+    others = [kind for kind in methods if kind not in kinds]
+    if not others:
+        return "options of every method"
+    if len(others) < len(kinds) / 2:
+        return f"options of every method but {' and '.join(others)}"
+    return f"options of {' and '.join(kinds)} alone"
 
 
 def recipe_parser(prog: str) -> Parser:

@@ -9,7 +9,7 @@ import bisect
 import math
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,7 +18,7 @@ from llmslim.anatomy.parts import is_linear
 from llmslim.errors import UserError
 from llmslim.lowrank import LowRankLinear
 from llmslim.sparse import SparseLinear
-from llmslim.step import BlockStep, Outlook, Step
+from llmslim.step import BlockStep, Outlook, Step, build_step
 from llmslim.ties import shared_modules
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Amount(BlockStep):
 
     With `rounds` R it runs R times, each time on what the last one left, so that what matters is estimated anew;
     after round k the share k / R of the amount is gone (`linear`), or 1 - (1 - k / R)^3 of it (`cubic`, Zhu & Gupta
-    2017, arXiv:1710.01878). Nothing is trained between: a recipe that wants that has the steps one by one.
+    2017, arXiv:1710.01878). With `retrain` a step of `recover` or `distill` follows each round: iterative pruning.
     """
 
     verb = "prune"
@@ -45,6 +45,21 @@ class Amount(BlockStep):
     ramp: Literal["linear", "cubic"] = Field(
         "linear", description="rounds: equal ones, or large ones first (arXiv:1710.01878)"
     )
+
+    retrain: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="training after every round, such as full:max_steps=50; a method of recover or distill",
+    )
+
+    @field_validator("retrain")
+    @classmethod
+    def _trains(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for kind, fields in value.items():
+            if build_step(kind, fields).verb not in ("recover", "distill"):
+                raise ValueError(f"{kind} does not train; take full, lora, response, ...")
+        if len(value) > 1:
+            raise ValueError(f"{' and '.join(value)} are two trainings; one follows a round")
+        return value
 
     @field_validator("target_size", mode="before")
     @classmethod
@@ -83,7 +98,7 @@ class Amount(BlockStep):
 
     def resolve(self, outlook: Outlook) -> tuple[list[Step], str]:
         targets = self._targets()
-        if not targets and self.rounds == 1:
+        if not targets and self.rounds == 1 and not self.retrain:
             return [self], ""
         whole = self._of(self._meeting(targets[0], outlook) if targets else self)
         shares = [whole * part for part in ramp_up(self.rounds, self.ramp)]
@@ -93,14 +108,21 @@ class Amount(BlockStep):
             after = after.after(one.planned_edits(after.anatomy))
         asked = [
             f"{name} {getattr(self, name)}" for name in (*targets, "rounds") if name in self.model_fields_set
-        ]
-        chosen = ", then ".join(f"{self._of(one):g}" for one in steps)
+        ] or ["retrain"]
+        between = self.between()
+        then = " and ".join(["", *(step.kind for step in between)])
+        chosen = ", then ".join(f"{self._of(one):g}{then}" for one in steps)
         told = f"{self.kind} with {' and '.join(asked)}: {self.amount} {chosen}; leaves {_extent(after)}"
-        return list(steps), told
+        return [step for one in steps for step in (one, *between)], told
+
+    def between(self) -> list[Step]:
+        """What follows each round."""
+        return [build_step(kind, fields) for kind, fields in self.retrain.items()]
 
     def with_amount(self, amount: float) -> Self:
         """The same step, removing so much in one round."""
-        settled = {"target_params": None, "target_size": None, "rounds": 1, "ramp": "linear"}
+        settled: dict[str, Any] = {"target_params": None, "target_size": None, "rounds": 1, "ramp": "linear"}
+        settled |= {"retrain": {}, "rewind": False}
         fields = {name: value for name, value in settled.items() if name in type(self).model_fields}
         return self.model_copy(update={self.amount: amount, **fields})
 

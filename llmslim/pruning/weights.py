@@ -18,9 +18,10 @@ from llmslim.masks import COLUMNS, Pattern, Scope, check_pattern, choose, nonzer
 from llmslim.pruning.allocation import Histogram
 from llmslim.pruning.amount import Amount
 from llmslim.pruning.layer_sparsity import by_error, by_outliers, wanda_score
+from llmslim.pruning.rewind import Rewind
 from llmslim.pruning.sparsegpt import sparsegpt
 from llmslim.sparse import SparseLinear, SparsifyLinear
-from llmslim.step import LinearStep, Outlook, StepRecord, Survey, dense_weight
+from llmslim.step import LinearStep, Outlook, Step, StepRecord, Survey, dense_weight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,8 +52,18 @@ class WeightPruner(Amount, LinearStep):
         0.08, gt=0, le=0.5, description="owl, error: how far a sparsity may be from the mean"
     )
 
+    rewind: bool = Field(
+        False,
+        description="before each retraining, put the weights that are left back to the first ones (lottery tickets)",
+    )
+
+    def between(self) -> list[Step]:
+        return [*([Rewind()] if self.rewind else []), *super().between()]
+
     @model_validator(mode="after")
     def _consistent(self) -> WeightPruner:
+        if self.rewind and not self.retrain:
+            raise ValueError("rewind is for a ticket that is trained again: set retrain as well")
         if self.pattern != "unstructured":
             if self.sparsity != 0.5:
                 raise ValueError(f"pattern {self.pattern} keeps half of the weights: leave sparsity at 0.5")

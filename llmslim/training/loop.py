@@ -283,11 +283,11 @@ class _Watch(TrainerCallback):
 
     def rate(self, step: int) -> float:
         """Learning rate as a share of its peak: linear warm-up, cosine to 0 at the end, or when time is up."""
-        done = step / self.steps
-        if self.schedule.max_minutes is not None:
-            done = max(done, self.elapsed / (60 * self.schedule.max_minutes))
-        warm = min(1.0, (step + 1) / (self.schedule.warmup * self.steps + 1))
-        return warm * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        done, begun = step / self.steps, (step + 1) / (self.schedule.warmup * self.steps + 1)
+        if self.schedule.max_minutes is not None:  # time may be up long before the last step
+            spent = self.elapsed / (60 * self.schedule.max_minutes)
+            done, begun = max(done, spent), max(begun, spent / max(self.schedule.warmup, 1e-9))
+        return min(1.0, begun) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
     def refuse(self, what: str, step: int) -> None:
         raise UserError(

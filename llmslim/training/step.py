@@ -27,7 +27,31 @@ Finish = Callable[[], dict[str, Tensor]]
 LOST = "lost"  # among the results: the share of the training that could not be stored
 
 
-class TrainStep(BlockStep):
+class PlacingStep(BlockStep):
+    """A step whose survey finds values of parameters, by name; its pass puts them in the place of what was there."""
+
+    @property
+    def needs_survey(self) -> bool:
+        return True
+
+    @property
+    def streams_calibration(self) -> bool:
+        return False  # the whole model has seen the text when the pass begins
+
+    def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
+        stacks = tuple(f"{stack.name}." for stack in stream.anatomy.stacks)
+        _place(
+            stream.model, {n: t for n, t in record.survey.items() if not n.startswith(stacks) and n != LOST}
+        )
+
+    def compress_block(
+        self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
+    ) -> None:
+        own = {n: t for n, t in record.survey.items() if n.startswith(f"{block.name}.")}
+        _place(stream.model, own)
+
+
+class TrainStep(PlacingStep):
     """A step that trains. Its survey is the training; its pass puts the results in the place of what was there."""
 
     dropout_trains: ClassVar[bool] = True
@@ -52,14 +76,6 @@ class TrainStep(BlockStep):
 
     @property
     def needs_calibration(self) -> bool:
-        return True
-
-    @property
-    def streams_calibration(self) -> bool:
-        return False  # the whole model has seen the text when the pass begins
-
-    @property
-    def needs_survey(self) -> bool:
         return True
 
     @property
@@ -140,22 +156,13 @@ class TrainStep(BlockStep):
                 return {name: tensor.detach().cpu().clone() for name, tensor in finish().items()}
 
     def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
-        stacks = tuple(f"{stack.name}." for stack in stream.anatomy.stacks)
-        _place(
-            stream.model, {n: t for n, t in record.survey.items() if not n.startswith(stacks) and n != LOST}
-        )
+        super().compress_outer(stream, record)
         if LOST in record.survey:
             record.note(
                 self.kind,
                 f"merged into packed weights: rounding to their grid lost {record.survey[LOST].item():.0%} of what the "
                 "adapters add (root mean square)",
             )
-
-    def compress_block(
-        self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
-    ) -> None:
-        own = {n: t for n, t in record.survey.items() if n.startswith(f"{block.name}.")}
-        _place(stream.model, own)
 
 
 @torch.no_grad()

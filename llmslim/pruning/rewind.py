@@ -1,0 +1,68 @@
+"""Put the weights that pruning left back to those of an earlier model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from llmslim.anatomy import Anatomy, Block
+from llmslim.anatomy.parts import is_packed
+from llmslim.errors import UserError
+from llmslim.sparse import SparseLinear
+from llmslim.step import StepRecord, Survey, dense_weight
+from llmslim.training.step import PlacingStep
+
+if TYPE_CHECKING:
+    from llmslim.calibration.stream import BlockStream
+
+
+class Rewind(PlacingStep):
+    """Put all weights back to those of an earlier model; pruned ones stay zero: a lottery ticket to train again.
+
+    What stays after training and pruning by magnitude trains, from its first weights, to the accuracy of the whole
+    (Frankle & Carbin 2018, arXiv:1803.03635); in pretrained models from the pretrained ones (Chen et al. 2020,
+    arXiv:2007.12223). `--rewind` with `--retrain` does this after each round. The earlier model is loaded whole.
+    """
+
+    kind: ClassVar[str] = "rewind"
+    verb: ClassVar[str] = "prune"
+
+    source: str = Field("", description="the earlier model; the uncompressed one when not given")
+
+    @property
+    def survey_copies(self) -> int:
+        return 1
+
+    def check(self, anatomy: Anatomy) -> None:
+        packed = next((name for name, module in anatomy.model.named_modules() if is_packed(module)), None)
+        if packed:
+            raise UserError(
+                f"{packed} is packed, and what is packed cannot be put back: rewind before quantizing."
+            )
+
+    def survey(self, look: Survey) -> dict[str, Tensor]:
+        model = look.teacher(self.source, exact=True)
+        earlier = model.state_dict()
+        sparse = [n for n, m in look.anatomy.model.named_modules() if isinstance(m, SparseLinear)]
+        earlier |= {f"{name}.weight": dense_weight(model.get_submodule(name)) for name in sparse}
+        found = {}
+        for name, parameter in look.anatomy.model.named_parameters():
+            if name not in earlier or earlier[name].shape != parameter.shape:
+                has = list(earlier[name].shape) if name in earlier else "no such weight"
+                raise UserError(
+                    f"rewind: {name} has the shape {list(parameter.shape)}, and in "
+                    f"{self.source or 'the uncompressed model'} it is {has}: "
+                    "only models of the same shape are put back."
+                )
+            found[name] = earlier[name]
+        return found
+
+    def compress_block(
+        self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
+    ) -> None:
+        super().compress_block(block, stream, reference, record)
+        for module in block.module.modules():
+            if isinstance(module, SparseLinear):
+                module.weight.data.mul_(module.mask)

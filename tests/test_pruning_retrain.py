@@ -1,0 +1,97 @@
+"""Pruning that trains between its rounds, and lottery tickets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmslim.checkpoint.load import load_model
+from llmslim.errors import UserError
+from llmslim.evaluation.run import evaluate
+from llmslim.loaders.models import find
+from llmslim.pipeline import compress
+from llmslim.pruning.rewind import Rewind
+from llmslim.pruning.weights import Magnitude
+from llmslim.recipe import Calibration
+from llmslim.recovery.full import Full
+from llmslim.sparse import SparseLinear
+from llmslim.step import build_step, dense_weight
+from tests.checkpoints import outlook
+from tests.tiny import save_tiny
+
+pytestmark = pytest.mark.usefixtures("verified_here")
+
+QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=8, seq_len=32), "evaluation": None}
+TRAIN = {"max_steps": 6, "batch_size": 4, "lr": 1e-3}
+
+
+def whole(folder: Path) -> Any:
+    return load_model(find(str(folder)), torch.float32, "cpu")
+
+
+def test_each_round_is_followed_by_its_training() -> None:
+    step = build_step("magnitude", {"sparsity": 0.6, "rounds": 2, "retrain": {"full": TRAIN}, "rewind": True})
+    steps, told = step.resolve(outlook("llama"))
+    assert [one.kind for one in steps] == ["magnitude", "rewind", "full"] * 2
+    assert [one.sparsity for one in steps[::3]] == [0.3, 0.6]  # type: ignore[attr-defined]
+    assert all(one.max_steps == 6 for one in steps[2::3])  # type: ignore[attr-defined]
+    assert "0.6 and rewind and full" in told
+    assert all(not one.retrain and not one.rewind for one in steps[::3])  # type: ignore[attr-defined]
+    once, _ = build_step("mlp", {"ratio": 0.5, "retrain": {"full": TRAIN}}).resolve(outlook("llama"))
+    assert [one.kind for one in once] == ["mlp", "full"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_rewound_model_has_the_first_weights_where_it_is_not_pruned(family: str, tmp_path: Path) -> None:
+    base = save_tiny(family, tmp_path / "base")
+    trained = Full(**TRAIN, objective="next_token")  # type: ignore[arg-type]
+    compress(str(base), [trained, Magnitude(sparsity=0.5), Rewind()], tmp_path / "out", **QUICK)
+    before, after = whole(base), whole(tmp_path / "out")
+    sparse = {name: m for name, m in after.named_modules() if isinstance(m, SparseLinear)}
+    assert sparse
+    for name, module in sparse.items():
+        first = dense_weight(before.get_submodule(name))
+        assert torch.equal(module.weight, first * module.mask)
+        assert 0.4 < module.mask.float().mean() < 0.6
+    first_ones = before.state_dict()
+    for name, parameter in after.named_parameters():
+        if name.rpartition(".")[0] not in sparse:
+            assert torch.equal(parameter, first_ones[name]), name
+
+
+def test_training_between_rounds_wins_back_what_they_take(tmp_path: Path) -> None:
+    base = save_tiny("llama", tmp_path / "base")
+    fields: dict[str, Any] = {"sparsity": 0.7, "rounds": 2, "ramp": "cubic"}
+    apart: dict[str, float] = {}
+    for name, more in {"plain": {}, "retrained": {"retrain": {"full": {**TRAIN, "max_steps": 20}}}}.items():
+        compress(str(base), [Magnitude(**fields, **more)], tmp_path / name, **QUICK)
+        apart[name] = evaluate(str(tmp_path / name), "builtin", base=str(base), seq_len=32, windows=4)["kl"]
+        weights = [m.weight for m in whole(tmp_path / name).modules() if isinstance(m, SparseLinear)]
+        assert sum(int((w == 0).sum()) for w in weights) >= 0.69 * sum(w.numel() for w in weights)
+    assert apart["retrained"] < 0.9 * apart["plain"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"retrain": {"rtn": {}}}, "does not train"),
+        ({"retrain": {"ful": {}}}, "did you mean 'full'"),
+        ({"retrain": {"full": {"max_step": 3}}}, "did you mean 'max_steps'"),
+        ({"retrain": {"full": {}, "lora": {}}}, "two trainings"),
+        ({"rewind": True}, "set retrain"),
+    ],
+)
+def test_bad_input_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        build_step("magnitude", fields)
+
+
+def test_only_the_same_shape_is_put_back(tmp_path: Path) -> None:
+    base = save_tiny("llama", tmp_path / "base")
+    narrowed = build_step("mlp", {"ratio": 0.5, "multiple_of": 8})
+    with pytest.raises(UserError, match="only models of the same shape"):
+        compress(str(base), [narrowed, Rewind()], tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
