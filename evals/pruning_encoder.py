@@ -23,6 +23,7 @@ from typing import Any
 
 import record
 import render
+import yaml
 
 TASKS = {
     "cola": ("sentence",),
@@ -47,6 +48,9 @@ def variants() -> dict[str, list[dict[str, Any]]]:
         found[f"heads-33%/{name}"] = [heads]
         found[f"channels-25%/{name}"] = [mlp]
         found[f"heads-33%+channels-25%/{name}"] = [heads, mlp]
+    found["recipe/configs/encoder"] = yaml.safe_load(
+        (record.ROOT / "configs/encoder.yaml").read_text("utf-8")
+    )["steps"]
     return found
 
 
