@@ -34,19 +34,19 @@ FULL: dict[str, Any] = {"lr": 5e-5, "batch_size": 1}
 LABELS: dict[str, Any] = {**FULL, "alpha": 0.5}  # beside the teacher
 TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> name -> minutes, step
     "3-bit": {
-        "scales": (18, {"scales": SCALES}),
-        "qlora": (18, {"lora": LORA}),
-        "qlora-next-token": (18, {"lora": {**LORA, "objective": "next_token"}}),
+        "scales": (15, {"scales": SCALES}),
+        "qlora": (15, {"lora": LORA}),
+        "qlora-next-token": (15, {"lora": {**LORA, "objective": "next_token"}}),
     },
     "pruned-20%": {
-        "distill": (12, {"response": FULL}),
-        "distill+labels": (12, {"response": LABELS}),
-        "next-token": (12, {"full": {**FULL, "objective": "next_token"}}),
+        "distill": (10, {"response": FULL}),
+        "distill+labels": (10, {"response": LABELS}),
+        "next-token": (10, {"full": {**FULL, "objective": "next_token"}}),
     },
-    "shared-half": {"distill+labels": (12, {"response": LABELS})},
-    "shared-half+deltas": {"distill+labels": (12, {"response": LABELS})},
+    "shared-half": {"distill+labels": (10, {"response": LABELS})},
+    "shared-half+deltas": {"distill+labels": (10, {"response": LABELS})},
     "2-bit-gptq": {},
-    "2-bit-qat": {"scales": (12, {"scales": SCALES})},
+    "2-bit-qat": {"scales": (10, {"scales": SCALES})},
 }
 
 

@@ -145,10 +145,7 @@ def _peak_memory(shape: _Shape, recipe: Recipe, anatomy: Anatomy, streams: bool)
         paused += int(followed * shape.tokens * (3 * shape.hidden + shape.widest) * shape.compute)
     training = max((_training(step, shape, len(list(anatomy.blocks))) for step in blocks), default=0)
     working = models * weights + int(lanes * shape.lane_bytes) + max(paused + max(chunk, step), training)
-    copies = max((step.survey_copies for step in blocks), default=0)
-    # in float32: weights and what is as large, one gradient, what one window's backward needs
-    window = shape.window * (shape.widths + 3 * shape.vocabulary)
-    surveying = 4 * (copies * shape.total + shape.block + window) if copies else 0
+    surveying = max((_surveying(step, shape, anatomy) for step in blocks), default=0)
     entering = weights + shape.outer * 2 * shape.stored + shape.lane_bytes * 2
     evaluating = 0
     if recipe.evaluation is not None and anatomy.head is not None:
@@ -156,6 +153,15 @@ def _peak_memory(shape: _Shape, recipe: Recipe, anatomy: Anatomy, streams: bool)
         logits = recipe.evaluation.seq_len * shape.vocabulary * shape.compute
         evaluating = 2 * windows + 4 * logits + weights + 2 * shape.outer * shape.compute
     return resident_bytes() + max(surveying, working, entering, evaluating)
+
+
+def _surveying(step: BlockStep, shape: _Shape, anatomy: Anatomy) -> int:
+    """Bytes of a survey with gradients, float32: weights and what is as large, one gradient, one backward."""
+    if not step.survey_copies:
+        return 0
+    logits = 3 * shape.vocabulary if anatomy.head is not None else 0
+    backward = step.survey_span(shape.window) * (shape.widths + logits)
+    return 4 * (step.survey_copies * shape.total + shape.block + backward)
 
 
 def _training(step: BlockStep, shape: _Shape, blocks: int) -> int:
@@ -171,22 +177,21 @@ def _seconds(
 ) -> float:
     """Matrix products at the speed measured here for a moment, plus the search of scales per weight."""
     weights = sum(rows * width for rows, width in shape.matrices)
-    flops = 0.0
+    flops, surveys, pace = 0.0, 0.0, _flops_per_second(device, dtype)
     for step in recipe.steps:
-        if step.needs_calibration:
+        if isinstance(step, BlockStep) and step.needs_survey:
+            passed = weights + (shape.hidden * shape.vocabulary if step.survey_copies else 0)
+            surveys += min(step.survey_limit, step.survey_work(shape.tokens, shape.window) * passed / pace)
+        if step.needs_calibration and isinstance(step, BlockStep) and step.streams_calibration:
             flops += 2.0 * shape.tokens * weights
-            if isinstance(step, BlockStep) and step.needs_survey:
-                # a forward, with a backward if it takes gradients
-                flops += (6.0 if step.survey_copies else 2.0) * shape.tokens * weights
-            if isinstance(step, BlockStep):
-                flops += 6.0 * step.windows_trained(shape.tokens // shape.window) * shape.window * weights
+            flops += 6.0 * step.windows_trained(shape.tokens // shape.window) * shape.window * weights
             flops += 1.25 * shape.tokens * sum(width * width for _, width in shape.matrices) / 2
         flops += 2.0 * sum(rows * width * width for rows, width in shape.matrices) * 2
     if recipe.evaluation is not None and anatomy.head is not None:
         tokens = recipe.evaluation.windows * recipe.evaluation.seq_len
         measured = len(recipe.steps) if recipe.evaluation.steps else 1  # each runs the base beside it
         flops += measured * 2 * 2.0 * tokens * (weights + shape.hidden * shape.vocabulary)
-    return flops / _flops_per_second(device, dtype) + len(recipe.steps) * weights * 1e-7
+    return surveys + flops / pace + len(recipe.steps) * weights * 1e-7
 
 
 def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:

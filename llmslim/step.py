@@ -211,6 +211,22 @@ class BlockStep(Step):
         """Whether there is such a thing, which the next step would lose."""
         return False
 
+    def survey_work(self, tokens: int, window: int) -> float:
+        """Operations per weight of the survey, on a text of so many tokens in windows of so many; for the plan.
+
+        A forward takes 2 per token, one with its backward 6.
+        """
+        return (6.0 if self.survey_copies else 2.0) * tokens
+
+    def survey_span(self, window: int) -> int:
+        """Tokens that the survey holds the gradients of at once, of windows of so many; for the plan."""
+        return window
+
+    @property
+    def survey_limit(self) -> float:
+        """Seconds after which the survey stops by itself."""
+        return float("inf")
+
     @property
     def streams_calibration(self) -> bool:
         """Whether the text passes through the blocks while they are decided on."""

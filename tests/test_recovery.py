@@ -212,6 +212,24 @@ def test_the_learning_rate_rises_and_falls_with_the_time_when_that_ends_training
     assert endless.rate(3) < 1e-4 and endless.rate(10**5) == pytest.approx(0.976, abs=0.01)
 
 
+def test_the_plan_counts_epochs_steps_batches_and_minutes(folders: dict[str, Path], monkeypatch: Any) -> None:
+    monkeypatch.setattr("llmslim.plan._flops_per_second", lambda *asked: 1e6)
+
+    def plan(**fields: Any) -> Any:
+        step = Full(objective="next_token", **{"batch_size": 2, **fields})
+        return prepare(
+            str(folders["llama"]), Recipe(steps=(step,), calibration=QUICK["calibration"], evaluation=None)
+        ).plan
+
+    rest = plan(max_minutes=1e-9).seconds
+    once = plan().seconds - rest
+    assert plan(epochs=3).seconds - rest == pytest.approx(3 * once)
+    windows = QUICK["calibration"].num_samples
+    assert plan(max_steps=windows).seconds - rest == pytest.approx(2 * once)
+    assert plan(epochs=1e9, max_minutes=2).seconds - rest == pytest.approx(120)
+    assert plan(batch_size=8).peak_memory > plan(batch_size=2).peak_memory
+
+
 def test_time_stops_training(folders: dict[str, Path], tmp_path: Path) -> None:
     step = Scales(objective="next_token", max_steps=10_000, max_minutes=0.01)
     assert compress(str(folders["llama"]), [step], tmp_path / "r", **QUICK).report["verification"]["ok"]

@@ -83,6 +83,9 @@ class Finetune(InsideFields, WholeStep):
     def needs_calibration(self) -> bool:
         return False  # the step brings its own text
 
+    def survey_span(self, window: int) -> int:
+        return self.batch_size * self.max_length
+
     @property
     def distills(self) -> bool:
         return bool(self.teacher)

@@ -82,6 +82,17 @@ class TrainStep(PlacingStep):
     def survey_copies(self) -> int:
         return 2 + self.distills
 
+    def survey_work(self, tokens: int, window: int) -> float:
+        trained = self.max_steps * self.batch_size * window if self.max_steps else self.epochs * tokens
+        return (6.0 + 2.0 * self.distills) * trained
+
+    def survey_span(self, window: int) -> int:
+        return self.batch_size * window
+
+    @property
+    def survey_limit(self) -> float:
+        return float("inf") if self.max_minutes is None else 60 * self.max_minutes
+
     @property
     def distills(self) -> bool:
         """Whether the step learns from a teacher."""
