@@ -212,6 +212,25 @@ def test_the_learning_rate_rises_and_falls_with_the_time_when_that_ends_training
     assert endless.rate(3) < 1e-4 and endless.rate(10**5) == pytest.approx(0.976, abs=0.01)
 
 
+def test_an_encoder_learns_the_tokens_that_are_masked(folders: dict[str, Path], tmp_path: Path) -> None:
+    from llmslim.calibration.objectives import masked_tokens
+
+    step = Full(objective="masked_token", **{**FAST, "max_steps": 30})
+    compress(str(folders["bert"]), [step], tmp_path / "out", **QUICK)
+    tokenizer = find(str(folders["bert"])).tokenizer()
+    tokens = sample("builtin", tokenizer, 8, 32, 0).tokens
+
+    def asked(folder: Path) -> float:
+        model, generator = whole(folder), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            return (
+                sum(float(masked_tokens(model, w[None], generator, tokenizer.mask_token_id)) for w in tokens)
+                / 8
+            )
+
+    assert asked(tmp_path / "out") < asked(folders["bert"]) - 0.2
+
+
 def test_the_plan_counts_epochs_steps_batches_and_minutes(folders: dict[str, Path], monkeypatch: Any) -> None:
     monkeypatch.setattr("llmslim.plan._flops_per_second", lambda *asked: 1e6)
 
@@ -264,6 +283,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
         ),
         ("llama", [RTN3, Full()], "cannot train packed weights"),
         ("bert", [Full(objective="next_token")], "needs a causal model"),
+        ("llama", [Full(objective="masked_token")], "sees both sides"),
         ("llama", [RTN3, Scales(teacher="OTHER")], "vocabulary of 320 tokens"),
     ],
 )

@@ -1,15 +1,18 @@
-"""A step that trains on either of two objectives: the teacher's distribution, or the next token of the text."""
+"""A step that trains on one of three objectives: the teacher's distribution, or the text's next or masked tokens."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
+from llmslim.calibration.objectives import masked_tokens
 from llmslim.errors import UserError
+from llmslim.step import Survey
 from llmslim.training.cached import CachedStep, TeacherCache
 
 if TYPE_CHECKING:
@@ -18,14 +21,22 @@ if TYPE_CHECKING:
     from llmslim.training.loop import Loss
 
 
+@dataclass(frozen=True)
+class Masking:
+    """What takes the place of a token that is asked for; None puts random ones there."""
+
+    token: int | None
+
+
 class ObjectiveStep(CachedStep):
-    """A `TrainStep` that needs no teacher when it predicts the next token."""
+    """A `TrainStep` that needs no teacher when it predicts the text's own tokens."""
 
     without_teacher: ClassVar[str] = ", or use --objective next_token"
 
-    objective: Literal["distill", "next_token"] = Field(
+    objective: Literal["distill", "next_token", "masked_token"] = Field(
         "distill",
-        description="match the teacher's distribution over tokens, or predict the text's next token",
+        description="match the teacher's distribution over tokens, or predict the text's own: the next one, or, with "
+        "encoders, 15 % that are masked",
     )
 
     @property
@@ -36,16 +47,31 @@ class ObjectiveStep(CachedStep):
         super().check(anatomy)
         if self.objective == "next_token" and not anatomy.is_decoder:
             raise UserError(
-                f"objective 'next_token' needs a causal model, and {type(anatomy.model).__name__} is none: use distill."
+                f"objective 'next_token' needs a causal model, and {type(anatomy.model).__name__} is none: use distill "
+                "or masked_token."
+            )
+        if self.objective == "masked_token" and anatomy.is_decoder:
+            raise UserError(
+                f"objective 'masked_token' needs a model that sees both sides, and {type(anatomy.model).__name__} is "
+                "causal: use distill or next_token."
             )
 
+    def learned_from(self, look: Survey) -> Any:
+        if self.objective == "masked_token":
+            return Masking(look.mask_token)
+        return super().learned_from(look)
+
     def criterion(
-        self, model: PreTrainedModel, teacher: PreTrainedModel | TeacherCache | None, tokens: Tensor
+        self, model: PreTrainedModel, teacher: PreTrainedModel | TeacherCache | Masking | None, tokens: Tensor
     ) -> tuple[Loss, list[nn.Parameter]]:
         from llmslim.training.forward import run
         from llmslim.training.losses import coarse_divergence, divergence, next_token
 
-        def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+        def loss(model: Any, tokens: Tensor) -> Tensor:
+            if isinstance(teacher, Masking):
+                generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+                losses = [masked_tokens(model, window[None], generator, teacher.token) for window in tokens]
+                return torch.stack(losses).mean()
             logits = run(model, tokens).logits
             if teacher is None:
                 return next_token(logits, tokens)
