@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmslim import plan
 from llmslim.anatomy import Anatomy
-from llmslim.anatomy.parts import is_conv1d
+from llmslim.anatomy.parts import dense_weight, is_conv1d
 from llmslim.calibration.gradients import hessian_gradient
 from llmslim.calibration.objectives import objective_of
 from llmslim.calibration.statistics import output_error
@@ -27,7 +27,7 @@ from llmslim.pruning.mlp import PruneMLP
 from llmslim.pruning.weights import Magnitude, Wanda
 from llmslim.recipe import Calibration, Recipe
 from llmslim.sparse import unpack_mask
-from llmslim.step import StepRecord, build_step, dense_weight
+from llmslim.step import StepRecord, build_step
 from tests import reference
 from tests.test_pruning_weights import FakeLook
 from tests.tiny import meta_model, save_tiny

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmslim.anatomy.parts import dense_weight
 from llmslim.checkpoint.load import load_model
 from llmslim.errors import UserError
 from llmslim.evaluation.run import evaluate
@@ -18,7 +19,7 @@ from llmslim.pruning.weights import Magnitude
 from llmslim.recipe import Calibration
 from llmslim.recovery.full import Full
 from llmslim.sparse import SparseLinear
-from llmslim.step import build_step, dense_weight
+from llmslim.step import build_step
 from tests.checkpoints import outlook
 from tests.tiny import save_tiny
 

@@ -190,7 +190,7 @@ def test_a_global_threshold_is_one_magnitude_for_all(family: str) -> None:
 
 
 def _dense(model: nn.Module, name: str) -> Tensor:
-    from llmslim.step import dense_weight
+    from llmslim.anatomy.parts import dense_weight
 
     return dense_weight(model.get_submodule(name)).detach()
 

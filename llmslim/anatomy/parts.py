@@ -152,3 +152,9 @@ class Experts:
     width: int
     router: str
     shared: MLP | None
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The weight of a Linear as [out, in]; transformers' Conv1D (GPT-2) keeps it the other way round."""
+    weight = cast(Tensor, linear.weight)
+    return weight.T if is_conv1d(linear) else weight

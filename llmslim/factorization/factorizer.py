@@ -14,9 +14,10 @@ from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.factorization.edits import FactorizeEmbedding, FactorizeLinear, LowRankEmbedding
 from llmslim.factorization.ranks import by_error
+from llmslim.linear_step import LinearStep
 from llmslim.lowrank import Decomposition, LowRankLinear, decompose, refit_second, worthwhile
 from llmslim.sparse import SparseLinear
-from llmslim.step import LinearStep, StepRecord, Survey
+from llmslim.step import StepRecord, Survey
 
 if TYPE_CHECKING:
     from llmslim.calibration.stream import BlockStream

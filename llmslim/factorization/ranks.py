@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from llmslim.anatomy.parts import dense_weight
 from llmslim.calibration.statistics import InputStats, check_finite, with_stats
 from llmslim.lowrank import decompose, worthwhile
-from llmslim.step import StepRecord, Survey, dense_weight
+from llmslim.step import StepRecord, Survey
 
 if TYPE_CHECKING:
     from llmslim.anatomy import Block

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from llmslim.anatomy import MLP, Block
-from llmslim.anatomy.parts import is_linear
+from llmslim.anatomy.parts import dense_weight, is_linear
 from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.edit import replace_module
 from llmslim.pruning import importance
 from llmslim.pruning._depth import copy_lane
 from llmslim.sparse import SparseLinear
-from llmslim.step import Survey, dense_weight
+from llmslim.step import Survey
 
 
 @dataclass

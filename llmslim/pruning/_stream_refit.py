@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from llmslim.anatomy import MLP, Block
+from llmslim.anatomy.parts import dense_weight
 from llmslim.calibration.stream import BlockStream
 from llmslim.pruning import importance
 from llmslim.pruning.residual import Site, Slot, Turn, stream_norms
-from llmslim.step import dense_weight
 
 
 @dataclass

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from llmslim.anatomy import Block
+from llmslim.anatomy.parts import dense_weight
 from llmslim.calibration.statistics import InputStats, output_error, with_stats
 from llmslim.calibration.stream import BlockStream
 from llmslim.masks import per_row
 from llmslim.pruning.allocation import least_error, outlier_ratio, outlier_weighed, within
-from llmslim.step import StepRecord, Survey, dense_weight
+from llmslim.step import StepRecord, Survey
 
 if TYPE_CHECKING:
     from llmslim.pruning.weights import WeightPruner

@@ -12,13 +12,14 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from llmslim.anatomy import MLP, Anatomy, Block
+from llmslim.anatomy.parts import dense_weight
 from llmslim.calibration.stream import BlockStream
 from llmslim.edit import DropBlocks, Edit
 from llmslim.errors import UserError
 from llmslim.pruning import _depth
 from llmslim.pruning._neighbour import no_refit, refit_neighbours, refitting
 from llmslim.pruning.amount import Share, check_unshared, to_nearest
-from llmslim.step import StepRecord, Survey, dense_weight
+from llmslim.step import StepRecord, Survey
 
 _KEEP, _SCORE, _REFIT, _ERRORS = "keep ", "score ", "refit ", "errors "  # what a survey's tensors are called
 

@@ -11,12 +11,13 @@ from pydantic import Field
 from torch import Tensor
 
 from llmslim.anatomy import MLP, Anatomy, Block, Experts
+from llmslim.anatomy.parts import dense_weight
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.experts import unfused
 from llmslim.pruning.edits import NarrowExperts, NarrowMLP, narrow_experts, narrow_mlp
 from llmslim.pruning.structured import Choice, Site, Structured, row_power
-from llmslim.step import StepRecord, dense_weight
+from llmslim.step import StepRecord
 
 
 class PruneMLP(Structured):

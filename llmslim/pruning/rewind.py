@@ -8,10 +8,10 @@ from pydantic import Field
 from torch import Tensor
 
 from llmslim.anatomy import Anatomy, Block
-from llmslim.anatomy.parts import is_packed
+from llmslim.anatomy.parts import dense_weight, is_packed
 from llmslim.errors import UserError
 from llmslim.sparse import SparseLinear
-from llmslim.step import StepRecord, Survey, dense_weight
+from llmslim.step import StepRecord, Survey
 from llmslim.training.step import PlacingStep
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmslim.anatomy import Block
+from llmslim.anatomy.parts import dense_weight
 from llmslim.calibration.statistics import InputStats, output_power
 from llmslim.calibration.stream import BlockStream
 from llmslim.pruning import importance
@@ -15,7 +16,7 @@ from llmslim.pruning._depth import mean_cosine
 from llmslim.pruning.heads import PruneHeads
 from llmslim.pruning.mlp import PruneMLP
 from llmslim.pruning.structured import Site
-from llmslim.step import Survey, dense_weight
+from llmslim.step import Survey
 
 SHARES = (0.125, 0.25, 0.5)  # of the channels, cheapest first
 DAMPING = 1e-4  # as `refit_damping`

@@ -15,12 +15,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block, Experts
-from llmslim.anatomy.parts import Projection, is_conv1d
+from llmslim.anatomy.parts import Projection, dense_weight, is_conv1d
 from llmslim.calibration.statistics import InputStats, output_error, output_power
 from llmslim.calibration.stream import BlockStream
 from llmslim.pruning import importance
 from llmslim.pruning.amount import Share
-from llmslim.step import StepRecord, Survey, dense_weight
+from llmslim.step import StepRecord, Survey
 
 _LOOKS = 64  # how often the costs of what is left are looked at anew while channels are removed
 _REMOVE = "remove "  # begins the name under which a survey keeps how many units a matrix loses

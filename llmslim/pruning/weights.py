@@ -10,10 +10,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
+from llmslim.anatomy.parts import dense_weight
 from llmslim.calibration.factor import factor_of
 from llmslim.calibration.statistics import InputStats, output_error
 from llmslim.edit import Edit
 from llmslim.errors import UserError
+from llmslim.linear_step import LinearStep
 from llmslim.masks import COLUMNS, Pattern, Scope, check_pattern, choose, nonzeros, zeros_last
 from llmslim.pruning.allocation import Histogram
 from llmslim.pruning.amount import Amount
@@ -21,7 +23,7 @@ from llmslim.pruning.layer_sparsity import by_error, by_outliers, wanda_score
 from llmslim.pruning.rewind import Rewind
 from llmslim.pruning.sparsegpt import sparsegpt
 from llmslim.sparse import SparseLinear, SparsifyLinear
-from llmslim.step import LinearStep, Outlook, Step, StepRecord, Survey, dense_weight
+from llmslim.step import Outlook, Step, StepRecord, Survey
 
 if TYPE_CHECKING:
     from typing_extensions import Self

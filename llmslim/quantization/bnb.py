@@ -13,9 +13,10 @@ from llmslim.anatomy.parts import features, is_linear
 from llmslim.calibration.statistics import InputStats
 from llmslim.edit import Edit, replace_module
 from llmslim.errors import UserError
+from llmslim.linear_step import LinearStep
 from llmslim.quantization.bnb_linear import BnbLinear, QuantType
 from llmslim.quantization.quantizer import check_finite, refuse_nothing
-from llmslim.step import LinearStep, StepRecord
+from llmslim.step import StepRecord
 
 
 class PackBnb(Edit):

@@ -14,10 +14,11 @@ from llmslim.calibration.statistics import InputStats, output_error
 from llmslim.calibration.stream import BlockStream
 from llmslim.edit import Edit
 from llmslim.errors import UserError
+from llmslim.linear_step import LinearStep
 from llmslim.quantization.edits import PackEmbedding, PackLinear
 from llmslim.quantization.grid import GroupSize, QuantizedWeight, Scheme, round_to_nearest
 from llmslim.quantization.packed import PackedEmbedding, PackedLinear
-from llmslim.step import LinearStep, StepRecord, matches
+from llmslim.step import StepRecord, matches
 
 
 class Quantizer(LinearStep):

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from llmslim.anatomy import Anatomy, Block
-from llmslim.anatomy.parts import is_conv1d
+from llmslim.anatomy.parts import dense_weight, is_conv1d
 from llmslim.calibration.stream import BlockStream
 from llmslim.edit import replace_module
 from llmslim.quantization.fake_quantize import TrainedWeight
 from llmslim.quantization.grid import QuantizedWeight
 from llmslim.quantization.packed import PackedLinear
 from llmslim.quantization.quantizer import Quantizer
-from llmslim.step import StepRecord, block_of, dense_weight
+from llmslim.step import StepRecord, block_of
 from llmslim.ties import counterpart, shared_modules
 
 

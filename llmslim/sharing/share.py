@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block
 from llmslim.anatomy.match import nearest
+from llmslim.anatomy.parts import dense_weight
 from llmslim.calibration.factor import rising_cholesky, root_of
 from llmslim.calibration.statistics import (
     InputStats,
@@ -21,11 +22,12 @@ from llmslim.calibration.statistics import (
 )
 from llmslim.edit import Edit
 from llmslim.errors import UserError
+from llmslim.linear_step import LinearStep
 from llmslim.lowrank import LowRankLinear, decompose, empty_linear
 from llmslim.sharing.edits import ShareLinear
 from llmslim.sharing.groups import Groups, cheapest, cyclic, sequential
 from llmslim.sparse import SparseLinear
-from llmslim.step import LinearStep, StepRecord, Survey, dense_weight
+from llmslim.step import StepRecord, Survey
 from llmslim.ties import share, shared_modules
 
 if TYPE_CHECKING:
