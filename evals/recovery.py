@@ -30,7 +30,7 @@ STARTS: dict[str, Steps] = {
 TEXTS = {"2-bit-qat": 64}  # windows to compress on, where it is not --num-samples
 SCALES: dict[str, Any] = {"lr": 3e-4, "batch_size": 1}
 LORA: dict[str, Any] = {"lr": 1e-3, "batch_size": 1, "save_adapter": True}
-FULL: dict[str, Any] = {"lr": 5e-5, "batch_size": 1}
+FULL: dict[str, Any] = {"lr": 1e-4, "batch_size": 1}
 LABELS: dict[str, Any] = {**FULL, "alpha": 0.5}  # beside the teacher
 TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> name -> minutes, step
     "3-bit": {
