@@ -43,9 +43,8 @@ def check_training(steps: Sequence[Step], files: ModelFiles, text: TextSample | 
     for number, step in enumerate(steps):
         if not isinstance(step, TrainStep):
             continue
-        windows = len(text.tokens) if text else 0
-        if step.needs_calibration and step.validation and windows < 2:
-            raise UserError(f"validation {step.validation} needs 2 windows of text, and there is {windows}.")
+        if text is not None and step.needs_calibration:
+            step.check_text(len(text.tokens))
         if not step.distills:
             continue
         teacher = teacher_files(step.teacher, files, step.without_teacher)

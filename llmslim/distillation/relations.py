@@ -45,17 +45,20 @@ class Relations(BesideResponse):
             raise ValueError(f"a batch_size of {self.batch_size} makes no such relation; {self.needed} does")
         return self
 
+    def check_text(self, windows: int) -> None:
+        super().check_text(windows)
+        if windows < self.needed:
+            raise UserError(
+                f"Relations are between {self.needed} windows or more, and the text gives {windows}: raise "
+                "--num-samples."
+            )
+
     def criterion(
         self, model: PreTrainedModel, teacher: PreTrainedModel | None, tokens: Tensor
     ) -> tuple[Loss, list[nn.Parameter]]:
         from llmslim.training.losses import angles, distances
 
         assert teacher is not None
-        if len(tokens) < self.needed:
-            raise UserError(
-                f"Relations are between {self.needed} windows or more, and the text gives {len(tokens)}: raise "
-                "--num-samples."
-            )
 
         def inside(found: list[Tensor], wanted: list[Tensor]) -> Tensor:
             mine, its = (states[0].float().mean(1) for states in (found, wanted))

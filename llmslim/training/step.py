@@ -120,6 +120,11 @@ class TrainStep(PlacingStep):
         """The type that matrix products are computed in: the run's; weights and their updates are float32."""
         return look.dtype
 
+    def check_text(self, windows: int) -> None:
+        """Refuse a text of so few windows that nothing is learned from it."""
+        if self.validation and windows < 2:
+            raise UserError(f"validation {self.validation} needs 2 windows of text, and there is {windows}.")
+
     def check_teacher(self, config: PreTrainedConfig, spec: str) -> None:
         """Refuse a teacher, of that spec, that the step cannot learn from; by its config."""
 
