@@ -255,3 +255,17 @@ def nf4(weight, block: int = 64):
         for i, w in enumerate(part.tolist()):
             out[start + i] = scale * min(values, key=lambda value: abs(value - w / scale))
     return out.reshape(weight.shape)
+
+
+def pooled_heads(rows, kv_heads: int, head_dim: int):
+    """k or v rows [heads * head_dim, ...] with each head at the mean of its group of consecutive heads."""
+    heads = list(rows.clone().split(head_dim))
+    size = len(heads) // kv_heads
+    result = []
+    for head in range(len(heads)):
+        first = head // size * size
+        total = heads[first].double()
+        for other in range(first + 1, first + size):
+            total = total + heads[other].double()
+        result.append((total / size).to(rows.dtype))
+    return torch.cat(result)

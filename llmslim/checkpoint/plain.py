@@ -16,7 +16,14 @@ from llmslim.edit import DropBlocks, Edit, replay
 from llmslim.errors import UserError
 from llmslim.loaders.models import skeleton
 
-STRUCTURAL = ("narrow_mlp", "narrow_attention", "narrow_experts", "narrow_residual", "narrow_outer")
+STRUCTURAL = (
+    "narrow_mlp",
+    "narrow_attention",
+    "pool_kv_heads",
+    "narrow_experts",
+    "narrow_residual",
+    "narrow_outer",
+)
 """Edits that change sizes which a config may state."""
 
 FIELDS = {

@@ -228,21 +228,24 @@ class Share(Amount):
         return steps
 
     def check_dense(self, anatomy: Anatomy) -> None:
-        """Refuse a model whose weights cannot be cut: packed, factored, sparse, or shared between blocks."""
-        check_unshared(anatomy, self.kind)
-        for block in anatomy.blocks:
-            for module in block.module.modules():
-                if isinstance(module, LowRankLinear):
-                    raise UserError(
-                        f"{block.name} is factored already: prune {self.kind} first, then factorize."
-                    )
-                if hasattr(module, "in_features") and not is_linear(module):
-                    raise UserError(f"{block.name} is quantized already: prune before you quantize.")
-                if isinstance(module, SparseLinear):
-                    raise UserError(
-                        f"{block.name} has pruned single weights, whose mask cannot be cut: prune {self.kind} first, "
-                        "then single weights."
-                    )
+        """Refuse a model whose weights cannot be cut."""
+        check_dense(anatomy, self.kind)
+
+
+def check_dense(anatomy: Anatomy, kind: str) -> None:
+    """Refuse a model whose weights cannot be cut: packed, factored, sparse, or shared between blocks."""
+    check_unshared(anatomy, kind)
+    for block in anatomy.blocks:
+        for module in block.module.modules():
+            if isinstance(module, LowRankLinear):
+                raise UserError(f"{block.name} is factored already: prune {kind} first, then factorize.")
+            if hasattr(module, "in_features") and not is_linear(module):
+                raise UserError(f"{block.name} is quantized already: prune before you quantize.")
+            if isinstance(module, SparseLinear):
+                raise UserError(
+                    f"{block.name} has pruned single weights, whose mask cannot be cut: prune {kind} first, "
+                    "then single weights."
+                )
 
 
 def check_unshared(anatomy: Anatomy, kind: str) -> None:

@@ -2,7 +2,8 @@
 
 An edit notes how many stay, which is all that a skeleton needs; `narrow_mlp`, `narrow_attention` and
 `narrow_experts` take which ones stay, slice the weights of a block, and return the edit. A narrowed block gives
-exactly what it gave with the others masked. A packed or factored matrix cannot be sliced: prune first.
+exactly what it gave with the others masked, and one whose KV heads `pool_kv_heads` pooled what it gave with each of
+them at its group's mean. A packed or factored matrix cannot be sliced: prune first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llmslim.anatomy import MLP, Anatomy, Attention, Block, Experts
-from llmslim.anatomy.parts import Projection, Side, is_conv1d, is_linear
+from llmslim.anatomy.parts import Projection, Side, dense_weight, is_conv1d, is_linear
 from llmslim.edit import Edit
 from llmslim.experts import UnfusedExperts
 from llmslim.pruning._position_bias import choose_bias_columns, takes_position_bias
@@ -65,6 +66,17 @@ class NarrowAttention(Edit):
         kept = heads.reshape(-1) if self.kept is None else torch.tensor(self.kept, device="cpu")
         if narrow_attention(block, kept, self.cross) != self:
             raise ValueError(f"heads {self.kept} are not {self.heads} with {self.kv_heads} KV heads")
+
+
+class PoolKVHeads(Edit):
+    """The attention of a block has `kv_heads` KV heads, each in the place of equally many; queries stay."""
+
+    kind: ClassVar[str] = "pool_kv_heads"
+    block: str
+    kv_heads: int = Field(gt=0)
+
+    def apply(self, model: nn.Module) -> None:
+        pool_kv_heads(_block(model, self.block), self.kv_heads)
 
 
 class NarrowExperts(Edit):
@@ -138,6 +150,37 @@ def narrow_attention(block: Block, heads: Tensor, cross: bool = False) -> Narrow
         kept = tuple(heads.tolist())
         choose_bias_columns(attention.module, kept, attention.num_heads)
     return NarrowAttention(block=block.name, heads=len(heads), kv_heads=len(kv_heads), cross=cross, kept=kept)
+
+
+@torch.no_grad()
+def pool_kv_heads(block: Block, kv_heads: int) -> PoolKVHeads:
+    """Put the mean of each group of consecutive KV heads in its place: rows of k and v, with their biases.
+
+    Args:
+        block: dense, on meta or filled; changed in place.
+        kv_heads: how many there will be, a divisor of how many there are.
+
+    Raises:
+        ValueError: the attention is not dense, or `kv_heads` does not divide its KV heads.
+    """
+    attention = block.attention
+    if attention.num_kv_heads % kv_heads:
+        raise ValueError(
+            f"{attention.name}: {attention.num_kv_heads} KV heads cannot be pooled into {kv_heads}"
+        )
+    _check_parameters(attention)
+    firsts = []
+    for part in (attention.k, attention.v):
+        _check_linear(part)
+        rows = part.rows.view(kv_heads, -1, attention.head_dim)
+        firsts.append((part, rows[:, 0].reshape(-1)))
+        for tensor in (dense_weight(part.module), cast("Tensor | None", part.module.bias)):
+            if tensor is not None:
+                rows = rows.to(tensor.device)
+                tensor[rows[:, 0]] = tensor[rows].float().mean(1).to(tensor.dtype)
+    _slice([(attention.q, attention.q.rows), *firsts])  # q: it may share their module
+    _set_heads(attention, attention.num_heads, kv_heads)
+    return PoolKVHeads(block=block.name, kv_heads=kv_heads)
 
 
 @torch.no_grad()
@@ -218,15 +261,19 @@ def _slice(cuts: list[tuple[Projection, Tensor]]) -> None:
     modules: dict[tuple[str, Side], nn.Module] = {}
     rows: dict[tuple[str, Side], list[Tensor]] = defaultdict(list)
     for projection, keep in cuts:
-        if not is_linear(projection.module):
-            raise ValueError(
-                f"{projection.name} is a {type(projection.module).__name__}, and only a dense Linear can be "
-                "narrowed: prune before quantizing or factorizing"
-            )
+        _check_linear(projection)
         modules[projection.name, projection.side] = projection.module
         rows[projection.name, projection.side].append(keep)
     for (name, side), module in modules.items():
         _slice_linear(module, torch.cat(rows[name, side]).sort().values, side)
+
+
+def _check_linear(projection: Projection) -> None:
+    if not is_linear(projection.module):
+        raise ValueError(
+            f"{projection.name} is a {type(projection.module).__name__}, and only a dense Linear can be "
+            "narrowed: prune before quantizing or factorizing"
+        )
 
 
 def _slice_linear(linear: nn.Module, keep: Tensor, side: Side) -> None:
