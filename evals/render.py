@@ -131,7 +131,7 @@ def recovery(result: Result) -> str:
         listed.append(
             [
                 row["name"],
-                f"{row['size']['bytes_on_disk'] / 1e6:.1f}",
+                f"{(row['size']['bytes_on_disk'] + row.get('adapter_bytes', 0)) / 1e6:.1f}",
                 f"{row['minutes']:g}" if "minutes" in row else "",
                 f"{perplexity:.2f}",
                 gone,

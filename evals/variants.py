@@ -83,6 +83,7 @@ def measure(name: str, steps: Steps, options: Namespace, keep: Path | None = Non
     report, cost = record.quantized(record.llmslim("compress", options.model, str(path)), folder)
     beside = folder / "adapter"
     quality = judge(str(folder), f"{text}:test", options, beside if beside.is_dir() else None)
+    extra = {"adapter_bytes": sum(f.stat().st_size for f in beside.iterdir())} if beside.is_dir() else {}
     if keep is None:
         shutil.rmtree(folder)
     path.unlink()
@@ -91,6 +92,7 @@ def measure(name: str, steps: Steps, options: Namespace, keep: Path | None = Non
         "options": settings(options),
         **cost,
         **record.outcome(report),
+        **extra,
         "steps": steps,
         "blocks_left": blocks_left(report),
         "quality": quality,
