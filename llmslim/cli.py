@@ -140,9 +140,13 @@ def quiet(verbose: bool) -> None:
     """Silence the libraries' logs, warnings and bars (before they are imported), unless asked not to."""
     if verbose:
         return
+    import logging
     import warnings
 
     warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # peft imports it, and it tells of kernels it lacks
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
         "DATASETS_VERBOSITY": "error",
