@@ -90,10 +90,10 @@ def test_scales_recover_and_codes_stay(family: str, folders: dict[str, Path], tm
     base = folders[family]
     compress(str(base), [RTN3], tmp_path / "q", **QUICK)
     result = compress(
-        str(tmp_path / "q"), [Scales(**FAST)], tmp_path / "r", **QUICK
+        str(tmp_path / "q"), [Scales(**{**FAST, "max_steps": 40})], tmp_path / "r", **QUICK
     )  # teacher: from its report
     assert result.report["verification"]["ok"]
-    assert kl(base, tmp_path / "r") < 0.9 * kl(base, tmp_path / "q")
+    assert kl(base, tmp_path / "r") < 0.95 * kl(base, tmp_path / "q")
     before, after = tensors(tmp_path / "q"), tensors(tmp_path / "r")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}

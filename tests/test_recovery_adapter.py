@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 from llmslim.checkpoint.load import load_model
 from llmslim.errors import UserError
+from llmslim.evaluation.divergence import compare
 from llmslim.evaluation.run import evaluate
 from llmslim.loaders.models import find
+from llmslim.loaders.texts import sample
 from llmslim.pipeline import compress
 from llmslim.pruning.weights import Magnitude
 from llmslim.quantization.bnb import BitsAndBytes
@@ -93,7 +95,13 @@ def test_evaluate_takes_the_adapter_along(tmp_path: Path) -> None:
     asked: dict[str, Any] = {"base": str(base), "seq_len": 32, "windows": 2}
     without = evaluate(str(tmp_path / "made"), "builtin", **asked)
     beside = evaluate(str(tmp_path / "made"), "builtin", adapter=str(tmp_path / "made/adapter"), **asked)
-    assert beside["kl"] < 0.96 * without["kl"]
+    adapted, text = (
+        with_adapter(whole(tmp_path / "made"), tmp_path / "made/adapter"),
+        find(str(base)).tokenizer(),
+    )
+    tokens = sample("builtin", text, 2, 32, builtin_part="test")
+    assert beside["kl"] == pytest.approx(compare(adapted, whole(base), tokens).kl.value, rel=1e-4)
+    assert abs(beside["kl"] - without["kl"]) > 1e-3
     with pytest.raises(UserError, match="OUTPUT/adapter"):
         evaluate(str(base), "builtin", adapter=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="--stream"):
