@@ -56,10 +56,8 @@ def made(name: str, options: Namespace) -> dict[str, Any]:
     """Make the model of a variant, and before it what it is made from if that is not there; what it cost."""
     source, steps = steps_of(name, options)
     task, kind = name.split("/")
-    needed = [] if kind == "teacher" else [source]  # a student is made from its teacher
-    for other in needed:
-        if not place(other, options).is_dir():
-            made(other, options)
+    if kind != "teacher" and not place(source, options).is_dir():  # a student is made from its teacher
+        made(source, options)
     options.work.mkdir(parents=True, exist_ok=True)
     text, recipe = options.work / f"{task}.jsonl", options.work / f"{name.replace('/', '-')}.yaml"
     seen = sentences(options.data, "train", {task: TASKS[task]}, 4000)

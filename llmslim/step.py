@@ -22,7 +22,6 @@ from llmslim.edit import DropBlocks, Edit
 from llmslim.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from llmslim.calibration.stream import BlockStream

@@ -28,17 +28,7 @@ from llmslim.quantization.packed import PackedLinear
 from llmslim.quantization.quantizer import Quantizer
 from llmslim.step import StepRecord, block_of
 from llmslim.ties import counterpart, shared_modules
-
-
-def block_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of ||output - target||^2 / ||target||^2, float32, for hidden states [..., hidden].
-
-    Relative, since a few tokens of a decoder have residual streams hundreds of times as long as all others', and
-    the norm in front of whatever reads them takes the length away.
-    """
-    wanted = target.float()
-    error = (output.float() - wanted).square().sum(-1)
-    return (error / wanted.square().sum(-1).clamp_min(1e-12)).mean()
+from llmslim.training.losses import hidden_states
 
 
 @dataclass
@@ -117,7 +107,7 @@ class BlockTrainer:
             for name, value in {**given, **vectors}.items()
         }
         output = functional_call(self.module, parameters, (self.lane.hidden[index], *args), kwargs)
-        return block_error(output[0] if isinstance(output, tuple) else output, self.targets[index])
+        return hidden_states(output[0] if isinstance(output, tuple) else output, self.targets[index])
 
     @torch.no_grad()
     def judge(self) -> Kept:

@@ -67,7 +67,8 @@ class InsideFields(BaseModel):
         chosen = self._chosen(student, teacher, sample, mask) if self.hidden else []
         pairs = list(zip(students, chosen, strict=True)) if self.hidden else []
         blocks = [s.module for s, _ in pairs], [teachers[t].module for _, t in pairs]
-        projections = fitted(student, teacher, *blocks, sample, mask) if pairs else nn.ModuleList()
+        given = zip(*outputs(student, teacher, *blocks, sample, mask), strict=True) if pairs else ()
+        projections = nn.ModuleList(projection(x, y) for x, y in given)
         attentions = [students[-1].attention, teachers[-1].attention] if self.attention else []
         heads = self.heads(attentions) if attentions else 0
         parts = [(a.q, a.k, a.v) for a in attentions]
@@ -126,24 +127,6 @@ class InsideFields(BaseModel):
 
 
 @torch.no_grad()
-def fitted(
-    student: nn.Module,
-    teacher: nn.Module,
-    blocks: Sequence[nn.Module],
-    targets: Sequence[nn.Module],
-    sample: Inputs,
-    mask: Tensor | None = None,
-) -> nn.ModuleList:
-    """For each block, what takes its output to the width of its target's: nothing, or a Linear without bias.
-
-    Args:
-        sample, mask: what the Linears are fitted to, as `outputs` takes them.
-    """
-    mine, its = outputs(student, teacher, blocks, targets, sample, mask)
-    return nn.ModuleList(projection(x, y) for x, y in zip(mine, its, strict=True))
-
-
-@torch.no_grad()
 def outputs(
     student: nn.Module,
     teacher: nn.Module,
@@ -196,6 +179,7 @@ def ascending(scores: Tensor) -> list[int]:
     return chosen[::-1]
 
 
+@torch.no_grad()
 def projection(x: Tensor, y: Tensor) -> nn.Module:
     """The Linear of least mean square of W x - y, slightly damped; Identity for rows of the same width.
 
