@@ -2,9 +2,10 @@
 
     python evals/recovery.py [--variants '3-bit/*']    --list names the variants
 
-Compressed on 32 x 512 tokens of WikiText-2 valid; trained on up to 448 windows of 512 tokens of the same split, as
-many as the minutes allow, on --threads cores. See variants.py for how a variant is judged. A row is what was
-compressed / how it was trained; `untrained` is where its training began.
+Compressed on 32 x 512 tokens of WikiText-2 valid; trained on up to 448 windows of 512 tokens of the same split, or in
+rows with `@c4` of C4, as many as the minutes allow, on --threads cores. See variants.py for how a variant is judged. A
+row is what was compressed / how it was trained; `untrained` is where its training began. `float` is the model as it
+was, trained in the same way: what a text alone does to it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import Any
 import record
 import render
 import variants
+from quantization import texts
 from variants import Steps
 
 WINDOWS = 448  # to train on
 QAT = {"bits": 2, "group_size": 64, "symmetric": False}
 STARTS: dict[str, Steps] = {
+    "float": [],
     "3-bit": [{"gptq": {"bits": 3, "group_size": 64, "symmetric": False}}],
     "pruned-20%": [{"mlp": {"ratio": round(0.2 / 0.75, 4), "multiple_of": 1}}],
     "shared-half": [{"share": {"unique_blocks": 15}}],
@@ -32,16 +35,20 @@ SCALES: dict[str, Any] = {"lr": 3e-4, "batch_size": 1}
 LORA: dict[str, Any] = {"lr": 1e-3, "batch_size": 1, "save_adapter": True}
 FULL: dict[str, Any] = {"lr": 1e-4, "batch_size": 1}
 LABELS: dict[str, Any] = {**FULL, "alpha": 0.5}  # beside the teacher
+NEXT_TOKEN = {"full": {**FULL, "objective": "next_token"}}
 TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> name -> minutes, step
+    "float": {"next-token": (10, NEXT_TOKEN), "next-token@c4": (10, NEXT_TOKEN)},
     "3-bit": {
-        "scales": (15, {"scales": SCALES}),
-        "qlora": (15, {"lora": LORA}),
+        "scales@c4": (20, {"scales": {**SCALES, "lr": 1e-3}}),
+        "qlora@c4": (20, {"lora": LORA}),
         "qlora-next-token": (15, {"lora": {**LORA, "objective": "next_token"}}),
     },
     "pruned-20%": {
-        "distill": (10, {"response": FULL}),
+        "distill@c4": (10, {"response": FULL}),
         "distill+labels": (10, {"response": LABELS}),
-        "next-token": (10, {"full": {**FULL, "objective": "next_token"}}),
+        "distill+labels@c4": (10, {"response": LABELS}),
+        "next-token": (10, NEXT_TOKEN),
+        "next-token@c4": (10, NEXT_TOKEN),
     },
     "shared-half": {"distill+labels": (10, {"response": LABELS})},
     "shared-half+deltas": {"distill+labels": (10, {"response": LABELS})},
@@ -51,7 +58,8 @@ TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> na
 
 
 def names() -> list[str]:
-    return ["base", *(f"{start}/{name}" for start in STARTS for name in ("untrained", *TRAININGS[start]))]
+    rows = [f"{start}/{name}" for start in STARTS for name in ("untrained", *TRAININGS[start])]
+    return ["base", *(row for row in rows if row != "float/untrained")]  # which is the base
 
 
 def measure(name: str, options: Namespace) -> dict[str, Any]:
@@ -65,16 +73,18 @@ def measure(name: str, options: Namespace) -> dict[str, Any]:
     if training == "untrained":
         row = variants.measure(name, STARTS[start], options, keep=folder)
         return {**row, "options": variants.settings(asked), "compressed_on": options.num_samples}
-    if not folder.is_dir():
+    if STARTS[start] and not folder.is_dir():
         variants.measure(name, STARTS[start], options, keep=folder)
     minutes, step = TRAININGS[start][training]
     kind, fields = next(iter(step.items()))
     steps = [{kind: {**fields, "teacher": options.model, "max_minutes": minutes, "epochs": 1000}}]
-    trained = Namespace(**{**vars(options), "model": str(folder), "num_samples": WINDOWS})
+    begun = str(folder) if STARTS[start] else options.model
+    trained = Namespace(**{**vars(options), "model": begun, "num_samples": WINDOWS})
+    text = texts(options.data, options.work)["c4"] if training.endswith("@c4") else None
     if fields.get("objective") == "next_token":
         del steps[0][kind]["teacher"]
     return {
-        **variants.measure(name, steps, trained),
+        **variants.measure(name, steps, trained, text=text),
         "options": variants.settings(asked),
         "minutes": minutes,
     }

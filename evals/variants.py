@@ -52,25 +52,28 @@ def each(
     print(render(result))
 
 
-def measure(name: str, steps: Steps, options: Namespace, keep: Path | None = None) -> dict[str, Any]:
+def measure(
+    name: str, steps: Steps, options: Namespace, keep: Path | None = None, text: str | None = None
+) -> dict[str, Any]:
     """Run one variant and judge it; without steps the model is judged as it is.
 
     Args:
         keep: where its checkpoint is to stay; removed when not given.
+        text: to calibrate and train on, if not WikiText-2 valid.
     """
     folder = keep or options.work / name.replace("/", "-").replace("%", "").replace(":", "-")
     prefix = f"{Path(options.data).absolute()}/" if options.data else ""
-    text = f"{prefix}Salesforce/wikitext:wikitext-2-raw-v1"
+    wikitext = f"{prefix}Salesforce/wikitext:wikitext-2-raw-v1"
     if not steps:
         return {
             "name": name,
             "options": settings(options),
-            "quality": judge(options.model, f"{text}:test", options),
+            "quality": judge(options.model, f"{wikitext}:test", options),
         }
     recipe = {
         "steps": steps,
         "calibration": {
-            "text": f"{text}:validation",
+            "text": text or f"{wikitext}:validation",
             "num_samples": options.num_samples,
             "seq_len": options.seq_len,
         },
@@ -82,7 +85,7 @@ def measure(name: str, steps: Steps, options: Namespace, keep: Path | None = Non
     path.write_text(json.dumps(recipe))  # JSON is YAML
     report, cost = record.quantized(record.llmslim("compress", options.model, str(path)), folder)
     beside = folder / "adapter"
-    quality = judge(str(folder), f"{text}:test", options, beside if beside.is_dir() else None)
+    quality = judge(str(folder), f"{wikitext}:test", options, beside if beside.is_dir() else None)
     extra = {"adapter_bytes": sum(f.stat().st_size for f in beside.iterdir())} if beside.is_dir() else {}
     if keep is None:
         shutil.rmtree(folder)
