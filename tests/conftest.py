@@ -5,6 +5,14 @@ from __future__ import annotations
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws at random does not hang on the tests before it."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verification in this process; tests/test_checkpoint_verify.py has it in a fresh one."""

@@ -153,7 +153,7 @@ def test_an_expert_that_nothing_reaches_goes_first_and_is_told(ranking: Any) -> 
     router = model.get_parameter(f"{experts.router}.weight").data
     router[2] = router[[0, 1, 3]].mean(0)  # never the best
     stream = BlockStream(model, torch.device("cpu"), torch.float32)
-    stream.add(Lane.of_tokens("calibration", torch.randint(5, 512, (2, 16))))
+    stream.add(Lane.of_tokens("calibration", torch.randint(5, 512, (8, 64))))  # all others are reached
     stream.enter(stream.anatomy.stacks[0])
     record = StepRecord()
     PruneExperts(ratio=0.25, ranking=ranking).compress_block(block, stream, None, record)
