@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from llmslim.step import Step
 
 STEP, RECIPE = "step.", "recipe."  # destinations of flags that set a field of a step, or of the recipe
+STUDENT = "student."  # of the step `student` in front
+TEACHING = ("distill", "finetune")  # verbs that have that
 
 SECTIONS = {  # flags of the recipe's fields, by where the value goes
     "calibration.text": "--calibration",
@@ -50,8 +52,19 @@ def step_parser(prog: str, verb: str) -> Parser:
         for name in names:
             field = merged({kind: methods[kind].model_fields[name] for kind in kinds})
             add_field(group, STEP + name, field, default=_default(methods, kinds, name))
+    if verb in TEACHING:
+        _add_student_flags(made)
     _add_run_flags(made)
     return made
+
+
+def _add_student_flags(parser: Parser) -> None:
+    from llmslim.step import step_class
+
+    about = "build the student from MODEL first, as `prune --method student` does; without them MODEL is the student"
+    group = parser.add_argument_group("options of the student", about)
+    for name, field in step_class("student").model_fields.items():
+        add_field(group, STUDENT + name, field, flag=f"--student-{name.replace('_', '-')}")
 
 
 def _title(kinds: tuple[str, ...], methods: dict[str, type[Step]]) -> str:
@@ -125,7 +138,8 @@ def run_step(options: dict[str, Any]) -> None:
     kind = _method(options.get("method"), methods_of(verb))
     fields = _below(options, STEP)
     _refuse_foreign(fields, kind, methods_of(verb))
-    record: dict[str, Any] = {"steps": [{kind: fields}]}
+    student = _below(options, STUDENT)
+    record: dict[str, Any] = {"steps": [*([{"student": student}] if student else []), {kind: fields}]}
     for path, value in _recipe_fields(options).items():
         section, _, name = path.rpartition(".")
         (record.setdefault(section, {}) if section else record)[name] = value
