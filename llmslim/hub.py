@@ -146,9 +146,13 @@ def _verified_files(folder: Path) -> dict[str, Path]:
             f"{folder} has no report.json, so nothing says that it was verified: push the output of a run of llmslim."
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder}/report.json is damaged, so nothing says that it was verified: run again.") from None
+        raise UserError(
+            f"{folder}/report.json is damaged, so nothing says that it was verified: run again."
+        ) from None
     if not verified:
-        raise UserError(f"The verification of {folder} failed (report.json says so): make it again before it goes up.")
+        raise UserError(
+            f"The verification of {folder} failed (report.json says so): make it again before it goes up."
+        )
     if not record:
         raise UserError(
             f"{folder}/report.json is of an older llmslim and does not say which files were verified: run again."
@@ -165,7 +169,9 @@ def _check_file(folder: Path, path: str, told: dict[str, Any]) -> None:
     file = folder / path
     inside = file.resolve().is_relative_to(folder.resolve())  # a report from elsewhere may name any path
     if not inside or not file.is_file():
-        raise UserError(f"{path} of {folder} was verified and is gone: make the checkpoint again before it goes up.")
+        raise UserError(
+            f"{path} of {folder} was verified and is gone: make the checkpoint again before it goes up."
+        )
     if file.stat().st_size != told["bytes"] or _sha256(file) != told["sha256"]:
         raise UserError(
             f"{path} of {folder} is not the file that was verified, it changed since: make the checkpoint again."
@@ -177,7 +183,9 @@ def _card_for(folder: Path, repo_id: str) -> bytes:
     text = (folder / "README.md").read_text("utf-8", errors="replace")
     problem = card_problem(text)
     if problem:
-        raise UserError(f"The Hub would reject the card of {folder}: {problem}; mend the head of its README.md.")
+        raise UserError(
+            f"The Hub would reject the card of {folder}: {problem}; mend the head of its README.md."
+        )
     return text.replace(PLACE, f'"{repo_id}"').replace(f"serve {PLACE[1:-1]}", f"serve {repo_id}").encode()
 
 
@@ -215,9 +223,13 @@ def _index_problem(index: Any) -> str | None:
                 assert result["task"]["type"] and result["dataset"]["name"] and result["dataset"]["type"]
                 for metric in result["metrics"]:
                     if not math.isfinite(metric["value"]):
-                        return f"the {metric['type']} of its model-index is {metric['value']}, no finite number"
+                        return (
+                            f"the {metric['type']} of its model-index is {metric['value']}, no finite number"
+                        )
     except (KeyError, TypeError, AssertionError):
-        return "an entry of model-index lacks its name, task type, dataset name and type, or a metric's number"
+        return (
+            "an entry of model-index lacks its name, task type, dataset name and type, or a metric's number"
+        )
     return None
 
 
@@ -249,8 +261,14 @@ class _State:
 
 def _check_name(repo_id: str) -> None:
     name = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?"
-    if len(repo_id) > 96 or not re.fullmatch(f"{name}/{name}", repo_id, re.ASCII) or re.search(r"\.\.|--", repo_id):
-        raise UserError(f"{repo_id!r} is no name for a repository of the Hub: give user/name, such as ann/smollm2-4bit.")
+    if (
+        len(repo_id) > 96
+        or not re.fullmatch(f"{name}/{name}", repo_id, re.ASCII)
+        or re.search(r"\.\.|--", repo_id)
+    ):
+        raise UserError(
+            f"{repo_id!r} is no name for a repository of the Hub: give user/name, such as ann/smollm2-4bit."
+        )
 
 
 def _api(required: bool) -> HfApi | None:
@@ -261,7 +279,9 @@ def _api(required: bool) -> HfApi | None:
     if token:
         return HfApi(token=token)
     if required:
-        raise UserError("A push takes a token of the Hub with write access: set HF_TOKEN, or run `hf auth login`.")
+        raise UserError(
+            "A push takes a token of the Hub with write access: set HF_TOKEN, or run `hf auth login`."
+        )
     return None
 
 
@@ -306,10 +326,14 @@ def _digest(kind: str, file: Path, content: bytes | None) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def _refuse_foreign(repo_id: str, items: tuple[Item, ...], there: _State, private: bool, overwrite: bool) -> None:
+def _refuse_foreign(
+    repo_id: str, items: tuple[Item, ...], there: _State, private: bool, overwrite: bool
+) -> None:
     if private and there.head is not None and not there.private:
         raise UserError(f"{repo_id} is there and public: leave out --private, or name another repository.")
-    foreign = [item.path for item in items if item.fate in (REPLACED, DELETED) and item.path != MADE_BY_THE_HUB]
+    foreign = [
+        item.path for item in items if item.fate in (REPLACED, DELETED) and item.path != MADE_BY_THE_HUB
+    ]
     if foreign and not overwrite:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise UserError(
@@ -329,7 +353,9 @@ def _validate(card: bytes, folder: Path) -> None:
             found = "; ".join(str(entry["message"]) for entry in json.loads(str(error))["errors"])
         except (ValueError, KeyError, TypeError):
             found = str(error).strip().splitlines()[0]
-        raise UserError(f"The Hub rejects the card of {folder}: {found}; mend the head of its README.md.") from None
+        raise UserError(
+            f"The Hub rejects the card of {folder}: {found}; mend the head of its README.md."
+        ) from None
 
 
 def _upload(
@@ -381,7 +407,10 @@ def _said_plainly(repo_id: str) -> Iterator[None]:
             412: f"{repo_id} changed while it was pushed to: {again} if what came in between is yours.",
         }.get(status, f"The Hub answered {status} ({told}); {again}.")
         raise UserError(sentence) from None
-    except (OSError, RuntimeError) as error:  # the file and the upload behind a RuntimeError of huggingface_hub
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # the file and the upload behind a RuntimeError of huggingface_hub
         raise UserError(f"The upload to {repo_id} broke off ({_first(error)}): {again}.") from None
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "huggingface_hub"):

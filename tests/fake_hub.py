@@ -45,7 +45,12 @@ class FakeHub:
 
     def environment(self, token: str | None, home: Any) -> dict[str, str]:
         """Of a child process: set before anything is imported."""
-        found = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+        found = {
+            "HF_ENDPOINT": self.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+        }
         return {**found, "HF_TOKEN": token} if token else found
 
 
@@ -73,7 +78,9 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *args: Any) -> None:
             pass
 
-        def answer(self, status: int, value: Any = None, content: bytes | None = None, **headers: str) -> None:
+        def answer(
+            self, status: int, value: Any = None, content: bytes | None = None, **headers: str
+        ) -> None:
             body = content if content is not None else json.dumps(value).encode()
             self.send_response(status)
             for name, text in headers.items():
@@ -129,7 +136,10 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                     self.answer(200, {"files": modes})
             elif found := re.fullmatch(r"/(.+?)\.git/info/lfs/objects/batch", path):
                 if self.repo(found[1], write=True):
-                    self.answer(200, {"transfer": "basic", "objects": [*map(self.action, json.loads(body)["objects"])]})
+                    self.answer(
+                        200,
+                        {"transfer": "basic", "objects": [*map(self.action, json.loads(body)["objects"])]},
+                    )
             elif found := re.fullmatch(r"/api/models/(.+?)/commit/main", path):
                 repo = self.repo(found[1], write=True)
                 if repo is not None:

@@ -26,7 +26,9 @@ def parser(prog: str) -> Parser:
     made.add_argument("--private", action="store_true", help="make the repository private")
     made.add_argument("--dry-run", action="store_true", help="show what would go up, and change nothing")
     made.add_argument(
-        "--overwrite", action="store_true", help="replace files there that are not this run's, delete the rest"
+        "--overwrite",
+        action="store_true",
+        help="replace files there that are not this run's, delete the rest",
     )
     return made
 
@@ -53,7 +55,9 @@ def told(done: Upload, dry_run: bool = False) -> str:
     rows = [f"  {item.bytes / 1e6:>12,.3f} MB  {item.path:<40} {item.fate}".rstrip() for item in done.items]
     if dry_run:
         compared = "" if done.compared else " Without a token the repository was not looked at."
-        return "\n".join([f"Would go to {done.url}, {going / 1e6:,.1f} MB:", *rows, f"Nothing was sent.{compared}"])
+        return "\n".join(
+            [f"Would go to {done.url}, {going / 1e6:,.1f} MB:", *rows, f"Nothing was sent.{compared}"]
+        )
     if done.commit is None:
         return f"All of it is at {done.url} already."
     return "\n".join([*rows, f"Pushed {going / 1e6:,.1f} MB to {done.url} (commit {done.commit[:10]})."])

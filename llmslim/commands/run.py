@@ -205,7 +205,9 @@ def _push(folder: Path, target: str, private: bool) -> None:
         print(told(push(folder, target, private=private)))
     except UserError as error:
         option = " --private" if private else ""
-        raise UserError(f"{error} The result is saved: `llmslim push {folder} {target}{option}` tries again.") from error
+        raise UserError(
+            f"{error} The result is saved: `llmslim push {folder} {target}{option}` tries again."
+        ) from error
 
 
 def _check_output(output: Path, options: dict[str, Any], plan: Plan) -> None:

@@ -81,9 +81,7 @@ def is_hub_id(name: str) -> bool:
     )
 
 
-def _front_matter(
-    report: dict[str, Any], config: dict[str, Any], licensed: dict[str, Any]
-) -> dict[str, Any]:
+def _front_matter(report: dict[str, Any], config: dict[str, Any], licensed: dict[str, Any]) -> dict[str, Any]:
     kinds = [next(iter(step)) for step in report["recipe"]["steps"]]
     matter: dict[str, Any] = {"library_name": "transformers"}
     if is_hub_id(report["base"]["model"]):
@@ -229,7 +227,8 @@ def _license(folder: Path) -> dict[str, Any]:
 
     A name that the Hub has no identifier for becomes `other` with that name beside it.
     """
-    card, head = folder / "README.md", {}
+    card = folder / "README.md"
+    head: Any = {}
     if card.is_file():
         front = re.match(r"---\r?\n(.*?)\r?\n---", card.read_text("utf-8", errors="replace"), re.DOTALL)
         try:

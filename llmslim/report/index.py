@@ -20,10 +20,16 @@ def model_index(report: dict[str, Any], name: str) -> list[dict[str, Any]]:
         ("perplexity", "Perplexity", quality["perplexity"]["value"]),
         ("perplexity", "Perplexity of the base", quality["base_perplexity"]["value"]),
         ("kl_divergence", "KL divergence from the base, nats per token", quality["kl"]["value"]),
-        ("top1_agreement", "Agreement with the base on the likeliest token", quality["top1_agreement"]["value"]),
+        (
+            "top1_agreement",
+            "Agreement with the base on the likeliest token",
+            quality["top1_agreement"]["value"],
+        ),
     ]
     metrics = [
-        {"type": kind, "name": label, "value": value} for kind, label, value in figures if math.isfinite(value)
+        {"type": kind, "name": label, "value": value}
+        for kind, label, value in figures
+        if math.isfinite(value)
     ]
     if not metrics:
         return []
