@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llmslim.anatomy import Anatomy
     from llmslim.checkpoint.load import load
     from llmslim.errors import UserError
+    from llmslim.hub import push
     from llmslim.inspection import inspect
     from llmslim.pipeline import Result, compress
     from llmslim.quantization.gptq import GPTQ
@@ -26,6 +27,7 @@ _HOMES = {
     "Anatomy": "llmslim.anatomy",
     "load": "llmslim.checkpoint.load",
     "UserError": "llmslim.errors",
+    "push": "llmslim.hub",
     "inspect": "llmslim.inspection",
     "Result": "llmslim.pipeline",
     "compress": "llmslim.pipeline",
@@ -40,6 +42,7 @@ __all__ = [  # noqa: RUF022 - in the order of a first reading
     "load",
     "compress",
     "inspect",
+    "push",
     "Recipe",
     "Calibration",
     "Evaluation",

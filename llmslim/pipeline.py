@@ -20,6 +20,7 @@ from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.evaluation.benchmark import peak_memory_mb
+from llmslim.hub import file_record
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find, skeleton
 from llmslim.loaders.texts import TextSample, sample
 from llmslim.measure import measure
@@ -98,7 +99,8 @@ def compress(
     measured = measure(
         prepared.files, [*made[:-1], result], recipe, options.device, options.dtype, progress, work
     )
-    report = {**_report(prepared, work, record, started), "verification": verification, **measured}
+    verified = {"verification": verification, "files": file_record(work.path)}
+    report = {**_report(prepared, work, record, started), **verified, **measured}
     write_report(work.path, report, files)
     return Result(work.publish(), report)
 

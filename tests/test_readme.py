@@ -64,6 +64,7 @@ SHORT = {
     "evaluate": "--seq-len 32 --windows 2",
     "generate": "--max-new-tokens 4",
     "inspect": "",
+    "push": "",
 }
 
 

@@ -310,7 +310,10 @@ def test_the_card_tells_the_hub_and_the_reader(tmp_path: Path) -> None:
         "license": "apache-2.0",
         "pipeline_tag": "text-generation",
         "tags": ["llmslim", "gptq", "4-bit", "compressed-tensors"],
+        "model-index": front["model-index"],
     }
+    (index,) = front["model-index"]
+    assert [metric["value"] for metric in index["results"][0]["metrics"]] == [40.0, 32.0, 0.1234, 0.81]
     assert "gptq (4 bits, groups of 64, symmetric)" in text
     assert "| perplexity | 32.00 ± 1.50 | 40.00 ± 1.50 | +25.0 % |" in text
     assert 'AutoModelForCausalLM.from_pretrained("FOLDER")' in text and "llmslim.plugin" not in text

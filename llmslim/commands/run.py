@@ -119,6 +119,8 @@ def _add_run_flags(parser: Parser) -> None:
     )
     speed: dict[str, Any] = {"dest": RECIPE + "evaluation.speed", "action": "store_const", "const": False}
     group.add_argument("--no-speed", **speed, help="do not measure speed and memory of base and result")
+    group.add_argument("--push", metavar="USER/NAME", help="publish the result on the Hub, as `llmslim push`")
+    group.add_argument("--private", action="store_true", help="with --push: make the repository private")
     add_device(group)
 
 
@@ -185,6 +187,13 @@ def _compress(recipe: Recipe, options: dict[str, Any]) -> None:
         raise UserError(
             "Where should the result go? Give --output FOLDER (or --plan to see what it would take)."
         )
+    target, private = options.get("push"), options.get("private", False)
+    if private and not target:
+        raise UserError("--private is about the repository of --push USER/NAME: leave it out, or give both.")
+    if target:
+        from llmslim.hub import check_target
+
+        check_target(target, private)  # before hours of work
     with progress_for() as progress:
         result = pipeline.compress(
             model,
@@ -198,6 +207,21 @@ def _compress(recipe: Recipe, options: dict[str, Any]) -> None:
         )
     show(summary_table(result.report))
     print(f"Saved to {result.folder}, with report.json and a model card (README.md).")
+    if target:
+        _push(result.folder, target, private)
+
+
+def _push(folder: Path, target: str, private: bool) -> None:
+    from llmslim.commands.push import told
+    from llmslim.hub import push
+
+    try:
+        print(told(push(folder, target, private=private)))
+    except UserError as error:
+        option = " --private" if private else ""
+        raise UserError(
+            f"{error} The result is saved: `llmslim push {folder} {target}{option}` tries again."
+        ) from error
 
 
 def _check_output(output: Path, options: dict[str, Any], plan: Plan) -> None:

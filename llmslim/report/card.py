@@ -12,6 +12,7 @@ import yaml
 
 from llmslim.errors import UserError
 from llmslim.report import figures
+from llmslim.report.index import model_index
 from llmslim.report.waterfall import steps_plot
 
 if TYPE_CHECKING:
@@ -40,16 +41,17 @@ def write_report(folder: Path, report: dict[str, Any], base_files: ModelFiles) -
 
 
 def model_card(
-    report: dict[str, Any], config: dict[str, Any], license_name: str | None, picture: str | None = None
+    report: dict[str, Any], config: dict[str, Any], licensed: dict[str, Any], picture: str | None = None
 ) -> str:
     """The model card: YAML for the Hub, then what was done, what it cost, and how to load and repeat it.
 
     Args:
+        licensed: the fields of the Hub's YAML about the license.
         picture: file beside the card that shows what each step left.
     """
     base = report["base"]["model"]
     sections = [
-        f"---\n{yaml.safe_dump(_front_matter(report, config, license_name), sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(_front_matter(report, config, licensed), sort_keys=False)}---",
         f"# {Path(base).name}, {_what(report)}",
         f"Made from [`{base}`](https://huggingface.co/{base})" if is_hub_id(base) else f"Made from `{base}`",
     ]
@@ -79,18 +81,21 @@ def is_hub_id(name: str) -> bool:
     )
 
 
-def _front_matter(report: dict[str, Any], config: dict[str, Any], license_name: str | None) -> dict[str, Any]:
+def _front_matter(report: dict[str, Any], config: dict[str, Any], licensed: dict[str, Any]) -> dict[str, Any]:
     kinds = [next(iter(step)) for step in report["recipe"]["steps"]]
     matter: dict[str, Any] = {"library_name": "transformers"}
     if is_hub_id(report["base"]["model"]):
-        matter |= {"base_model": report["base"]["model"], "base_model_relation": "quantized"}
-    if license_name:
-        matter["license"] = license_name
+        packed = any("bits" in row for row in report["linears"])  # the Hub knows no word for pruned
+        relation = "quantized" if packed else "finetune"
+        matter |= {"base_model": report["base"]["model"], "base_model_relation": relation}
+    matter |= licensed
     if _auto_class(config) == "AutoModelForCausalLM":
         matter["pipeline_tag"] = "text-generation"
     widths = sorted({f"{row['bits']}-bit" for row in report["linears"] if "bits" in row})
     form = [] if report["format"] == "plain" else [report["format"]]
     matter["tags"] = list(dict.fromkeys(["llmslim", *kinds, *widths, *form]))
+    if index := model_index(report, f"{Path(report['base']['model']).name}, {_what(report)}"):
+        matter["model-index"] = index
     return matter
 
 
@@ -145,7 +150,14 @@ def _loading(format_name: str, config: dict[str, Any]) -> str:
         f"{needs[format_name]}\n\n"
         f"```python\n{plugin}from transformers import {auto}, AutoTokenizer\n\n"
         f'model = {auto}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
+        f"{_serving(format_name, auto)}"
     )
+
+
+def _serving(format_name: str, auto: str) -> str:
+    if auto != "AutoModelForCausalLM" or format_name not in ("plain", "compressed-tensors", "gptq"):
+        return ""
+    return "\n\nServed by vLLM:\n\n```\nvllm serve FOLDER\n```"
 
 
 def _measurements(report: dict[str, Any]) -> str:
@@ -210,16 +222,25 @@ def _environment(report: dict[str, Any]) -> str:
     )
 
 
-def _license(folder: Path) -> str | None:
-    """The license that the base's own card or configuration names."""
+def _license(folder: Path) -> dict[str, Any]:
+    """The license that the base's own card or configuration names, in the fields of the Hub's YAML.
+
+    A name that the Hub has no identifier for becomes `other` with that name beside it.
+    """
     card = folder / "README.md"
+    head: Any = {}
     if card.is_file():
-        front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", errors="replace"), re.DOTALL)
+        front = re.match(r"---\r?\n(.*?)\r?\n---", card.read_text("utf-8", errors="replace"), re.DOTALL)
         try:
-            named = yaml.safe_load(front[1]).get("license") if front else None
-        except (yaml.YAMLError, AttributeError):
-            named = None
-        if isinstance(named, str):
-            return named
-    named = json.loads((folder / "config.json").read_text("utf-8")).get("license")
-    return named if isinstance(named, str) else None
+            head = yaml.safe_load(front[1]) if front else {}
+        except yaml.YAMLError:
+            head = {}
+    if not isinstance(head, dict) or not isinstance(head.get("license"), str):
+        head = {"license": json.loads((folder / "config.json").read_text("utf-8")).get("license")}
+    name = head["license"]
+    if not isinstance(name, str) or not name.strip():
+        return {}
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name):
+        return {"license": "other", "license_name": re.sub(r"[^a-z0-9.-]+", "-", name.lower()).strip("-")}
+    beside = {key: head[key] for key in ("license_name", "license_link") if isinstance(head.get(key), str)}
+    return {"license": name, **beside}

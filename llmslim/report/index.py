@@ -1,0 +1,52 @@
+"""The `model-index` of a card: measured results in the form that the Hub reads."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+
+def model_index(report: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """One entry of the card's `model-index`; empty when nothing finite was measured.
+
+    The specification is that of `huggingface_hub.model_index_to_eval_results`. A perplexity is given with those of
+    the base and with KL divergence and agreement in the same result, since alone it says little.
+    """
+    quality = report["quality"] or {}
+    if "perplexity" not in quality:
+        return []
+    figures = [
+        ("perplexity", "Perplexity", quality["perplexity"]["value"]),
+        ("perplexity", "Perplexity of the base", quality["base_perplexity"]["value"]),
+        ("kl_divergence", "KL divergence from the base, nats per token", quality["kl"]["value"]),
+        (
+            "top1_agreement",
+            "Agreement with the base on the likeliest token",
+            quality["top1_agreement"]["value"],
+        ),
+    ]
+    metrics = [
+        {"type": kind, "name": label, "value": value}
+        for kind, label, value in figures
+        if math.isfinite(value)
+    ]
+    if not metrics:
+        return []
+    dataset = _dataset(quality["perplexity"].get("text", ""))
+    task = {"type": "text-generation", "name": "Text Generation"}
+    return [{"name": name, "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}]
+
+
+def _dataset(spec: str) -> dict[str, str]:
+    """A text NAME[:CONFIG[:SPLIT]] as a data set of the Hub; of a path the last two parts, which often name one."""
+    path, _, rest = spec.partition(":")
+    config, _, split = rest.partition(":")
+    parts = Path(path).parts[-2:] if path not in ("", "builtin") else ("python documentation",)
+    name = "/".join(part for part in parts if part not in ("..", ".", "/")) or "text"
+    made = {"name": name, "type": name.replace(" ", "-")}
+    if config and path != "builtin":
+        made["config"] = config
+    if split:
+        made["split"] = split
+    return made
