@@ -1,4 +1,4 @@
-"""compressed-tensors, "pack-quantized": what vLLM and plain transformers (with that package) load.
+"""compressed-tensors, "pack-quantized" and "int-quantized": what vLLM and plain transformers (with that package) load.
 
 Per Linear `name` with weight [out, in]:
 
@@ -7,9 +7,15 @@ Per Linear `name` with weight [out, in]:
     name.weight_shape   int64 [2] = (out, in)
     name.weight_zero_point  int32 [ceil(out * bits / 32), groups], packed along out; only when asymmetric
 
-Codes are stored unsigned, shifted by 2**(bits-1), as ours. Written: symmetric 3, 4 and 8 bits on nn.Linear,
+Codes are stored unsigned, shifted by 2**(bits-1), as ours. With activations at 8 bits per token (dynamic), which
+vLLM reads beside 8-bit weights with a scale per channel or tensor, "int-quantized":
+
+    name.weight         int8 [out, in], codes less 128
+    name.weight_scale   [out, 1] or [1]
+
+Written: symmetric 3, 4 and 8 bits on nn.Linear,
 since transformers loads no asymmetric one (compressed-tensors 0.20). Read: asymmetric too. Not read:
-quantized activations or KV cache, float types, transforms, the removed activation ordering with a g_idx.
+other quantized activations, KV cache, float types, transforms, the removed activation ordering with a g_idx.
 """
 
 from __future__ import annotations
@@ -41,7 +47,8 @@ from llmslim.quantization import packing
 from llmslim.quantization.edits import PackLinear
 from llmslim.quantization.grid import QuantizedWeight, Scheme
 
-LAYOUT = "pack-quantized"
+LAYOUT, INTEGERS = "pack-quantized", "int-quantized"
+TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 BITS = (3, 4, 8)
 
 
@@ -53,7 +60,11 @@ class CompressedTensors(Format):
         if schemes is None:
             other = next(edit for edit in edits if not isinstance(edit, PackLinear))
             return f"it holds packed Linears only, and the result has the edit {other.kind!r}"
+        if len({scheme.activation_bits for scheme in schemes.values()}) > 1:
+            return "it has one layout, and only some of the Linears have quantized activations"
         for name, scheme in schemes.items():
+            if scheme.activation_bits and (scheme.bits != 8 or isinstance(scheme.group_size, int)):
+                return "beside quantized activations it has 8-bit weights with a scale per channel or tensor"
             if not scheme.symmetric:
                 return "asymmetric weights in it do not load in transformers"
             if scheme.bits not in BITS:
@@ -73,6 +84,10 @@ class CompressedTensors(Format):
     def stored(self, name: str, module: Packed) -> dict[str, Tensor]:
         scheme, (rows, columns) = module.scheme, module.shape
         scale = module.weight_scale.detach()
+        if scheme.activation_bits:
+            codes = packing.unpack(module.weight_packed.detach(), 8, columns)
+            one = scale.reshape(1) if scheme.group_size == "tensor" else scale
+            return {f"{name}.weight": (codes ^ 128).view(torch.int8), f"{name}.weight_scale": one}
         tensors = {
             "weight_packed": as_words(module.weight_packed.detach()),
             "weight_scale": scale.reshape(1) if scheme.group_size == "tensor" else scale,
@@ -86,6 +101,10 @@ class CompressedTensors(Format):
     def read(self, name: str, module: Packed, get: Get) -> QuantizedWeight:
         tensors = {full: expect(full, get(full), like) for full, like in self.stored(name, module).items()}
         scheme, (rows, columns) = module.scheme, module.shape
+        if scheme.activation_bits:
+            scale = exact_scale(name, tensors[f"{name}.weight_scale"], scheme)
+            codes = tensors[f"{name}.weight"].view(torch.uint8) ^ 128
+            return QuantizedWeight(scheme, codes, scale.reshape(module.weight_scale.shape))
         if tensors[f"{name}.weight_shape"].tolist() != [rows, columns]:
             raise UserError(
                 f"The checkpoint's {name} is not of the shape {[rows, columns]} that the model has."
@@ -111,13 +130,13 @@ class CompressedTensors(Format):
             groups[f"group_{number}"] = {
                 "targets": named if number else ["Linear"],
                 "weights": _weight_arguments(scheme, dtype),
-                "input_activations": None,
+                "input_activations": dict(TOKEN) if scheme.activation_bits else None,
                 "output_activations": None,
-                "format": LAYOUT,
+                "format": INTEGERS if scheme.activation_bits else LAYOUT,
             }
         return {
             "quant_method": self.name,
-            "format": LAYOUT,
+            "format": groups["group_0"]["format"],
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
@@ -187,11 +206,14 @@ def _scheme(group: dict[str, Any], layout: Any, dtype: torch.dtype) -> Scheme:
     """The scheme of one config group, or a UserError that names what we cannot read."""
     weights = group.get("weights")
     layout = group.get("format") or layout
-    activations = group.get("input_activations") or group.get("output_activations")
-    if layout != LAYOUT or activations or not isinstance(weights, dict):
-        what = "quantized activations" if activations else f"the layout {layout!r}"
+    inputs, outputs = group.get("input_activations"), group.get("output_activations")
+    tokens = isinstance(inputs, dict) and all(inputs.get(key) == value for key, value in TOKEN.items())
+    foreign = outputs or (inputs and not tokens)
+    if layout != (INTEGERS if tokens else LAYOUT) or foreign or not isinstance(weights, dict):
+        what = "quantized activations other than 8 bits per token" if foreign else f"the layout {layout!r}"
         raise UserError(
-            f"The checkpoint is compressed-tensors with {what}; llmslim reads weight-only {LAYOUT!r}."
+            f"The checkpoint is compressed-tensors with {what}; llmslim reads weight-only {LAYOUT!r}, and {INTEGERS!r} "
+            "with activations at 8 bits per token."
         )
     if (
         weights.get("type", "int") != "int"
@@ -210,6 +232,7 @@ def _scheme(group: dict[str, Any], layout: Any, dtype: torch.dtype) -> Scheme:
             group_size=size if strategy == "group" else strategy,  # type: ignore[arg-type]
             symmetric=weights.get("symmetric", True),
             scale_dtype=scale,  # type: ignore[arg-type]
+            activation_bits=8 if tokens else None,
         )
     except ValueError as error:
         raise UserError(

@@ -52,6 +52,8 @@ class GPTQLayout(Format):
         if len(set(schemes.values())) > 1:
             return "it has one bit width and group size for all Linears, and the result has overrides"
         scheme = next(iter(schemes.values()))
+        if scheme.activation_bits:
+            return "it has no quantized activations"
         if scheme.bits not in BITS:
             return f"it has {', '.join(map(str, BITS))} bits, not {scheme.bits}"
         if scheme.group_size == "tensor":

@@ -67,9 +67,9 @@ class StoredWeight(nn.Module):
         super().__init__()
         self.__dict__["module"] = module  # not a child: its parameters are not in the files
         for full, tensor in form.stored(name, module).items():
-            self.register_parameter(
-                full.removeprefix(f"{name}."), nn.Parameter(tensor.to("meta"), requires_grad=False)
-            )
+            # not by register_parameter, which would find a property in the place of one that is called weight
+            waiting = nn.Parameter(tensor.to("meta"), requires_grad=False)
+            self._parameters[full.removeprefix(f"{name}.")] = waiting
         self.register_parameter("bias", getattr(module, "bias", None))
 
     @property
@@ -78,6 +78,8 @@ class StoredWeight(nn.Module):
 
         As many rows as there are biases, which transformers compares when it ties.
         """
+        if (stored := self._parameters.get("weight")) is not None:
+            return stored
         weight = torch.empty(getattr(self.__dict__["module"], "out_features", 0), 0, device="meta")
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         return weight

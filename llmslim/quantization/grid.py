@@ -25,6 +25,7 @@ class Scheme(BaseModel):
         group_size: inputs that share a scale, or "channel" (one scale per output row) or "tensor" (one in all).
         symmetric: the zero point is 2**(bits-1) everywhere and is not stored.
         scale_dtype: the type that scales are rounded to before codes are chosen, and stored in.
+        activation_bits: 8 when the inputs are put on a grid too, token by token (`quantize_tokens`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,6 +34,7 @@ class Scheme(BaseModel):
     group_size: GroupSize = 64
     symmetric: bool = True
     scale_dtype: ScaleDtype = "bfloat16"
+    activation_bits: int | None = Field(None, ge=8, le=8)
 
     @property
     def max_code(self) -> int:
@@ -181,6 +183,18 @@ def round_to_grid(weight: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -
     rows, groups = scale.shape
     codes = _codes(weight.reshape(rows, groups, -1), scale, zero, scheme)
     return assemble(codes.reshape(weight.shape), scale, zero, scheme)
+
+
+def quantize_tokens(x: Tensor) -> Tensor:
+    """x [..., in] on a symmetric grid of 8 bits per token, in x's dtype; the gradient passes straight through.
+
+    s round(x / s) with s = max |x| / 127.5 over a token's inputs, between -128 s and 127 s: what compressed-tensors'
+    dynamic "token" strategy computes.
+    """
+    values = x.detach().float()
+    scale = (values.abs().amax(-1, keepdim=True) / 127.5).clamp_min(torch.finfo(torch.float32).tiny)
+    rounded = ((values / scale).round_().clamp_(-128, 127) * scale).to(x.dtype)
+    return x + (rounded - x.detach()) if x.requires_grad and torch.is_grad_enabled() else rounded
 
 
 def round_to_nearest(weight: Tensor, scheme: Scheme) -> QuantizedWeight:

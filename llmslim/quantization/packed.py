@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmslim.quantization import native, packing, routes
-from llmslim.quantization.grid import QuantizedWeight, Scheme
+from llmslim.quantization.grid import QuantizedWeight, Scheme, quantize_tokens
 
 
 class _Packed(nn.Module):
@@ -129,7 +129,11 @@ class PackedLinear(_Packed):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return routes.linear(self, x)
+        return routes.linear(self, self.quantized_inputs(x))
+
+    def quantized_inputs(self, x: Tensor) -> Tensor:
+        """The inputs as the product takes them: on their grid, if the scheme says so."""
+        return x if self.scheme.activation_bits is None else quantize_tokens(x)
 
     def extra_repr(self) -> str:
         return (

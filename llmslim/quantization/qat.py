@@ -35,7 +35,9 @@ class QAT(Reconstruction):
 
     Training begins at GPTQ's codes: each weight is the original, moved as far as it takes to be rounded to GPTQ's
     code. Weights and step sizes are trained in units of their grid as it is at first, so that learning rates mean the
-    same in every model. Weights that are zero stay zero. Activations are not quantized: no format here holds that.
+    same in every model. Weights that are zero stay zero. With `activation_bits` 8 the inputs of
+    the Linears are rounded in training as they will be, straight through: per token, by each token's largest value.
+    That is what standard formats hold and runtimes compute; one learned step for all would be set by a few outliers.
     """
 
     kind: ClassVar[str] = "qat"

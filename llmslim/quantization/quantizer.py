@@ -36,6 +36,12 @@ class Quantizer(LinearStep):
         default_factory=dict,
         description="other bits, group_size or symmetric for modules that match a pattern",
     )
+    activation_bits: int | None = Field(
+        None,
+        ge=8,
+        le=8,
+        description="also put the inputs of these Linears on a grid of so many bits, per token: 8",
+    )
     scale_dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto", description="type of the scales; auto: the checkpoint's 16-bit type"
     )
@@ -67,6 +73,7 @@ class Quantizer(LinearStep):
             "bits": self.bits,
             "group_size": self.group_size,
             "symmetric": self.symmetric,
+            "activation_bits": self.activation_bits,
         }
         for pattern, override in self.overrides.items():
             if matches(name, (pattern,)):
@@ -76,7 +83,7 @@ class Quantizer(LinearStep):
 
     def embedding_scheme(self) -> Scheme:
         assert self.embeddings_bits is not None
-        return self.scheme("").model_copy(update={"bits": self.embeddings_bits})
+        return self.scheme("").model_copy(update={"bits": self.embeddings_bits, "activation_bits": None})
 
     def check(self, anatomy: Anatomy) -> None:
         chosen = {name: shape for block in anatomy.blocks for name, shape in self.targets(block).items()}

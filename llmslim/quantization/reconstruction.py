@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -250,7 +250,7 @@ class Reconstruction(Quantizer):
         packed: dict[str, PackedLinear],
         record: StepRecord,
     ) -> tuple[Kept, Kept]:
-        with _in_place(stream.model, dense):
+        with _in_place(stream.model, dense), _inputs_quantized(dense, packed):
             weights = {
                 name: self.trained(dense_weight(linear).detach().float(), packed[name].quantized())
                 for name, linear in dense.items()
@@ -285,6 +285,21 @@ def _in_place(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]
     finally:
         for name, module in before.items():
             replace_module(model, name, module)
+
+
+@contextmanager
+def _inputs_quantized(dense: dict[str, nn.Module], packed: dict[str, PackedLinear]) -> Iterator[None]:
+    """Has Linears take their inputs as the packed ones of the same names do."""
+
+    def hook(packed: PackedLinear) -> Any:
+        return lambda module, args: (packed.quantized_inputs(args[0]), *args[1:])
+
+    hooks = [linear.register_forward_pre_hook(hook(packed[name])) for name, linear in dense.items()]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
 
 
 def _vectors(block: Block) -> dict[str, TrainedVector]:

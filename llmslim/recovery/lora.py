@@ -73,8 +73,8 @@ class LoRA(ObjectiveStep):
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
         _installed()
-        known = _linears(anatomy)
-        fixed = [name for name in self._named(known, self.target_modules) if _has_no_grid(known[name])]
+        known = linears_of(anatomy)
+        fixed = [name for name in self._named(known, self.target_modules) if has_no_grid(known[name])]
         if fixed and not self.save_adapter:
             raise UserError(
                 f"lora cannot merge into weights of bitsandbytes, such as {fixed[0]}: give --save-adapter to keep the "
@@ -97,7 +97,7 @@ class LoRA(ObjectiveStep):
         from peft import inject_adapter_in_model
         from peft.tuners import lora
 
-        known = _linears(Anatomy(model))
+        known = linears_of(Anatomy(model))
         targets = self._named(known, self.target_modules)
         turned = any(is_conv1d(known[name]) for name in targets)
         config = self._config(list(targets), turned)
@@ -186,7 +186,7 @@ def _register(config: Any, model: nn.Module, others: dict[type, Any]) -> None:
     config._register_custom_module({**dict.fromkeys(packed, lora.Linear), **others})
 
 
-def _has_no_grid(module: nn.Module) -> bool:
+def has_no_grid(module: nn.Module) -> bool:
     """Whether the weight is packed in a way that nothing can be rounded to anew."""
     return is_packed(module) and not hasattr(module, "quantized")
 
@@ -202,7 +202,7 @@ def _merged(adapters: dict[str, Any]) -> dict[str, Tensor]:
             merged[f"{name}.weight"] = base.weight + delta * mask
             continue
         before = base.quantized()
-        after = replace(before, codes=_codes(before, before.dequantize() + delta))
+        after = replace(before, codes=codes_on(before, before.dequantize() + delta))
         lost += float((after.dequantize() - before.dequantize() - delta).square().sum())
         wanted += float(delta.square().sum())
         base.store(after)
@@ -212,7 +212,7 @@ def _merged(adapters: dict[str, Any]) -> dict[str, Tensor]:
     return merged
 
 
-def _codes(grid: Any, weight: Tensor) -> Tensor:
+def codes_on(grid: Any, weight: Tensor) -> Tensor:
     """The nearest codes, uint8 [out, in], of a weight on the grid that a packed one has."""
     rows, groups = grid.scale.shape
     scale = grid.scale.reshape(rows, 1, groups, 1)
@@ -237,7 +237,7 @@ def _masked(linear: Any) -> Any:
     return MaskedLinear
 
 
-def _linears(anatomy: Anatomy) -> dict[str, nn.Module]:
+def linears_of(anatomy: Anatomy) -> dict[str, nn.Module]:
     """Every Linear of the blocks, dense or packed, by its dotted name; none whose weight several blocks use.
 
     An adapter of one block cannot be merged into what others use as well.

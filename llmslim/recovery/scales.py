@@ -93,6 +93,7 @@ class ScaledLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        x = self.packed.quantized_inputs(x)  # type: ignore[operator]
         y = _Product.apply(x.to(dtype), self.scale, self.centred)
         return y if self.packed.bias is None else y + self.packed.bias
 

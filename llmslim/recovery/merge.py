@@ -1,0 +1,173 @@
+"""Merge an adapter that was kept beside a model, later."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from llmslim.anatomy import Anatomy, Block
+from llmslim.anatomy.parts import dense_weight, features
+from llmslim.calibration.statistics import InputStats, output_error
+from llmslim.calibration.stream import BlockStream
+from llmslim.errors import UserError
+from llmslim.recovery.lora import PEFT, codes_on, has_no_grid, linears_of
+from llmslim.sparse import SparseLinear
+from llmslim.step import BlockStep, Outlook, Step, StepRecord, build_step
+
+_BEYOND = ("use_dora", "modules_to_save", "alpha_pattern", "lora_bias", "trainable_token_indices")
+"""What peft can put into an adapter beside B A, by the key of its config."""
+
+
+class MergeAdapter(BlockStep):
+    """Merge an adapter of peft's LoRA that was kept beside the model, such as `lora --save-adapter` leaves.
+
+    W + (alpha / rank) B A in the place of W: exactly where W is dense, where the mask is where it is sparse. Packed
+    weights are quantized anew, to the bits and groups that they have: `gptq` searches scales and codes on the
+    calibration text (Frantar et al. 2023, arXiv:2210.17323), `nearest` keeps the scales and rounds, which loses most
+    of what is smaller than half a step. How far the outputs are from those with the adapter beside is in the report.
+    """
+
+    kind: ClassVar[str] = "merge"
+    verb: ClassVar[str] = "recover"
+
+    adapter: str = Field("", description="folder of the adapter to merge, as peft saves it")
+    rounding: Literal["gptq", "nearest"] = Field(
+        "gptq", description="of packed weights: new scales and codes by the text, or the nearest codes"
+    )
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.rounding == "gptq"
+
+    def resolve(self, outlook: Outlook) -> tuple[list[Step], str]:
+        """Without a packed weight to merge into, no text is needed."""
+        known = linears_of(outlook.anatomy)
+        packed = [name for name in self._adapter.names if hasattr(known.get(name), "quantized")]
+        return [self if packed else self.model_copy(update={"rounding": "nearest"})], ""
+
+    def check(self, anatomy: Anatomy) -> None:
+        known = linears_of(anatomy)
+        for name in self._adapter.names:
+            misfit = self._misfit(name, known.get(name))
+            if misfit:
+                raise UserError(
+                    f"The adapter {self.adapter} does not fit this {type(anatomy.model).__name__}: {misfit}; take the "
+                    "model that it was trained with."
+                )
+            if has_no_grid(known[name]):
+                raise UserError(
+                    f"merge cannot merge into weights of bitsandbytes, such as {name}: keep the adapter beside the "
+                    "model (evaluate --adapter), or merge it into the dense model."
+                )
+
+    def _misfit(self, name: str, module: nn.Module | None) -> str:
+        if module is None:
+            return f"it has no Linear {name} in its blocks"
+        shape = self._adapter.shape(name)
+        return "" if shape == features(module) else f"{name} is {features(module)}, and the adapter's {shape}"
+
+    @cached_property
+    def _adapter(self) -> Adapter:
+        if not self.adapter:
+            raise UserError("Which adapter should be merged? Give --adapter FOLDER.")
+        return Adapter(Path(self.adapter))
+
+    def compress_block(
+        self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
+    ) -> None:
+        known = linears_of(stream.anatomy)
+        names = [name for name in self._adapter.names if name.startswith(f"{block.name}.")]
+        packed = [name for name in names if hasattr(known[name], "quantized")]
+        for name in names:
+            if name not in packed:
+                _add(known[name], self._adapter.delta(name))
+        lane = stream.lanes.get("calibration")
+        if lane is None:
+            for name in packed:
+                self._into_packed(name, known[name], None, record)
+            return
+        reached: set[str] = set()
+
+        def visit(name: str, inputs: list[Tensor]) -> None:
+            reached.add(name)
+            self._into_packed(name, known[name], InputStats.of(inputs), record)
+
+        stream.walk(block, lane, packed, visit)
+        for name in [name for name in packed if name not in reached]:
+            record.note(name, "no calibration token reached it: merged by rounding")
+            self._into_packed(name, known[name], None, record)
+
+    def _into_packed(self, name: str, module: Any, stats: InputStats | None, record: StepRecord) -> None:
+        """Put the sum on a grid; the row has what that costs, ||(W + B A - W') X||^2 / ||(W + B A) X||^2."""
+        grid = module.quantized()
+        wanted = grid.dequantize() + self._adapter.delta(name).to(grid.codes.device)
+        row: dict[str, Any] = {"name": name, "what": "merged", "bits": grid.scheme.bits}
+        if stats is None:
+            grid.codes = codes_on(grid, wanted)
+        else:
+            method: Any = build_step("gptq", {})  # of another room
+            grid = method.quantize(name, wanted, grid.scheme, stats, record)
+            row |= {
+                "output_error": output_error(wanted, grid.dequantize(), stats.hessian),
+                "tokens": stats.tokens,
+            }
+        module.store(grid)
+        record.linears.append(row)
+
+
+class Adapter:
+    """An adapter's folder: what it adds to which weight.
+
+    Raises:
+        UserError: it is none, or one that is more than B A.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+            with safe_open(folder / "adapter_model.safetensors", "pt") as opened:
+                shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors raises one of its own for a damaged file
+            raise UserError(
+                f"{folder} is no adapter (adapter_config.json and adapter_model.safetensors, as peft saves it): "
+                f"{' '.join(str(error).split())[:120]}."
+            ) from error
+        extra = next((key for key in _BEYOND if config.get(key)), None)
+        other = next((key for key in shapes if not key.endswith((".lora_A.weight", ".lora_B.weight"))), None)
+        if config.get("peft_type") != "LORA" or extra or other:
+            what = extra or other or f"peft_type {config.get('peft_type')}"
+            raise UserError(f"The adapter {folder} has {what}, and merge takes plain LoRA of Linears alone.")
+        self._file, self._shapes = folder / "adapter_model.safetensors", shapes
+        self._alpha, self._root = float(config["lora_alpha"]), bool(config.get("use_rslora"))
+        self.names = sorted({key.removeprefix(PEFT).partition(".lora_")[0] for key in shapes})
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(out, in) of the weight that it adds to."""
+        return self._shapes[f"{PEFT}{name}.lora_B.weight"][0], self._shapes[f"{PEFT}{name}.lora_A.weight"][1]
+
+    def delta(self, name: str) -> Tensor:
+        """What it adds to that weight, float32 [out, in]."""
+        from safetensors import safe_open
+
+        with safe_open(self._file, "pt") as opened:
+            down, up = (opened.get_tensor(f"{PEFT}{name}.lora_{part}.weight").float() for part in ("A", "B"))
+        rank = len(down)
+        return (up @ down) * (self._alpha / (rank**0.5 if self._root else rank))
+
+
+@torch.no_grad()
+def _add(module: nn.Module, delta: Tensor) -> None:
+    """To a dense weight, or to what a sparse one keeps."""
+    weight = dense_weight(module)
+    delta = delta.to(weight.device)
+    if isinstance(module, SparseLinear):
+        delta = delta * module.mask
+    weight.copy_(weight.float() + delta)
