@@ -13,9 +13,10 @@ import torch
 
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.errors import UserError
+from llmslim.evaluation.damage import Damage, other_domains
 from llmslim.evaluation.divergence import Comparison
 from llmslim.evaluation.perplexity import require_causal
-from llmslim.evaluation.stream import streamed_scores
+from llmslim.evaluation.stream import streamed_windows
 from llmslim.loaders.models import ModelFiles
 from llmslim.loaders.texts import sample
 from llmslim.memory import available_memory
@@ -51,7 +52,8 @@ def measure(
 
     def quality(key: str, files: ModelFiles) -> dict[str, Any]:
         if key not in kept:
-            kept[key] = _quality(base, files, evaluation, device, dtype, progress)
+            detailed = key == "quality"
+            kept[key] = _quality(base, files, evaluation, device, dtype, progress, detailed)
             work.save()
         return kept[key]
 
@@ -77,23 +79,32 @@ def _quality(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress,
+    detailed: bool,
 ) -> dict[str, Any]:
+    """Perplexities and divergence; in detail also where they come from, by the same pass over a few windows more."""
     try:
         require_causal(CheckpointReader(base).model_skeleton())
     except UserError as error:
         return {"skipped": str(error)}
+    tokenizer = base.tokenizer()
     text = sample(
         evaluation.text,
-        base.tokenizer(),
+        tokenizer,
         evaluation.windows,
         evaluation.seq_len,
         join=evaluation.join,
         builtin_part="test",
     )
-    scores = streamed_scores(
-        result, text.tokens, device, dtype, base, lambda done, total: progress("evaluate", done, total)
+    others = other_domains(evaluation, tokenizer) if detailed else {}
+    damage = Damage(text.tokens) if detailed else None
+    tokens = torch.cat([text.tokens, *others.values()])
+    scores = streamed_windows(
+        result, tokens, device, dtype, base, lambda done, total: progress("evaluate", done, total), damage
     )
-    return Comparison.of(scores, text).to_dict()
+    record = Comparison.of(scores.result(slice(len(text.tokens))), text).to_dict()
+    if damage:
+        record["details"] = damage.to_dict(tokenizer, scores, text, others)
+    return record
 
 
 def _speed(base: ModelFiles, result: ModelFiles, sizes: dict[str, Any], progress: Progress) -> dict[str, Any]:
