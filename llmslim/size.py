@@ -65,10 +65,17 @@ def part_of(name: str, in_block: bool) -> str:
     if words[-1] in ("scales", "qzeros", "g_idx") or "scale" in words[-1] or "zero" in words[-1]:
         return "scales and zero points"
     if not in_block:
-        return "embeddings and head" if any("emb" in w or "head" in w or w in ("wte", "wpe") for w in words) else "other"
+        return (
+            "embeddings and head"
+            if any("emb" in w or "head" in w or w in ("wte", "wpe") for w in words)
+            else "other"
+        )
     if any("attn" in word or "attention" in word for word in words):
         return "attention"
-    if any(w in ("mlp", "feed_forward", "intermediate", "output", "ffn", "experts") or w.startswith("fc") for w in words):
+    if any(
+        w in ("mlp", "feed_forward", "intermediate", "output", "ffn", "experts") or w.startswith("fc")
+        for w in words
+    ):
         return "MLP"
     return "other"
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import heapq
+import itertools
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from llmslim.errors import UserError
 from llmslim.evaluation.scores import TokenScores
 from llmslim.loaders.texts import TextSample, sample
 
@@ -29,12 +32,19 @@ class Damage:
 
     def __init__(self, tokens: Tensor) -> None:
         self.windows, self.predicted = len(tokens), tokens.shape[1] - 1
-        self.sums = {name: torch.zeros(self.predicted, dtype=torch.float64) for name in ("kl", "nll_increase")}
+        self.sums = {
+            name: torch.zeros(self.predicted, dtype=torch.float64) for name in ("kl", "nll_increase")
+        }
         self.seen = 0  # predicted tokens
         self._worst: list[tuple[float, int, dict[str, Any]]] = []
 
     def __call__(
-        self, tokens: Tensor, start: int, base_logits: Tensor | None, logits: Tensor, values: dict[str, Tensor]
+        self,
+        tokens: Tensor,
+        start: int,
+        base_logits: Tensor | None,
+        logits: Tensor,
+        values: dict[str, Tensor],
     ) -> None:
         if self.seen >= self.windows * self.predicted:
             return  # windows of other texts
@@ -45,7 +55,7 @@ class Damage:
         rises = values["nll_increase"]
         for row in rises.topk(min(WORST, count)).indices.tolist():
             position = start + row
-            found = {
+            found: dict[str, Any] = {
                 "before": tokens[max(0, position + 1 - CONTEXT) : position + 1].tolist(),
                 "token": int(tokens[position + 1]),
                 "nll_increase": float(rises[row]),
@@ -54,7 +64,9 @@ class Damage:
                 "likeliest": int(logits[row].argmax()),
                 "base_likeliest": int(base_logits[row].argmax()),
             }
-            heapq.heappush(self._worst, (found["nll_increase"], -self.seen - row, found))  # of equals the first
+            heapq.heappush(
+                self._worst, (found["nll_increase"], -self.seen - row, found)
+            )  # of equals the first
             if len(self._worst) > WORST:
                 heapq.heappop(self._worst)
         self.seen += count
@@ -70,7 +82,10 @@ class Damage:
         return {
             "by_position": self._by_position(),
             "by_domain": _by_domain(scores, text, others),
-            "tokens": [self._told(tokenizer, found) for *_, found in sorted(self._worst, key=lambda e: (-e[0], -e[1]))],
+            "tokens": [
+                self._told(tokenizer, found)
+                for *_, found in sorted(self._worst, key=lambda e: (-e[0], -e[1]))
+            ],
         }
 
     def _by_position(self) -> list[dict[str, Any]]:
@@ -82,7 +97,7 @@ class Damage:
                 "last": high,
                 **{name: float(total[low:high].mean()) / self.windows for name, total in self.sums.items()},
             }
-            for low, high in zip(edges, edges[1:], strict=False)
+            for low, high in itertools.pairwise(edges)
         ]
 
     @staticmethod
@@ -92,18 +107,24 @@ class Damage:
 
 
 def other_domains(evaluation: Evaluation, tokenizer: Any) -> dict[str, Tensor]:
-    """A few windows of prose and code that every Python has, beside the evaluation text: by spec, tokens."""
+    """A few windows of prose and code that every Python has, beside the evaluation text: by spec, tokens.
+
+    A text too short for windows of that length is left out.
+    """
     own = "builtin:test" if evaluation.text == "builtin" else evaluation.text
-    return {
-        spec: sample(spec, tokenizer, min(DOMAIN_WINDOWS, evaluation.windows), evaluation.seq_len).tokens
-        for spec in DOMAINS
-        if spec != own
-    }
+    found = {}
+    for spec in DOMAINS:
+        if spec != own:
+            with suppress(UserError):
+                windows = min(DOMAIN_WINDOWS, evaluation.windows)
+                found[spec] = sample(spec, tokenizer, windows, evaluation.seq_len).tokens
+    return found
 
 
 def _by_domain(scores: TokenScores, text: TextSample, others: dict[str, Tensor]) -> list[dict[str, Any]]:
     rows, start = [], 0
-    for spec, tokens in {text.spec: text.tokens, **others}.items():
+    named = {"builtin:test" if text.spec == "builtin" else text.spec: text.tokens, **others}
+    for spec, tokens in named.items():
         found = scores.result(slice(start, start + len(tokens)))
         start += len(tokens)
         row: dict[str, Any] = {"text": spec, "name": DOMAINS.get(spec, spec), "windows": len(tokens)}

@@ -21,7 +21,11 @@ def continuations(model: PreTrainedModel, tokenizer: Any, new_tokens: int = 32) 
     for prompt in PROMPTS:
         tokens = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
         out = model.generate(  # type: ignore[operator]
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new_tokens, pad_token_id=pad, **greedy
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=new_tokens,
+            pad_token_id=pad,
+            **greedy,
         )
         text = tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
         made.append({"prompt": prompt, "text": text})

@@ -48,7 +48,9 @@ def iter_rows(spec: str, builtin_part: BuiltinPart = "calibration") -> Iterator[
 def builtin_rows(part: str) -> list[str]:
     """The help topics of Python's own `pydoc`: English prose on the language, about 0.4 MB.
 
-    `code` is source code out of Python's library instead. `calibration` and `test` take turns at the topics in alphabetical order. Topics quote each other, so a
+    `code` is source code out of Python's library instead.
+
+    `calibration` and `test` take turns at the topics in alphabetical order. Topics quote each other, so a
     paragraph is kept only where it occurs first: the parts share none. The words differ between versions
     of Python; compare figures only where the sample's `data_hash` agrees.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,22 @@ class Row:
 def rows(report: dict[str, Any]) -> list[Row]:
     """The measured figures that the report has; what was skipped is in `skipped`."""
     return [*_sizes(report["size"]), *_quality(_measured(report["quality"])), *_speeds(report["speed"])]
+
+
+def what_was_done(report: dict[str, Any]) -> str:
+    """The steps in words: 'gptq with 4 bits'."""
+    said = []
+    for step in report["recipe"]["steps"]:
+        kind, fields = next(iter(step.items()))
+        scheme = [f"{fields['bits']} bits"] if "bits" in fields else []
+        if "group_size" in fields:
+            size = fields["group_size"]
+            scheme.append(f"groups of {size}" if isinstance(size, int) else f"one scale per {size}")
+        if "symmetric" in fields:
+            scheme.append("symmetric" if fields["symmetric"] else "asymmetric")
+        said.append(f"{kind} ({', '.join(scheme)})" if scheme else kind)
+    runs = [(what, len(list(same))) for what, same in itertools.groupby(said)]
+    return ", then ".join(what if count == 1 else f"{what} in {count} rounds" for what, count in runs)
 
 
 @dataclass(frozen=True)

@@ -37,4 +37,10 @@ def read_report(folder: Path) -> dict[str, Any]:
     lacking = [key for key in NEEDED if key not in report]
     if lacking:
         raise UserError(f"{path} is damaged: it lacks {lacking[0]}. Run again.")
-    return {"calibration": None, "plan": None, "steps": None, "verification": {"ok": None, "checks": []}, **report}
+    return {
+        "calibration": None,
+        "plan": None,
+        "steps": None,
+        "verification": {"ok": None, "checks": []},
+        **report,
+    }
