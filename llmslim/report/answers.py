@@ -9,6 +9,9 @@ from typing import Any
 
 from llmslim.report import figures
 
+TELLING = (
+    2.0  # percent of perplexity: an interval that reaches further says too little for "no measurable loss"
+)
 SURE = 1.96  # standard errors on either side of a 95 % interval
 
 
@@ -89,7 +92,9 @@ def _cost(report: dict[str, Any]) -> Answer:
         f"The likeliest token is the base's at {interval(quality['top1_agreement'], 1, 100.0, ' %')} of positions.",
     ]
     if sure and low <= 0 <= high:
-        return Answer(question, "no measurable loss", tuple(lines), True)
+        telling = high < TELLING
+        short = "no measurable loss" if telling else "too few windows to tell"
+        return Answer(question, short, tuple(lines), True if telling else None)
     worse = f"perplexity {middle:+.1f} %" if middle < 1000 else f"perplexity {middle / 100 + 1:,.3g} times"
     return Answer(question, worse, tuple(lines), middle < 0)
 

@@ -133,7 +133,7 @@ def verdict(report: dict[str, Any]) -> str:
     """In one sentence, whether the result is faster; empty when that was not measured."""
     said = []
     for kind in ("decode", "prefill"):
-        base, result = (_rate(report["speed"], side, kind) for side in ("base", "result"))
+        base, result = (rate(report["speed"], side, kind) for side in ("base", "result"))
         if base and result:
             said.append(f"{kind} is {_speed_word(result / base)}")
     if not said:
@@ -224,7 +224,7 @@ def _spread(estimate: dict[str, Any], digits: int) -> str:
 def _speeds(speed: dict[str, Any] | None) -> list[Row]:
     made = []
     for kind in ("decode", "prefill"):
-        base, result = (_rate(speed, side, kind) for side in ("base", "result"))
+        base, result = (rate(speed, side, kind) for side in ("base", "result"))
         if base or result:
             change = _speed_word(result / base) if base and result else ""
             made.append(Row(f"{kind}, tokens/s", _or_dash(base, ".1f"), _or_dash(result, ".1f"), change))
@@ -241,7 +241,8 @@ def _speeds(speed: dict[str, Any] | None) -> list[Row]:
     return made
 
 
-def _rate(speed: dict[str, Any] | None, side: str, kind: str) -> float | None:
+def rate(speed: dict[str, Any] | None, side: str, kind: str) -> float | None:
+    """Tokens per second of a side, "decode" or "prefill"; None where that was not measured."""
     record = _figure(speed, side, kind)
     return record["tokens_per_second"] if record else None
 

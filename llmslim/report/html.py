@@ -81,7 +81,7 @@ def _positions(details: dict[str, Any]) -> str:
         ),
         figure(
             columns(labels, [row["nll_increase"] for row in rows], "tokens in front", "nats"),
-            "Rise of the negative log-likelihood, by position (columns of falls are left empty)",
+            "Rise of the negative log-likelihood, by position",
         ),
     ]
     return f'<div class="figures">{"".join(drawings)}</div>'

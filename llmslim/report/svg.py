@@ -22,17 +22,21 @@ class Point:
 
 
 def columns(labels: Sequence[str], values: Sequence[float], x_title: str, y_title: str) -> str:
-    """One column for each value, from zero up; not a number and infinity leave a gap."""
+    """One column for each value, from zero up or down; not a number and infinity leave a gap."""
     finite = [value for value in values if math.isfinite(value)]
-    high = _round_up(max([*finite, 0.0]) or 1.0)
+    high, low = _round_up(max([*finite, 0.0])), -_round_up(-min([*finite, 0.0]))
+    if high == low:
+        high = 1.0
+    zero = _scale(0.0, low, high, HEIGHT - BOTTOM, TOP)
     step = (WIDTH - LEFT - RIGHT) / max(1, len(values))
     marks = []
     for number, (label, value) in enumerate(zip(labels, values, strict=True)):
         if math.isfinite(value):
-            top = _scale(max(0.0, value), 0.0, high, HEIGHT - BOTTOM, TOP)
+            end = _scale(value, low, high, HEIGHT - BOTTOM, TOP)
             marks.append(
-                f'<rect class="c0" x="{LEFT + number * step + step * 0.1:.1f}" y="{top:.1f}" width="{step * 0.8:.1f}" '
-                f'height="{HEIGHT - BOTTOM - top:.1f}"><title>{escape(label)}: {value:.4g}</title></rect>'
+                f'<rect class="c0" x="{LEFT + (number + 0.1) * step:.1f}" y="{min(end, zero):.1f}" '
+                f'width="{step * 0.8:.1f}" height="{abs(end - zero):.1f}">'
+                f"<title>{escape(label)}: {value:.4g}</title></rect>"
             )
     every = max(1, math.ceil(len(labels) / 6))
     ticks = [
@@ -41,7 +45,7 @@ def columns(labels: Sequence[str], values: Sequence[float], x_title: str, y_titl
         if number % every == 0
     ]
     return _drawing(
-        [*_y_axis(0.0, high, y_title), *marks, *ticks, _x_title(x_title)], f"{y_title} by {x_title}"
+        [*_y_axis(low, high, y_title), *marks, *ticks, _x_title(x_title)], f"{y_title} by {x_title}"
     )
 
 
@@ -141,6 +145,8 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _round_up(value: float) -> float:
+    if value <= 0:
+        return 0.0
     power = 10.0 ** math.floor(math.log10(value))
     return next(
         power * factor for factor in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if power * factor >= value * 0.999999
