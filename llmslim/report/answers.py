@@ -111,7 +111,9 @@ def _trust(report: dict[str, Any]) -> Answer:
     quality = report["quality"] or {}
     if "perplexity" in quality:
         told = quality["perplexity"]
-        lines.append(f"Measured on {told.get('windows', 'the')} windows of {told.get('text', 'the text')}.")
+        if "windows" in told:
+            sized = f"{told['windows']} windows of {told['seq_len']} tokens"
+            lines.append(f"Measured on {sized} of {told['text']}.")
     count = len(report["notes"])
     lines.append(
         "No fallbacks or warnings." if not count else f"{count} fallbacks and warnings, listed below."

@@ -94,13 +94,16 @@ def _domains(details: dict[str, Any]) -> str:
             f"{row['windows']}",
             interval(row["kl"], 3),
             interval(row["nll_increase"], 3),
-            interval(row["top1_agreement"], 1, 100.0),
+            f"{row['top1_agreement']['value']:.1%}",
         )
         for row in details.get("by_domain") or []
     ]
-    told = "In brackets 95 % intervals over windows; of two windows they tell little." if rows else ""
-    headings = ("text", "windows", "KL, nats", "rise of the loss, nats", "same likeliest token, %")
-    return table(headings, rows, (1, 2, 3, 4)) + paragraph(told, "dim")
+    told = (
+        "In nats per token, with 95 % intervals over windows (of two windows they tell little); and how often the "
+        "likeliest token is the same."
+    )
+    headings = ("text", "windows", "KL, nats", "rise of loss", "same top")
+    return table(headings, rows, (1, 2, 3, 4)) + paragraph(told if rows else "", "dim")
 
 
 def _tokens(details: dict[str, Any]) -> str:

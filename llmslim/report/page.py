@@ -37,7 +37,7 @@ svg text{font:11px system-ui,sans-serif;fill:var(--dim)}
 pre,.pair div{background:var(--card);border-radius:.4rem;padding:.6rem .8rem;margin:0;white-space:pre-wrap;
 font:.85rem/1.45 ui-monospace,monospace}mark{background:none;color:var(--bad);font-weight:700}
 code{font:.88em ui-monospace,monospace}
-@media (max-width:34rem){th,td{padding:.28rem .3rem}table{font-size:.84rem}}
+@media (max-width:34rem){th,td{padding:.28rem .25rem}table{font-size:.8rem}}
 @media print{:root{--ink:#000;--dim:#444;--paper:#fff;--card:#f4f4f4;--line:#bbb;--c0:#3a6ea5;--c1:#c8772e;--c2:#4f8f5b;
 --c3:#a04a7f;--good:#1a7f37;--bad:#b3261e}body{font-size:10.5pt;max-width:none;padding:0}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}section,figure,tr,.card,.pair{break-inside:avoid}
@@ -75,7 +75,9 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: Seque
 
     def row(cells: Sequence[str], tag: str) -> str:
         made = (
-            f"<{tag}{_class('n' if index in numbers else '')}>{escape(cell)}</{tag}>"
+            f'<{tag} class="n">{escape(_kept(cell))}</{tag}>'
+            if index in numbers
+            else f"<{tag}>{escape(cell)}</{tag}>"
             for index, cell in enumerate(cells)
         )
         return f"<tr>{''.join(made)}</tr>"
@@ -84,6 +86,11 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: Seque
     return (
         f'<div class="scroll"><table><thead>{row(headings, "th")}</thead><tbody>{body}</tbody></table></div>'
     )
+
+
+def _kept(cell: str) -> str:
+    """A short figure and its unit stay on one line."""
+    return cell.replace(" ", "\u00a0") if len(cell) <= 13 else cell
 
 
 def figure(drawing: str, caption: str) -> str:
