@@ -45,15 +45,16 @@ def measure(
     """
     evaluation, result = recipe.evaluation, made[-1]
     sizes = {"base": size_of(base), "result": size_of(result)}
-    measured: dict[str, Any] = {"size": sizes, "quality": None, "speed": None, "steps": None}
+    measured: dict[str, Any] = {"size": sizes, "quality": None, "speed": None, "steps": None, "details": None}
     if evaluation is None:
         return measured
     kept = work.state.setdefault("measured", {})
 
     def quality(key: str, files: ModelFiles) -> dict[str, Any]:
         if key not in kept:
-            detailed = key == "quality"
-            kept[key] = _quality(base, files, evaluation, device, dtype, progress, detailed)
+            found, details = _quality(base, files, evaluation, device, dtype, progress, key == "quality")
+            kept[key] = found
+            kept["details"] = details
             work.save()
         return kept[key]
 
@@ -63,7 +64,8 @@ def measure(
             {"step": step.kind, "size": size_of(files), "quality": quality(key, files)}
             for step, key, files in zip(recipe.steps, keys, made, strict=True)
         ]
-    measured["quality"] = quality("quality", result)
+    measured["quality"] = quality("quality", result)  # last, so that the details are the result's
+    measured["details"] = kept["details"]
     if evaluation.speed:
         if "speed" not in kept:
             kept["speed"] = _speed(base, result, sizes, progress)
@@ -80,12 +82,12 @@ def _quality(
     dtype: torch.dtype,
     progress: Progress,
     detailed: bool,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Perplexities and divergence; in detail also where they come from, by the same pass over a few windows more."""
     try:
         require_causal(CheckpointReader(base).model_skeleton())
     except UserError as error:
-        return {"skipped": str(error)}
+        return {"skipped": str(error)}, None
     tokenizer = base.tokenizer()
     text = sample(
         evaluation.text,
@@ -95,16 +97,16 @@ def _quality(
         join=evaluation.join,
         builtin_part="test",
     )
-    others = other_domains(evaluation, tokenizer) if detailed else {}
+    others = {}
+    if detailed:
+        others = other_domains(evaluation.text, tokenizer, evaluation.windows, evaluation.seq_len)
     damage = Damage(text.tokens) if detailed else None
     tokens = torch.cat([text.tokens, *others.values()])
     scores = streamed_windows(
         result, tokens, device, dtype, base, lambda done, total: progress("evaluate", done, total), damage
     )
     record = Comparison.of(scores.result(slice(len(text.tokens))), text).to_dict()
-    if damage:
-        record["details"] = damage.to_dict(tokenizer, scores, text, others)
-    return record
+    return record, damage.to_dict(tokenizer, scores, text, others) if damage else None
 
 
 def _speed(base: ModelFiles, result: ModelFiles, sizes: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -98,8 +98,8 @@ def test_a_run_leaves_a_report_to_read(runs: dict[str, Path]) -> None:
 
 def test_where_quality_is_lost_adds_up(runs: dict[str, Path]) -> None:
     """The details are of the same pass: their means are the figures of the whole."""
-    quality = read_report(runs["4bit"])["quality"]
-    details = quality["details"]
+    report = read_report(runs["4bit"])
+    quality, details = report["quality"], report["details"]
     rows = details["by_position"]
     assert rows[0]["first"] == 1 and rows[-1]["last"] == 31
     widths = [row["last"] - row["first"] + 1 for row in rows]

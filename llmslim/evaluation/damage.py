@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from torch import Tensor
 from llmslim.errors import UserError
 from llmslim.evaluation.scores import TokenScores
 from llmslim.loaders.texts import TextSample, sample
-
-if TYPE_CHECKING:
-    from llmslim.recipe import Evaluation
 
 BINS = 16
 WORST = 10
@@ -106,24 +103,22 @@ class Damage:
         return {**found, **{key: tokenizer.decode(tokens) for key, tokens in words.items()}}
 
 
-def other_domains(evaluation: Evaluation, tokenizer: Any) -> dict[str, Tensor]:
+def other_domains(spec: str, tokenizer: Any, windows: int, seq_len: int) -> dict[str, Tensor]:
     """A few windows of prose and code that every Python has, beside the evaluation text: by spec, tokens.
 
-    A text too short for windows of that length is left out.
+    A text too short for windows of that length is left out, and `spec`, the evaluation text itself.
     """
-    own = "builtin:test" if evaluation.text == "builtin" else evaluation.text
     found = {}
-    for spec in DOMAINS:
-        if spec != own:
+    for other in DOMAINS:
+        if other != _settled(spec):
             with suppress(UserError):
-                windows = min(DOMAIN_WINDOWS, evaluation.windows)
-                found[spec] = sample(spec, tokenizer, windows, evaluation.seq_len).tokens
+                found[other] = sample(other, tokenizer, min(DOMAIN_WINDOWS, windows), seq_len).tokens
     return found
 
 
 def _by_domain(scores: TokenScores, text: TextSample, others: dict[str, Tensor]) -> list[dict[str, Any]]:
     rows, start = [], 0
-    named = {"builtin:test" if text.spec == "builtin" else text.spec: text.tokens, **others}
+    named = {_settled(text.spec): text.tokens, **others}
     for spec, tokens in named.items():
         found = scores.result(slice(start, start + len(tokens)))
         start += len(tokens)
@@ -133,3 +128,7 @@ def _by_domain(scores: TokenScores, text: TextSample, others: dict[str, Tensor])
             row[name] = {"value": estimate.value, "stderr": estimate.stderr}
         rows.append(row)
     return rows
+
+
+def _settled(spec: str) -> str:
+    return "builtin:test" if spec == "builtin" else spec

@@ -24,8 +24,7 @@ def report_page(report: dict[str, Any], command: str) -> str:
     """
     base = report["base"]["model"]
     title = f"{Path(base).name}, {figures.what_was_done(report)}"
-    quality = report["quality"] or {}
-    details = quality.get("details") or {}
+    details = report.get("details") or {}
     return page(
         title,
         [

@@ -23,7 +23,7 @@ def report_markdown(report: dict[str, Any], title: str, sections: Sequence[str])
 
 
 def _details(report: dict[str, Any]) -> list[str]:
-    details = (report["quality"] or {}).get("details") or {}
+    details = report.get("details") or {}
     positions = [
         (f"{row['first']}-{row['last']}", f"{row['kl']:.4f}", f"{row['nll_increase']:+.4f}")
         for row in details.get("by_position") or []

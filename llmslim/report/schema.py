@@ -9,7 +9,7 @@ from typing import Any
 from llmslim.errors import UserError
 
 SCHEMA_VERSION = 2
-"""2 added: files (hashes of what was verified), size.*.parts, quality.details, speed.*.samples. 1 is read all the same:
+"""2 added: files (hashes of what was verified), size.*.parts, details, speed.*.samples. 1 is read all the same:
 what it has not is left out."""
 NEEDED = ("base", "recipe", "format", "linears", "notes", "size", "quality", "speed", "run", "environment")
 
