@@ -13,9 +13,10 @@ import torch
 
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.errors import UserError
+from llmslim.evaluation.damage import Damage, other_domains
 from llmslim.evaluation.divergence import Comparison
 from llmslim.evaluation.perplexity import require_causal
-from llmslim.evaluation.stream import streamed_scores
+from llmslim.evaluation.stream import streamed_windows
 from llmslim.loaders.models import ModelFiles
 from llmslim.loaders.texts import sample
 from llmslim.memory import available_memory
@@ -44,14 +45,16 @@ def measure(
     """
     evaluation, result = recipe.evaluation, made[-1]
     sizes = {"base": size_of(base), "result": size_of(result)}
-    measured: dict[str, Any] = {"size": sizes, "quality": None, "speed": None, "steps": None}
+    measured: dict[str, Any] = {"size": sizes, "quality": None, "speed": None, "steps": None, "details": None}
     if evaluation is None:
         return measured
     kept = work.state.setdefault("measured", {})
 
     def quality(key: str, files: ModelFiles) -> dict[str, Any]:
         if key not in kept:
-            kept[key] = _quality(base, files, evaluation, device, dtype, progress)
+            found, details = _quality(base, files, evaluation, device, dtype, progress, key == "quality")
+            kept[key] = found
+            kept["details"] = details
             work.save()
         return kept[key]
 
@@ -61,7 +64,8 @@ def measure(
             {"step": step.kind, "size": size_of(files), "quality": quality(key, files)}
             for step, key, files in zip(recipe.steps, keys, made, strict=True)
         ]
-    measured["quality"] = quality("quality", result)
+    measured["quality"] = quality("quality", result)  # last, so that the details are the result's
+    measured["details"] = kept["details"]
     if evaluation.speed:
         if "speed" not in kept:
             kept["speed"] = _speed(base, result, sizes, progress)
@@ -77,23 +81,32 @@ def _quality(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress,
-) -> dict[str, Any]:
+    detailed: bool,
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Perplexities and divergence; in detail also where they come from, by the same pass over a few windows more."""
     try:
         require_causal(CheckpointReader(base).model_skeleton())
     except UserError as error:
-        return {"skipped": str(error)}
+        return {"skipped": str(error)}, None
+    tokenizer = base.tokenizer()
     text = sample(
         evaluation.text,
-        base.tokenizer(),
+        tokenizer,
         evaluation.windows,
         evaluation.seq_len,
         join=evaluation.join,
         builtin_part="test",
     )
-    scores = streamed_scores(
-        result, text.tokens, device, dtype, base, lambda done, total: progress("evaluate", done, total)
+    others = {}
+    if detailed:
+        others = other_domains(evaluation.text, tokenizer, evaluation.windows, evaluation.seq_len)
+    damage = Damage(text.tokens) if detailed else None
+    tokens = torch.cat([text.tokens, *others.values()])
+    scores = streamed_windows(
+        result, tokens, device, dtype, base, lambda done, total: progress("evaluate", done, total), damage
     )
-    return Comparison.of(scores, text).to_dict()
+    record = Comparison.of(scores.result(slice(len(text.tokens))), text).to_dict()
+    return record, damage.to_dict(tokenizer, scores, text, others) if damage else None
 
 
 def _speed(base: ModelFiles, result: ModelFiles, sizes: dict[str, Any], progress: Progress) -> dict[str, Any]:

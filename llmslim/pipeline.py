@@ -30,6 +30,7 @@ from llmslim.passes import BlockPass, PassOptions
 from llmslim.plan import Plan, make_plan
 from llmslim.recipe import Recipe
 from llmslim.report import write_report
+from llmslim.report.schema import SCHEMA_VERSION
 from llmslim.step import BlockStep, Step, StepRecord
 from llmslim.survey import run_survey
 from llmslim.teacher import check_training
@@ -146,7 +147,7 @@ def _report(prepared: Prepared, work: WorkFolder, record: StepRecord, started: f
     """What report.json says of the run itself; verification and measurements come on top."""
     files, options = prepared.files, prepared.options
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "llmslim": llmslim.__version__,
         "base": {"model": files.base, "spec": files.spec, "revision": files.revision},
         "recipe": prepared.recipe.to_json(),

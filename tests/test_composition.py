@@ -168,8 +168,8 @@ def test_a_run_stopped_while_it_measures_goes_on_to_the_same_report(
         calls.append(files.folder.name)
         return original(files, *args, **options)
 
-    original = measure.streamed_scores
-    monkeypatch.setattr(measure, "streamed_scores", counted)
+    original = measure.streamed_windows
+    monkeypatch.setattr(measure, "streamed_windows", counted)
     asked = recipe(PRUNE, {"magnitude": {"sparsity": 0.3}}, EIGHT_BIT, **MEASURED)
     whole = compress(str(folders["llama"]), asked, tmp_path / "whole")
     assert calls == [".step-0", ".step-1", "whole.partial"]

@@ -150,7 +150,8 @@ def test_builtin_parts_are_disjoint_and_deterministic():
     assert all(sum(map(len, rows)) > 100_000 for rows in parts.values())
     assert load_rows("builtin") == parts["calibration"] == load_rows("builtin:calibration")
     assert load_rows("builtin", builtin_part="test") == parts["test"]
-    assert "calibration and test" in refused("builtin:train")
+    assert "calibration, test and code" in refused("builtin:train")
+    assert "def wrap(" in "".join(load_rows("builtin:code"))
 
 
 def test_rows_are_joined_as_asked(tokenizer):

@@ -65,6 +65,7 @@ SHORT = {
     "generate": "--max-new-tokens 4",
     "inspect": "",
     "push": "",
+    "compare": "",
 }
 
 

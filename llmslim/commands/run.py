@@ -206,7 +206,7 @@ def _compress(recipe: Recipe, options: dict[str, Any]) -> None:
             on_plan=lambda plan: print(plan_line(plan), file=sys.stderr, flush=True),
         )
     show(summary_table(result.report))
-    print(f"Saved to {result.folder}, with report.json and a model card (README.md).")
+    print(f"Saved to {result.folder}, with a report (report.html, .md, .json) and a model card (README.md).")
     if target:
         _push(result.folder, target, private)
 

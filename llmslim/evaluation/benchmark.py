@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmslim.errors import UserError
+from llmslim.evaluation.samples import continuations
 from llmslim.loaders.texts import sample
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ def benchmark_folder(folder: str) -> dict[str, Any]:
         return {"skipped": str(error)}
     compiled = native.library() is not None
     memory = peak_memory_mb()
-    return {**figures, "load_seconds": load_seconds, "peak_memory_mb": memory, "compiled_kernel": compiled}
+    figures |= {"load_seconds": load_seconds, "peak_memory_mb": memory, "compiled_kernel": compiled}
+    return {**figures, "samples": continuations(model, tokenizer) if model.can_generate() else []}
 
 
 if __name__ == "__main__":

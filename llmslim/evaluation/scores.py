@@ -86,6 +86,20 @@ def divergence(base_logits: torch.Tensor, logits: torch.Tensor) -> tuple[torch.T
     return kl, base_logits.argmax(-1) == logits.argmax(-1)
 
 
+class Watch(Protocol):
+    """Sees every slice of a window as it is scored: its tokens [seq_len], the first position of the slice, the
+    logits [n, vocab] of base and model there, and the fields of `Scores` per token [n]."""
+
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        start: int,
+        base_logits: torch.Tensor | None,
+        logits: torch.Tensor,
+        values: dict[str, torch.Tensor],
+    ) -> None: ...
+
+
 @dataclass
 class TokenScores:
     """Adds up windows: `add` each, then `result`. Holds a few numbers per window, whatever the vocabulary.
@@ -93,6 +107,7 @@ class TokenScores:
     Windows, not tokens, are the samples of the standard errors: neighbouring tokens are not independent.
     """
 
+    watch: Watch | None = None
     _windows: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, tokens: torch.Tensor, logits: Logits, base_logits: Logits | None = None) -> None:
@@ -109,8 +124,12 @@ class TokenScores:
             rows = slice(start, min(start + step, predicted))
             targets = tokens[rows.start + 1 : rows.stop + 1]
             base = None if base_logits is None else base_logits[rows]
-            for name, values in _score(targets, logits[rows], base).items():
+            own = logits[rows]
+            scored = _score(targets, own, base)
+            for name, values in scored.items():
                 sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+            if self.watch is not None:
+                self.watch(tokens, start, base, own, scored)
         if any(map(math.isnan, sums.values())):
             raise UserError(
                 "the model's logits hold NaN or infinity, so nothing can be measured: look for such values "
@@ -119,9 +138,9 @@ class TokenScores:
         for name, total in sums.items():
             self._windows.setdefault(name, []).append(total / predicted)
 
-    def result(self) -> Scores:
-        """The means over all windows added so far (at least one)."""
-        return Scores(**{name: Estimate.of(means) for name, means in self._windows.items()})
+    def result(self, windows: slice = slice(None)) -> Scores:
+        """The means over all windows added so far (at least one), or over some of them, in the order of adding."""
+        return Scores(**{name: Estimate.of(means[windows]) for name, means in self._windows.items()})
 
 
 def _score(

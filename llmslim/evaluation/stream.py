@@ -10,7 +10,7 @@ from torch import Tensor
 from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.walk import walk_blocks
-from llmslim.evaluation.scores import Scores, TokenScores
+from llmslim.evaluation.scores import Scores, TokenScores, Watch
 from llmslim.loaders.models import ModelFiles
 
 
@@ -47,7 +47,20 @@ def streamed_scores(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
     """Negative log-likelihood of windows, and the divergence from a base, without holding either model."""
-    scores = TokenScores()
+    return streamed_windows(files, tokens, device, dtype, base, progress).result()
+
+
+def streamed_windows(
+    files: ModelFiles,
+    tokens: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    base: ModelFiles | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    watch: Watch | None = None,
+) -> TokenScores:
+    """`streamed_scores` by window, so that some of them can be looked at apart, and with a look at every token."""
+    scores = TokenScores(watch)
     outputs = streamed_outputs(files, tokens, device, dtype, progress)
     if base is None:
         for window, logits in zip(tokens, outputs, strict=True):
@@ -56,4 +69,4 @@ def streamed_scores(
         others = streamed_outputs(base, tokens, device, dtype)
         for window, base_logits, logits in zip(tokens, others, outputs, strict=True):
             scores.add(window, logits, base_logits)
-    return scores.result()
+    return scores

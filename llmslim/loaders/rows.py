@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -12,6 +14,8 @@ from llmslim.errors import UserError
 
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 BUILTIN_PARTS = ("calibration", "test")
+CODE_PART = "code"
+CODE_MODULES = ("textwrap", "heapq", "statistics", "configparser", "argparse")
 BuiltinPart = Literal["calibration", "test"]
 
 
@@ -44,14 +48,20 @@ def iter_rows(spec: str, builtin_part: BuiltinPart = "calibration") -> Iterator[
 def builtin_rows(part: str) -> list[str]:
     """The help topics of Python's own `pydoc`: English prose on the language, about 0.4 MB.
 
+    `code` is source code out of Python's library instead.
+
     `calibration` and `test` take turns at the topics in alphabetical order. Topics quote each other, so a
     paragraph is kept only where it occurs first: the parts share none. The words differ between versions
     of Python; compare figures only where the sample's `data_hash` agrees.
     """
     from pydoc_data.topics import topics
 
+    if part == CODE_PART:
+        return [inspect.getsource(importlib.import_module(name)) for name in CODE_MODULES]
     if part not in BUILTIN_PARTS:
-        raise UserError(f"the built-in text has no part {part!r}: it has {' and '.join(BUILTIN_PARTS)}")
+        raise UserError(
+            f"the built-in text has no part {part!r}: it has {', '.join(BUILTIN_PARTS)} and {CODE_PART}"
+        )
     seen: set[str] = set()
     rows: list[str] = []
     for number, topic in enumerate(sorted(topics)):

@@ -1,8 +1,7 @@
-"""report.json and README.md, the model card, of a finished checkpoint."""
+"""The report of a finished checkpoint in its three forms, and README.md, the model card."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from pathlib import Path
@@ -12,7 +11,9 @@ import yaml
 
 from llmslim.errors import UserError
 from llmslim.report import figures
+from llmslim.report.html import report_page
 from llmslim.report.index import model_index
+from llmslim.report.markdown import report_markdown
 from llmslim.report.waterfall import steps_plot
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def write_report(folder: Path, report: dict[str, Any], base_files: ModelFiles) -> None:
-    """Write `report.json` and `README.md` into the folder of a checkpoint, and `steps.svg` if steps were measured.
+    """Write report.json, report.md, report.html and README.md, the model card, into the folder of a checkpoint.
+
+    And steps.svg, if steps were measured.
 
     Args:
         folder: holds the checkpoint's config.json already.
@@ -38,6 +41,16 @@ def write_report(folder: Path, report: dict[str, Any], base_files: ModelFiles) -
     config = json.loads((folder / "config.json").read_text("utf-8"))
     card = model_card(report, config, _license(base_files.folder), picture)
     (folder / "README.md").write_text(card, "utf-8")
+    title = f"{Path(report['base']['model']).name}, {figures.what_was_done(report)}"
+    shared = [
+        _measurements(report),
+        *_steps(report, picture),
+        _fallbacks(report),
+        _repeat(report),
+        _environment(report),
+    ]
+    (folder / "report.md").write_text(report_markdown(report, title, shared), "utf-8")
+    (folder / "report.html").write_text(report_page(report, command(report)), "utf-8")
 
 
 def model_card(
@@ -52,7 +65,7 @@ def model_card(
     base = report["base"]["model"]
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(report, config, licensed), sort_keys=False)}---",
-        f"# {Path(base).name}, {_what(report)}",
+        f"# {Path(base).name}, {figures.what_was_done(report)}",
         f"Made from [`{base}`](https://huggingface.co/{base})" if is_hub_id(base) else f"Made from `{base}`",
     ]
     sections[-1] += f" by llmslim {report['llmslim']}, stored in the {report['format']} format."
@@ -94,25 +107,9 @@ def _front_matter(report: dict[str, Any], config: dict[str, Any], licensed: dict
     widths = sorted({f"{row['bits']}-bit" for row in report["linears"] if "bits" in row})
     form = [] if report["format"] == "plain" else [report["format"]]
     matter["tags"] = list(dict.fromkeys(["llmslim", *kinds, *widths, *form]))
-    if index := model_index(report, f"{Path(report['base']['model']).name}, {_what(report)}"):
+    if index := model_index(report, f"{Path(report['base']['model']).name}, {figures.what_was_done(report)}"):
         matter["model-index"] = index
     return matter
-
-
-def _what(report: dict[str, Any]) -> str:
-    """The steps in words: 'gptq with 4 bits'."""
-    said = []
-    for step in report["recipe"]["steps"]:
-        kind, fields = next(iter(step.items()))
-        scheme = [f"{fields['bits']} bits"] if "bits" in fields else []
-        if "group_size" in fields:
-            size = fields["group_size"]
-            scheme.append(f"groups of {size}" if isinstance(size, int) else f"one scale per {size}")
-        if "symmetric" in fields:
-            scheme.append("symmetric" if fields["symmetric"] else "asymmetric")
-        said.append(f"{kind} ({', '.join(scheme)})" if scheme else kind)
-    runs = [(what, len(list(same))) for what, same in itertools.groupby(said)]
-    return ", then ".join(what if count == 1 else f"{what} in {count} rounds" for what, count in runs)
 
 
 def _auto_class(config: dict[str, Any]) -> str:
@@ -197,9 +194,6 @@ def _fallbacks(report: dict[str, Any]) -> str:
 
 def _repeat(report: dict[str, Any]) -> str:
     recipe = yaml.safe_dump(report["recipe"], sort_keys=False)
-    base, revision = report["base"], report["base"].get("revision")
-    spec = base["spec"] if base["spec"] == "demo" or is_hub_id(base["spec"]) else "MODEL"
-    at = f" --revision {revision}" if revision else ""
     text = ""
     if report["calibration"]:
         text = (
@@ -207,9 +201,16 @@ def _repeat(report: dict[str, Any]) -> str:
             f"`{report['calibration']['data_hash']}`."
         )
     return (
-        f"## Repeat it\n\nSave as `recipe.yaml`:\n\n```yaml\n{recipe}```\n\n"
-        f"```\nllmslim compress {spec} recipe.yaml{at} --output FOLDER\n```{text}"
+        f"## Repeat it\n\nSave as `recipe.yaml`:\n\n```yaml\n{recipe}```\n\n```\n{command(report)}\n```{text}"
     )
+
+
+def command(report: dict[str, Any]) -> str:
+    """The command that makes the same again, from recipe.yaml."""
+    base, revision = report["base"], report["base"].get("revision")
+    spec = base["spec"] if base["spec"] == "demo" or is_hub_id(base["spec"]) else "MODEL"
+    at = f" --revision {revision}" if revision else ""
+    return f"llmslim compress {spec} recipe.yaml{at} --output FOLDER"
 
 
 def _environment(report: dict[str, Any]) -> str:
@@ -218,7 +219,7 @@ def _environment(report: dict[str, Any]) -> str:
     return (
         f"## Made on\n\n{machine['platform']}, {machine['device']} ({machine['cpu']}), "
         f"{machine['threads']} threads, computing in {machine['compute_dtype']}; Python {machine['python']}, "
-        f"{versions}. All figures, with the error of every Linear, are in `report.json`."
+        f"{versions}. All figures, with the error of every Linear, are in `report.json`; `report.html` draws them."
     )
 
 

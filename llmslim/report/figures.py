@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,22 @@ class Row:
 def rows(report: dict[str, Any]) -> list[Row]:
     """The measured figures that the report has; what was skipped is in `skipped`."""
     return [*_sizes(report["size"]), *_quality(_measured(report["quality"])), *_speeds(report["speed"])]
+
+
+def what_was_done(report: dict[str, Any]) -> str:
+    """The steps in words: 'gptq with 4 bits'."""
+    said = []
+    for step in report["recipe"]["steps"]:
+        kind, fields = next(iter(step.items()))
+        scheme = [f"{fields['bits']} bits"] if "bits" in fields else []
+        if "group_size" in fields:
+            size = fields["group_size"]
+            scheme.append(f"groups of {size}" if isinstance(size, int) else f"one scale per {size}")
+        if "symmetric" in fields:
+            scheme.append("symmetric" if fields["symmetric"] else "asymmetric")
+        said.append(f"{kind} ({', '.join(scheme)})" if scheme else kind)
+    runs = [(what, len(list(same))) for what, same in itertools.groupby(said)]
+    return ", then ".join(what if count == 1 else f"{what} in {count} rounds" for what, count in runs)
 
 
 @dataclass(frozen=True)
@@ -116,7 +133,7 @@ def verdict(report: dict[str, Any]) -> str:
     """In one sentence, whether the result is faster; empty when that was not measured."""
     said = []
     for kind in ("decode", "prefill"):
-        base, result = (_rate(report["speed"], side, kind) for side in ("base", "result"))
+        base, result = (rate(report["speed"], side, kind) for side in ("base", "result"))
         if base and result:
             said.append(f"{kind} is {_speed_word(result / base)}")
     if not said:
@@ -207,7 +224,7 @@ def _spread(estimate: dict[str, Any], digits: int) -> str:
 def _speeds(speed: dict[str, Any] | None) -> list[Row]:
     made = []
     for kind in ("decode", "prefill"):
-        base, result = (_rate(speed, side, kind) for side in ("base", "result"))
+        base, result = (rate(speed, side, kind) for side in ("base", "result"))
         if base or result:
             change = _speed_word(result / base) if base and result else ""
             made.append(Row(f"{kind}, tokens/s", _or_dash(base, ".1f"), _or_dash(result, ".1f"), change))
@@ -224,7 +241,8 @@ def _speeds(speed: dict[str, Any] | None) -> list[Row]:
     return made
 
 
-def _rate(speed: dict[str, Any] | None, side: str, kind: str) -> float | None:
+def rate(speed: dict[str, Any] | None, side: str, kind: str) -> float | None:
+    """Tokens per second of a side, "decode" or "prefill"; None where that was not measured."""
     record = _figure(speed, side, kind)
     return record["tokens_per_second"] if record else None
 
