@@ -6,10 +6,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-WORDS = "the module is a function of class and method for value returns object type string list".split()
+WORDS = ("the", "module", "is", "a", "function", "of", "class", "and", "method", "for", "value", "returns", "object")
 
 
-def write_lm_data(folder: Path, rows: int = 24) -> Path:
+def write_lm_data(folder: Path, rows: int = 16) -> Path:
     """Write allenai/ai2_arc (test, train), baber/piqa (validation) and EleutherAI/lambada_openai (test)."""
     draw = random.Random(0)
 
@@ -27,7 +27,11 @@ def write_lm_data(folder: Path, rows: int = 24) -> Path:
     def lambada(_: int) -> dict[str, Any]:
         return {"text": said(20)}
 
-    _write(folder / "allenai/ai2_arc", "ARC-Easy", {split: [arc(i) for i in range(rows)] for split in ("test", "train")})
+    _write(
+        folder / "allenai/ai2_arc",
+        "ARC-Easy",
+        {split: [arc(i) for i in range(rows)] for split in ("test", "train")},
+    )
     _write(folder / "baber/piqa", "default", {"validation": [piqa(i) for i in range(rows)]})
     _write(folder / "EleutherAI/lambada_openai", "default", {"test": [lambada(i) for i in range(rows)]})
     return folder

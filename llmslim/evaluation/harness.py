@@ -22,7 +22,11 @@ class Harness(HFLM):
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, batch_size: int | None, progress: Progress = lambda done, total: None
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int | None,
+        progress: Progress = lambda done, total: None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto")
         self._progress, self._done, self._asked = progress, 0, 0

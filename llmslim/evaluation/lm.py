@@ -78,7 +78,6 @@ def evaluate_tasks(
     loaded = load_tasks(tasks, data, num_fewshot)
     asked = {
         "limit": limit,
-        "num_fewshot": num_fewshot,
         "apply_chat_template": chat_template,
         "fewshot_as_multiturn": chat_template,
     }
@@ -119,7 +118,8 @@ def answers(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, Any], list[int]]:
     """lm-eval's record for one model, which is freed again, and the sizes of its batches."""
-    from lm_eval import simple_evaluate
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+    from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
     from llmslim.evaluation.harness import Harness
@@ -130,11 +130,11 @@ def answers(
 
         model = with_adapter(model, adapter)
     harness = Harness(model, files.tokenizer(), batch_size, progress)
-    manager = TaskManager(include_defaults=False)  # the tasks are there: else it would read all definitions
+    for task in leaves(loaded):
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # both models see the same examples
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its own bars
-        record = simple_evaluate(
-            harness, tasks=loaded, task_manager=manager, bootstrap_iters=RESAMPLES, **asked
-        )
+        chosen = TaskManager(include_defaults=False).load(loaded)
+        record = evaluate(harness, chosen, bootstrap_iters=RESAMPLES, **asked)
     sizes = list(harness.batch_sizes.values()) or [batch_size or 1]
     del model, harness
     gc.collect()  # the next model takes its place
@@ -188,7 +188,9 @@ def grouped(name: str, run: dict[str, Any], base: dict[str, Any] | None = None) 
 
 def main_metric(metrics: dict[str, Any]) -> str:
     """The chief one: the first that is better when higher, such as accuracy before perplexity."""
-    return next((name for name, found in metrics.items() if found["higher_is_better"]), next(iter(metrics), ""))
+    return next(
+        (name for name, found in metrics.items() if found["higher_is_better"]), next(iter(metrics), "")
+    )
 
 
 def _value(run: dict[str, Any], name: str, key: str) -> dict[str, Any]:
@@ -256,9 +258,14 @@ def overall(scores: dict[str, Any]) -> str:
     if not mains:
         return "too few questions to tell"
     moved = {
-        name: main for name, main in mains.items() if significant(main["difference"], main["difference_stderr"])
+        name: main
+        for name, main in mains.items()
+        if significant(main["difference"], main["difference_stderr"])
     }
-    parts = [f"{name} {spread(main['difference'], main['difference_stderr'], main['share'])}" for name, main in moved.items()]
+    parts = [
+        f"{name} {spread(main['difference'], main['difference_stderr'], main['share'])}"
+        for name, main in moved.items()
+    ]
     alike = [name for name in mains if name not in moved]
     if alike:
         parts.append(f"no measurable loss on {', '.join(alike)}")

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,9 @@ def require_lm_eval() -> None:
         raise UserError("Tasks need lm-eval: pip install 'llmslim[eval]'.")
     for name in ("lm-eval", "lm_eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else it forks for every bootstrap, beside torch's threads
+    os.environ.setdefault(
+        "DISABLE_MULTIPROC", "1"
+    )  # else it forks for every bootstrap, beside torch's threads
 
 
 def load_tasks(names: Sequence[str], data: str = "", num_fewshot: int | None = None) -> list[Any]:
@@ -31,7 +34,7 @@ def load_tasks(names: Sequence[str], data: str = "", num_fewshot: int | None = N
     Args:
         names: of tasks, groups or tags of lm-eval, or .yaml files that define a task as it asks for.
         data: folder that holds the data sets in the Hub's layout, such as `allenai/ai2_arc`; the Hub when "".
-        num_fewshot: examples that will stand before each question.
+        num_fewshot: solved examples before each question; what the task says, mostly none, when None.
 
     Raises:
         UserError: for a name that lm-eval does not know, or a data set that cannot be had.
@@ -47,7 +50,10 @@ def load_tasks(names: Sequence[str], data: str = "", num_fewshot: int | None = N
         found = [_loaded(manager, name, data) for name in names]
     loaded = [one for part in found for one in (part if isinstance(part, list) else [part])]
     for task in leaves(loaded):
-        _require_runnable(task, num_fewshot or 0, data)
+        own = task.get_config("num_fewshot")
+        shots = num_fewshot if num_fewshot is not None and own != 0 else own or 0  # as lm-eval decides it
+        _require_runnable(task, shots, data)
+        task.set_config(key="num_fewshot", value=shots)
     return loaded
 
 
@@ -66,7 +72,9 @@ def _loaded(manager: Any, name: str, data: str) -> Any:
 
 def leaves(loaded: Sequence[Any]) -> list[Any]:
     """The single tasks, of groups too."""
-    return [task for one in loaded for task in (one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one])]
+    return [
+        task for one in loaded for task in (one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one])
+    ]
 
 
 def manager_of(names: Sequence[str]) -> Any:
@@ -147,8 +155,12 @@ def data_from(folder: str) -> Iterator[None]:
         if path in FILES or Path(path).is_dir():  # of a definition of one's own
             here = None
         elif here is not None and not here.is_dir():
-            raise UserError(f"There is no folder {here} for the data set {path}: it would have the Hub's files.")
+            raise UserError(
+                f"There is no folder {here} for the data set {path}: it would have the Hub's files."
+            )
         try:
+            if here is not None:  # the cache of `datasets` does not tell two folders of one name apart
+                kwargs["cache_dir"] = scratch().name
             return _lenient(original(str(here or path), name, *args, **kwargs))
         except Exception as error:  # whatever the libraries, the network or the file system say
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -162,6 +174,12 @@ def data_from(folder: str) -> Iterator[None]:
         yield
     finally:
         datasets.load_dataset = original
+
+
+@functools.cache
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder that goes when this process does."""
+    return tempfile.TemporaryDirectory(prefix="llmslim-tasks-")
 
 
 def _lenient(found: Any) -> Any:
