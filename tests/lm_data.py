@@ -6,7 +6,21 @@ import random
 from pathlib import Path
 from typing import Any
 
-WORDS = ("the", "module", "is", "a", "function", "of", "class", "and", "method", "for", "value", "returns", "object")
+WORDS = (
+    "the",
+    "module",
+    "is",
+    "a",
+    "function",
+    "of",
+    "class",
+    "and",
+    "method",
+    "for",
+    "value",
+    "returns",
+    "object",
+)
 
 
 def write_lm_data(folder: Path, rows: int = 16) -> Path:
