@@ -240,6 +240,32 @@ def lm(result: Result) -> str:
     return f"{table([*headings, 'mean difference'], listed)}\n\n{told}"
 
 
+def suite(result: Result) -> str:
+    """A line per model and suite: perplexity, accuracies, decoding, memory, each with the base's or the difference."""
+    listed = []
+    for row in result["rows"]:
+        text, speeds = row["perplexity"], row["benchmark"]["model"]["figures"]
+        decode = next((name for name in speeds if name.startswith("decode")), None)
+        answers = []
+        for task, found in row["tasks"]["tasks"].items():
+            main = found["metrics"][found["main"]]
+            answers.append(f"{task} {points(main) if 'base' in main else format(100 * main['value'], '.1f')}")
+        base = f" (base {text['base_perplexity']:.2f})" if "base_perplexity" in text else ""
+        listed.append(
+            [
+                row["name"],
+                f"{text['perplexity']:.2f}{base}",
+                "; ".join(answers),
+                f"{speeds[decode]['median']:.1f}" if decode else "",
+                f"{speeds['peak_memory_mb']['median']:.0f}",
+                f"{speeds['bytes_on_disk']['median'] / 1e6:.1f}",
+                row["benchmark"]["verdict"] or "",
+            ]
+        )
+    headings = ["suite/model", "perplexity", "accuracy in %", "decode tok/s", "peak MB", "MB on disk"]
+    return table([*headings, "speed and memory against the base"], listed)
+
+
 def points(found: dict[str, float], value: bool = True) -> str:
     """41.2 (-1.9 ± 0.8): percent, and the paired difference in points."""
     gap = f"{100 * found['difference']:+.1f} ± {100 * found['difference_stderr']:.1f}"
@@ -328,6 +354,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "recovery": ("Training after compression, SmolLM2-135M, text of WikiText-2 valid", recovery),
     "recipes": ("The recipes in configs/, SmolLM2-135M, 32 x 512 calibration tokens of WikiText-2", by_bytes),
     "lm": ("Questions by lm-eval, zero-shot, SmolLM2-135M and what the recipes make of it", lm),
+    "suite": ("Standard suites (evals/suites/)", suite),
     "speed": ("Speed at batch 1: median of the rounds (smallest-largest), ratio to the dense model", speed),
     "speed_pruned": ("Speed with about 30% of the blocks' parameters removed, batch 1, as above", speed),
     "memory": ("A large model of random weights, 4-bit GPTQ, streamed", memory),
