@@ -8,12 +8,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evals"))
 
-import lm  # noqa: E402
-import render  # noqa: E402
-import suite  # noqa: E402
+import lm
+import render
+import suite
 
-from llmslim import cli  # noqa: E402
-from llmslim.recipe import Recipe  # noqa: E402
+from llmslim import cli
+from llmslim.recipe import Recipe
 
 FOUND = {"value": 0.412, "base": 0.431, "stderr": 0.02, "difference": -0.019, "difference_stderr": 0.008}
 TASK = {"questions": 500, "main": "acc", "metrics": {"acc": FOUND}}

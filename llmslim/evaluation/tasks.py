@@ -80,8 +80,8 @@ def leaves(loaded: Sequence[Any]) -> list[Any]:
 def manager_of(names: Sequence[str]) -> Any:
     """A `TaskManager` that knows the names.
 
-    Reading lm-eval's 14,000 definitions takes ten seconds; a task mostly has the name of its file, and then its
-    folder is enough.
+    Reading lm-eval's 14,000 definitions takes ten seconds; a task mostly has the name of its file or folder, which is
+    then enough.
     """
     from lm_eval.tasks import TaskManager
 
@@ -122,15 +122,15 @@ def everything() -> Any:
 
 @functools.cache
 def definitions() -> dict[str, str]:
-    """Folder of lm-eval's definition files, by their names without .yaml."""
+    """Folder of lm-eval's definitions, by the names of its files without .yaml and by its own."""
     import lm_eval.tasks
 
-    return {
-        name.removesuffix(".yaml"): folder
-        for folder, _, files in os.walk(Path(lm_eval.tasks.__file__).parent)
-        for name in files
-        if name.endswith(".yaml")
-    }
+    found: dict[str, str] = {}
+    for folder, _, files in os.walk(Path(lm_eval.tasks.__file__).parent):
+        stems = [name.removesuffix(".yaml") for name in files if name.endswith(".yaml")]
+        found |= dict.fromkeys(stems, folder)
+        found.setdefault(Path(folder).name, folder)
+    return found
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
