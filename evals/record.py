@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "compressed-tensors", "datasets")
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "compressed-tensors", "datasets", "lm-eval")
 
 
 def parser(docstring: str, name: str) -> ArgumentParser:

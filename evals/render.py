@@ -211,6 +211,67 @@ def glue(result: Result) -> str:
     return table([*headings, "MB on disk", "CPU s"], listed)
 
 
+def lm(result: Result) -> str:
+    """A line per variant: bytes, perplexity, each task's accuracy with the paired difference, and their mean."""
+    tasks = list(result["rows"][0]["lm"]["tasks"]) if result["rows"] else []
+    listed = []
+    for row in result["rows"]:
+        cells = []
+        for task in tasks:
+            found = row["lm"]["tasks"][task]
+            main = found["metrics"][found["main"]]
+            cells.append(
+                points(main) if "base" in main else f"{100 * main['value']:.1f} ± {100 * main['stderr']:.1f}"
+            )
+        mean = row["lm"].get("average")
+        listed.append(
+            [
+                row["name"],
+                f"{row['size']['bytes_on_disk'] / 1e6:.1f}" if "size" in row else "",
+                f"{row['quality']['perplexity']:.2f}",
+                *cells,
+                points(mean, value=False) if mean else "",
+            ]
+        )
+    asked = [result["rows"][0]["lm"]["tasks"][task]["questions"] for task in tasks]
+    headings = ["what", "MB on disk", "WikiText-2 perplexity"]
+    headings += [f"{task}, {questions} questions" for task, questions in zip(tasks, asked, strict=True)]
+    told = "Accuracy in %; in brackets the difference from the base on the same questions ± its paired standard error."
+    return f"{table([*headings, 'mean difference'], listed)}\n\n{told}"
+
+
+def suite(result: Result) -> str:
+    """A line per model and suite: perplexity, accuracies, decoding, memory, each with the base's or the difference."""
+    listed = []
+    for row in result["rows"]:
+        text, speeds = row["perplexity"], row["benchmark"]["model"]["figures"]
+        decode = next((name for name in speeds if name.startswith("decode")), None)
+        answers = []
+        for task, found in row["tasks"]["tasks"].items():
+            main = found["metrics"][found["main"]]
+            answers.append(f"{task} {points(main) if 'base' in main else format(100 * main['value'], '.1f')}")
+        base = f" (base {text['base_perplexity']:.2f})" if "base_perplexity" in text else ""
+        listed.append(
+            [
+                row["name"],
+                f"{text['perplexity']:.2f}{base}",
+                "; ".join(answers),
+                f"{speeds[decode]['median']:.1f}" if decode else "",
+                f"{speeds['peak_memory_mb']['median']:.0f}",
+                f"{speeds['bytes_on_disk']['median'] / 1e6:.1f}",
+                row["benchmark"]["verdict"] or "",
+            ]
+        )
+    headings = ["suite/model", "perplexity", "accuracy in %", "decode tok/s", "peak MB", "MB on disk"]
+    return table([*headings, "speed and memory against the base"], listed)
+
+
+def points(found: dict[str, float], value: bool = True) -> str:
+    """41.2 (-1.9 ± 0.8): percent, and the paired difference in points."""
+    gap = f"{100 * found['difference']:+.1f} ± {100 * found['difference_stderr']:.1f}"
+    return f"{100 * found['value']:.1f} ({gap})" if value else gap
+
+
 def speed(result: Result) -> str:
     def figure(row: Result, name: str) -> str:
         one = row[name]
@@ -292,6 +353,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     ),
     "recovery": ("Training after compression, SmolLM2-135M, text of WikiText-2 valid", recovery),
     "recipes": ("The recipes in configs/, SmolLM2-135M, 32 x 512 calibration tokens of WikiText-2", by_bytes),
+    "lm": ("Questions by lm-eval, zero-shot, SmolLM2-135M and what the recipes make of it", lm),
+    "suite": ("Standard suites (evals/suites/)", suite),
     "speed": ("Speed at batch 1: median of the rounds (smallest-largest), ratio to the dense model", speed),
     "speed_pruned": ("Speed with about 30% of the blocks' parameters removed, batch 1, as above", speed),
     "memory": ("A large model of random weights, 4-bit GPTQ, streamed", memory),

@@ -37,13 +37,18 @@ def each(
     order: list[str],
     measure: Callable[[str, Namespace], dict[str, Any]],
     render: Callable[[dict[str, Any]], str],
+    known: Callable[[Namespace], dict[str, Any]] | None = None,
 ) -> None:
-    """`run` for rows that are measured in another way."""
+    """`run` for rows that are measured in another way.
+
+    Args:
+        known: what a row's `options` are, if not `settings`.
+    """
     chosen = [name for name in order if any(fnmatch(name, pattern) for pattern in options.variants)]
     if options.list or not chosen:
         sys.exit("\n".join(order))
     result = record.opened(options)
-    done = {row["name"] for row in result["rows"] if row["options"] == settings(options)}
+    done = {row["name"] for row in result["rows"] if row["options"] == (known or settings)(options)}
     for name in chosen:
         if options.again or name not in done:
             record.put(result, measure(name, options), options.output)

@@ -37,7 +37,7 @@ class Verb:
 
 def verbs() -> dict[str, Verb]:
     """All verbs in the order of help; importing nothing heavy."""
-    from llmslim.commands import compare, evaluate, generate, inspect, push, run
+    from llmslim.commands import benchmark, compare, evaluate, generate, inspect, push, run
 
     steps = {
         verb: Verb(summary, lambda prog, verb=verb: run.step_parser(prog, verb), run.run_step)  # type: ignore[misc]
@@ -49,7 +49,12 @@ def verbs() -> dict[str, Verb]:
         ),
         **steps,
         "compress": Verb("run a recipe of one or several steps", run.recipe_parser, run.run_recipe),
-        "evaluate": Verb("measure perplexity, and the divergence from a base", evaluate.parser, evaluate.run),
+        "evaluate": Verb(
+            "measure perplexity, task scores, and the divergence from a base", evaluate.parser, evaluate.run
+        ),
+        "benchmark": Verb(
+            "measure speed, memory and bytes, beside another model", benchmark.parser, benchmark.run
+        ),
         "generate": Verb("continue a prompt", generate.parser, generate.run),
         "compare": Verb("lay runs side by side: size, quality, speed", compare.parser, compare.run),
         "push": Verb("publish a verified checkpoint, its card and report on the Hub", push.parser, push.run),

@@ -29,6 +29,7 @@ from llmslim.checkpoint.formats import formats
 from llmslim.quantization.rtn import RTN
 from llmslim.step import STEPS, StepRecord, load_steps
 from tests.glue_data import write_glue
+from tests.lm_data import write_lm_data
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +63,8 @@ SHORT = {
     "recover": "--num-samples 4 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed",
     "compress": "--num-samples 2 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --no-speed --plan",
     "evaluate": "--seq-len 32 --windows 2",
+    "evaluate --tasks": "--data tasks --limit 3 --batch-size 3",
+    "benchmark": "--lengths 8 --new-tokens 2 --rounds 1 --repeats 1",
     "generate": "--max-new-tokens 4",
     "inspect": "",
     "push": "",
@@ -80,6 +83,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("place")
     (folder / "configs").symlink_to(ROOT / "configs")
     write_glue(folder / "glue", ["sst2"], train=32)
+    write_lm_data(folder / "tasks")
     before = Path.cwd()
     os.chdir(folder)
     yield folder
@@ -101,6 +105,7 @@ def on_tiny(words: list[str], model: str) -> list[str]:
     sized = (
         ["mlp.ratio=0.5"] if "configs/prune-4bit.yaml" in words else []
     )  # 128 channels, in multiples of 64
+    verb = f"{verb} --tasks" if "--tasks" in words else verb
     return [*words, *sized, *SHORT[verb].split()]
 
 

@@ -8,15 +8,24 @@ from typing import Any
 from llmslim.commands.common import add_device, add_model, device_of, show
 from llmslim.flags import Parser, add_field
 
-GLUE_ALONE = ("data", "subset")
-PERPLEXITY_ALONE = {  # by the flag that sets it
-    "base": "--base",
-    "text": "--perplexity",
-    "seq_len": "--seq-len",
-    "windows": "--windows",
-    "join": "--join",
-    "stream": "--stream",
-    "adapter": "--adapter",
+KINDS = {  # what is measured, by the flag that asks for it; perplexity when none does
+    "text": ("--perplexity", "perplexity"),
+    "glue": ("--glue", "the scores of a classifier on GLUE"),
+    "tasks": ("--tasks", "the scores on lm-eval's tasks"),
+}
+ALONE = {  # which kinds a flag is for
+    "base": ("text", "tasks"),
+    "adapter": ("text", "tasks"),
+    "seq_len": ("text",),
+    "windows": ("text",),
+    "join": ("text",),
+    "stream": ("text",),
+    "data": ("glue", "tasks"),
+    "subset": ("glue",),
+    "limit": ("tasks",),
+    "num_fewshot": ("tasks",),
+    "chat_template": ("tasks",),
+    "batch_size": ("tasks",),
 }
 
 
@@ -27,17 +36,22 @@ def parser(prog: str) -> Parser:
         prog,
         "Measure the perplexity of a causal language model on a text, and with --base how far it is from\n"
         "another model on the same tokens: KL divergence and agreement on the most probable token. Every\n"
-        "figure has its standard error, and the protocol is printed with it. With --glue, score a classifier\n"
-        "on GLUE tasks by their official metrics, with 95 % confidence intervals.",
+        "figure has its standard error, and the protocol is printed with it. With --tasks, score the model on\n"
+        "tasks of lm-eval, and with --base the base on the same questions. With --glue, score a classifier on\n"
+        "GLUE tasks by their official metrics, with 95 % confidence intervals.",
         "examples:\n"
         f"  {prog} demo --perplexity builtin\n"
         f"  {prog} out/demo --base demo --windows 64 --json \\\n"
         "      --perplexity Salesforce/wikitext:wikitext-2-raw-v1:test\n"
+        f"  {prog} out/demo --base demo --tasks arc_easy,piqa,lambada_openai --limit 500\n"
         f"  {prog} out/sst2 --glue sst2",
     )
     add_model(made)
     made.add_argument(
-        "--base", metavar="MODEL", help="compare with this model: KL divergence, top-1 agreement"
+        "--base",
+        "--vs",
+        metavar="MODEL",
+        help="compare with this model: KL divergence, top-1 agreement; task scores question by question",
     )
     fields = Evaluation.model_fields
     add_field(made, "text", fields["text"], flag="--perplexity")
@@ -57,12 +71,34 @@ def parser(prog: str) -> Parser:
     made.add_argument(
         "--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: what is fast here)"
     )
+    made.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="holds the data sets of --tasks or --glue in the Hub's layout, such as FOLDER/baber/piqa (default: "
+        "the Hub)",
+    )
+    lm = made.add_argument_group("scores on tasks of lm-eval")
+    lm.add_argument(
+        "--tasks",
+        metavar="TASK,...",
+        help="names of tasks or groups, such as arc_easy,piqa,lambada_openai, or .yaml files that define one",
+    )
+    lm.add_argument(
+        "--limit", type=int, metavar="N", help="the first N questions of each task alone (default: all)"
+    )
+    lm.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="solved examples before each question (default: what the task says)",
+    )
+    lm.add_argument("--chat-template", action="store_true", help="ask as the user of a chat")
+    lm.add_argument(
+        "--batch-size", type=int, metavar="N", help="sequences at a time (default: what fits into memory)"
+    )
     glue = made.add_argument_group("scores of a classifier on GLUE")
     glue.add_argument(
         "--glue", metavar="TASK,...", help="of cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli"
-    )
-    glue.add_argument(
-        "--data", metavar="FOLDER", help="holds nyu-mll/glue in the Hub's layout (default: the Hub)"
     )
     glue.add_argument(
         "--subset", type=int, metavar="N", help="the first N examples alone, for a quick look (default: all)"
@@ -73,18 +109,90 @@ def parser(prog: str) -> Parser:
 
 
 def run(options: dict[str, Any]) -> None:
+    kind = _kind(options)
+    {"text": _run_perplexity, "glue": _run_glue, "tasks": _run_tasks}[kind](options)
+
+
+def _kind(options: dict[str, Any]) -> str:
+    """What is to be measured.
+
+    Raises:
+        UserError: two things at once, or a flag that is about another.
+    """
     from llmslim.errors import UserError
 
-    if "glue" in options:
-        foreign = next((flag for name, flag in PERPLEXITY_ALONE.items() if name in options), None)
-        if foreign:
-            raise UserError(f"{foreign} is about perplexity, and --glue scores a classifier: leave one out.")
-        _run_glue(options)
-        return
-    foreign = next((name for name in GLUE_ALONE if name in options), None)
-    if foreign:
-        raise UserError(f"--{foreign} is for the scores on GLUE: name the tasks with --glue, such as sst2.")
-    _run_perplexity(options)
+    asked = [kind for kind in KINDS if kind in options]
+    if len(asked) > 1:
+        flags = " and ".join(KINDS[kind][0] for kind in asked)
+        raise UserError(f"{flags} are different measurements: ask for one at a time.")
+    chosen = asked[0] if asked else "text"
+    for name, kinds in ALONE.items():
+        if name in options and chosen not in kinds:
+            flag = "--" + name.replace("_", "-")
+            about = " or ".join(f"{KINDS[kind][1]} ({KINDS[kind][0]})" for kind in kinds)
+            raise UserError(f"{flag} is about {about}: leave it out, or ask for that.")
+    return chosen
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _run_tasks(options: dict[str, Any]) -> None:
+    from llmslim.evaluation.lm import evaluate_tasks
+    from llmslim.progress import progress_for
+
+    given = {name: options[name] for name in ("limit", "num_fewshot", "batch_size") if name in options}
+    with progress_for() as progress:
+        figures = evaluate_tasks(
+            options["model"],
+            _names(options["tasks"]),
+            base=options.get("base"),
+            data=options.get("data", ""),
+            chat_template=options.get("chat_template", False),
+            adapter=options.get("adapter"),
+            revision=options.get("revision"),
+            dtype=options.get("dtype"),
+            device=device_of(options),
+            progress=progress,
+            **given,
+        )
+    if options.get("json"):
+        print(json.dumps(figures, indent=2))
+    else:
+        show(tasks_text(figures))
+
+
+def tasks_text(figures: dict[str, Any]) -> str:
+    """The scores for a person: of the model, of the base, and the difference in words."""
+    lines = []
+    for name, record in figures["tasks"].items():
+        of = f"{record['questions']} of {record['total']} questions" if "questions" in record else "group"
+        lines.append(f"{name} ({of})")
+        for metric, found in record["metrics"].items():
+            told = [f"  {metric:<12}{_score(found['value'], found['stderr'])}"]
+            if "base" in found:
+                told.append(f"base {_score(found['base'], found['base_stderr'])}")
+            lines.append("  ".join([*told, *([found["verdict"]] if "verdict" in found else [])]))
+    if figures.get("average"):
+        mean = figures["average"]
+        gap = 100 * mean["difference"], 100 * mean["difference_stderr"]
+        lines.append(f"average difference of the first accuracies: {gap[0]:+.2f} ± {gap[1]:.2f} points")
+    if "verdict" in figures:
+        lines += ["", f"verdict: {figures['verdict']}"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"protocol: {figures['protocol']};",
+            f"computed in {figures['dtype']} on {figures['device']}; ± is the standard error over questions, and of a",
+            "difference that over what changed question by question.",
+        ]
+    )
+
+
+def _score(value: float, stderr: float | None) -> str:
+    return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
 
 
 def _run_glue(options: dict[str, Any]) -> None:
@@ -94,7 +202,7 @@ def _run_glue(options: dict[str, Any]) -> None:
     with progress_for() as progress:
         figures = evaluate_glue(
             options["model"],
-            [name.strip() for name in options["glue"].split(",") if name.strip()],
+            _names(options["glue"]),
             data=options.get("data", ""),
             subset=options.get("subset"),
             revision=options.get("revision"),

@@ -37,7 +37,11 @@ def benchmark(
         raise UserError(f"{type(model).__name__} is an encoder-decoder: its speed is not measured yet")
     prompt = sample("builtin:test", tokenizer, 1, prompt_len).tokens.to(model.device)
     generates = model.can_generate()
-    run = (lambda n: _generate(model, prompt, n)) if generates else (lambda n: (_read(model, prompt), 0.0))
+    run = (
+        (lambda n: generate_once(model, prompt, n))
+        if generates
+        else (lambda n: (read_once(model, prompt), 0.0))
+    )
     # the type of the output is the one computed in; `model.dtype` of a packed model is the scales'
     computed: list[torch.dtype] = []
     watch = model.register_forward_hook(lambda module, args, output: computed.append(output[0].dtype))
@@ -56,7 +60,7 @@ def benchmark(
     }
 
 
-def _generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+def generate_once(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds of the prefill and of `new_tokens` decoding steps after it."""
 
     def prefill() -> Any:
@@ -73,7 +77,7 @@ def _generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> 
     return prefill_seconds, decode_seconds
 
 
-def _read(model: PreTrainedModel, prompt: torch.Tensor) -> float:
+def read_once(model: PreTrainedModel, prompt: torch.Tensor) -> float:
     """Seconds of one forward."""
     return _timed(model.device, lambda: model(input_ids=prompt))[0]
 

@@ -54,7 +54,7 @@ def evaluate(
     """
     device = device or default_device()
     if adapter is not None:
-        _check_adapter(adapter, streamed)
+        check_adapter(adapter, streamed)
     files, other = find(model, revision), find(base) if base is not None else None
     require_causal(CheckpointReader(files).model_skeleton())
     chosen = resolve_dtype(dtype, files, device)
@@ -71,7 +71,7 @@ def evaluate(
     return {**figures, **_flat(measured)}
 
 
-def _check_adapter(adapter: str, streamed: bool) -> None:
+def check_adapter(adapter: str, streamed: bool) -> None:
     if streamed:
         raise UserError("An adapter is put beside a whole model: leave --stream out, or --adapter.")
     if not (Path(adapter) / "adapter_config.json").is_file():

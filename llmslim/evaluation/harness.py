@@ -1,0 +1,70 @@
+"""A model in memory as lm-eval's language model; importing this imports lm-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from llmslim.memory import available_memory
+
+Progress = Callable[[int, int], None]
+MOST = {"cpu": 16, "other": 64}  # rows of a batch: more gain nothing
+
+
+class Harness(HFLM):
+    """`HFLM` of a loaded model, with a batch size from the memory that is free, and progress.
+
+    Args:
+        batch_size: rows at a time; what fits when None.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int | None,
+        progress: Progress = lambda done, total: None,
+    ) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto")
+        self._progress, self._done, self._asked = progress, 0, 0
+
+    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+        length = self.max_length
+        if requests:
+            _, context, continuation = requests[pos]
+            length = min(length, len(context) + len(continuation))
+        return fitting(self._model, length)
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> Any:
+        self._done, self._asked = 0, len(requests)
+        answers = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+        self._progress(self._asked, self._asked)
+        return answers
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        logits = super()._model_call(inps, *args, **kwargs)
+        if self._asked:
+            self._done += len(inps)  # at most: requests that share a context are run once
+            self._progress(min(self._done, self._asked), self._asked)
+        return logits
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Nothing: lm-eval would ask the Hub."""
+        return {}
+
+
+def fitting(model: Any, length: int) -> int:
+    """Rows of `length` tokens whose logits, keys, values and channels take half of the free memory; 16 at most on a
+    CPU."""
+    config, device = model.config.get_text_config(), model.device
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    channels = getattr(config, "intermediate_size", None) or 4 * hidden
+    size = torch.finfo(model.dtype).bits // 8 if model.dtype.is_floating_point else 4
+    row = length * size * (2 * config.vocab_size + 2 * layers * hidden + 4 * channels)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    return max(1, min(MOST.get(device.type, MOST["other"]), free // 2 // row))

@@ -1,0 +1,66 @@
+"""Two models on the same questions: their difference, how sure it is, and that in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 1000
+NORMAL_95 = 1.96  # standard errors: 95 % of a normal distribution lie within
+FEW = 100  # questions, below which a verdict says how few they were
+
+Aggregate = Callable[[list[Any]], float]
+
+
+def difference(
+    result: Sequence[Any], base: Sequence[Any], aggregate: Aggregate | None = None, seed: int = 0
+) -> tuple[float, float | None]:
+    """The figure of the result minus that of the base, and its standard error.
+
+    The error is of the differences question by question: what is hard for both models cancels.
+
+    Args:
+        result, base: a score per question, in one order.
+        aggregate: makes the figure of all scores; their mean when None, whose error has a closed form. Any other
+            gets the paired bootstrap (1000 resamples of the questions).
+
+    Returns:
+        The error is None for fewer than two questions.
+    """
+    if len(result) != len(base):
+        raise ValueError(f"{len(result)} scores cannot be paired with {len(base)}")
+    few = len(result) < 2
+    if aggregate is None:
+        gaps = np.asarray(result, float) - np.asarray(base, float)
+        return float(gaps.mean()), None if few else float(gaps.std(ddof=1) / len(gaps) ** 0.5)
+    value = aggregate(list(result)) - aggregate(list(base))
+    if few:
+        return value, None
+    draws = np.random.default_rng(seed).integers(len(result), size=(RESAMPLES, len(result)))
+    gaps = [aggregate([result[i] for i in rows]) - aggregate([base[i] for i in rows]) for rows in draws]
+    return value, float(np.std(gaps, ddof=1))
+
+
+def significant(gap: float, stderr: float | None) -> bool:
+    """Whether chance would give such a difference less than once in 20 times."""
+    return stderr is not None and abs(gap) > NORMAL_95 * stderr
+
+
+def verdict(gap: float, stderr: float | None, questions: int, share: bool = True) -> str:
+    """The difference in words: "no measurable loss (-0.4 ± 0.8 points)", or "-1.9 ± 0.8 points".
+
+    Args:
+        share: the figure is a share of 1, told in points of 100; else it is told as it is.
+    """
+    if stderr is None:
+        return "too few questions to tell"
+    few = f", of {questions} questions" if questions < FEW else ""
+    told = spread(gap, stderr, share)
+    return f"{told}{few}" if significant(gap, stderr) else f"no measurable loss ({told}{few})"
+
+
+def spread(gap: float, stderr: float, share: bool = True) -> str:
+    """-1.9 ± 0.8 points, or -0.31 ± 0.12."""
+    return f"{100 * gap:+.1f} ± {100 * stderr:.1f} points" if share else f"{gap:+.3g} ± {stderr:.2g}"
