@@ -50,7 +50,8 @@ def points(folder: Path) -> list[Point]:
             if row["name"] == "base":
                 base = perplexity
             elif "bytes_on_disk" in row.get("size", {}):
-                found.append(Point(path.stem, row["name"], row["size"]["bytes_on_disk"], perplexity))
+                size = row["size"]["bytes_on_disk"] + row.get("adapter_bytes", 0)
+                found.append(Point(path.stem, row["name"], size, perplexity))
                 parameters = max(parameters, row["size"]["parameters"])  # a pruned model has fewer
     if base is not None and parameters:
         found.append(Point("base", BASE, 2 * parameters, base))

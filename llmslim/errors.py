@@ -1,4 +1,9 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The one exception that is meant for the person at the keyboard, and what it suggests."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -6,3 +11,9 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2 (`--debug` shows the traceback).
     """
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """', did you mean X?' when something known is close to the word, for a message."""
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f", did you mean {close[0]!r}?" if close else ""

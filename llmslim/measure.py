@@ -66,12 +66,31 @@ def measure(
         ]
     measured["quality"] = quality("quality", result)  # last, so that the details are the result's
     measured["details"] = kept["details"]
+    task = next((step for step in reversed(recipe.steps) if step.kind == "finetune"), None)
+    if task is not None:
+        if "glue" not in kept:
+            kept["glue"] = _glue(result, task, device, progress)
+            work.save()
+        measured["glue"] = kept["glue"]
     if evaluation.speed:
         if "speed" not in kept:
             kept["speed"] = _speed(base, result, sizes, progress)
             work.save()
         measured["speed"] = kept["speed"]
     return measured
+
+
+def _glue(result: ModelFiles, step: Any, device: torch.device, progress: Progress) -> dict[str, Any]:
+    """Scores of the result on the task that the step has trained it for, in float32."""
+    from llmslim.evaluation.glue import evaluate_glue
+
+    told = lambda done, total: progress("evaluate", done, total)  # noqa: E731
+    try:
+        return evaluate_glue(
+            str(result.folder), [step.glue], data=step.data, dtype="float32", device=device, progress=told
+        )
+    except UserError as error:
+        return {"skipped": str(error)}
 
 
 def _quality(

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from llmslim.anatomy import Block
+from llmslim.anatomy.parts import is_packed
 from llmslim.calibration.stream import BlockStream, Lane
-from llmslim.checkpoint.formats import Format, Packed
+from llmslim.checkpoint.formats import Format
 from llmslim.checkpoint.inventory import part_of
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import parse_edit
 from llmslim.loaders.models import ModelFiles, place, release, tie
-from llmslim.quantization.bnb_linear import BnbLinear
 from llmslim.step import BlockStep, StepRecord
 from llmslim.ties import shared_modules
 from llmslim.work import Progress, WorkFolder, load_tensors, save_tensors
@@ -200,9 +200,7 @@ class BlockPass:
         """Round what a step computed to what the checkpoint can hold, so that the probe sees what is saved."""
         for module in modules:
             for leaf, parameter in module._parameters.items():
-                grid = (
-                    isinstance(module, Packed | BnbLinear) and leaf != "bias"
-                )  # packed weights are stored as they are
+                grid = is_packed(module) and leaf != "bias"  # packed weights are stored as they are
                 if parameter is not None and parameter.is_floating_point() and not grid:
                     parameter.copy_(parameter.to(self.options.stored))
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import llmslim
+from llmslim.anatomy import Anatomy
 from llmslim.checkpoint.formats import Format, choose
 from llmslim.checkpoint.head import write_headed
 from llmslim.checkpoint.reader import CheckpointReader, plain_config, read_edits
@@ -213,7 +214,7 @@ def prepare(
     def form_of(edits: list[Edit]) -> Format:
         return choose(recipe.format, [*before, *edits], origin, stored)
 
-    steps, outlook, chosen = _resolved(recipe.steps, Foresight(reader_model, (), form_of, stored))
+    steps, students, outlook, chosen = _resolved(recipe.steps, Foresight(reader_model, (), form_of, stored))
     recipe = recipe.model_copy(update={"steps": steps})
     form = form_of(list(outlook.edits))
     text = None
@@ -229,7 +230,7 @@ def prepare(
         stored,
         files,
     )
-    check_training(recipe.steps, files, text)
+    check_training(recipe.steps, files, text, students)
     if recipe.evaluation is not None:
         _check_length(recipe.evaluation.seq_len, files)
     streams = reader.streams if reader else True
@@ -239,15 +240,20 @@ def prepare(
 
 def _resolved(
     steps: Sequence[Step], outlook: Foresight
-) -> tuple[tuple[Step, ...], Foresight, tuple[str, ...]]:
-    """The steps that run, what they leave, and what was chosen; each sees what those before it leave of the model."""
+) -> tuple[tuple[Step, ...], list[Anatomy], Foresight, tuple[str, ...]]:
+    """The steps that run, what each starts from, what they leave, and what was chosen.
+
+    Each sees what those before it leave of the model.
+    """
     settled: list[Step] = []
+    fronts: list[Anatomy] = []
     chosen: list[str] = []
     for asked in steps:
         running, told = asked.resolve(outlook)
         chosen += [told] if told else []
         for step in running:
             step.check(outlook.anatomy)
+            fronts.append(outlook.anatomy)
             if settled and isinstance(settled[-1], BlockStep) and settled[-1].writes_beside:
                 raise UserError(
                     f"{settled[-1].kind} keeps its adapter beside the model, which {step.kind} would lose: make it the "
@@ -255,7 +261,7 @@ def _resolved(
                 )
             outlook = outlook.after(step.planned_edits(outlook.anatomy))
             settled.append(step)
-    return tuple(settled), outlook, tuple(chosen)
+    return tuple(settled), fronts, outlook, tuple(chosen)
 
 
 def run_step(

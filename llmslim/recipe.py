@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
-from llmslim.errors import UserError
-from llmslim.step import Step, build_step, explain, nearest
+from llmslim.errors import UserError, nearest
+from llmslim.step import Step, build_step, explain
 
 
 class Calibration(BaseModel):

@@ -8,11 +8,10 @@ from typing import Any
 from torch import nn
 
 from llmslim.anatomy import Anatomy
-from llmslim.checkpoint.formats import Packed
+from llmslim.anatomy.parts import is_packed
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.loaders.models import ModelFiles, skeleton
 from llmslim.loaders.safetensors_io import DTYPE_BYTES
-from llmslim.quantization.bnb_linear import BnbLinear
 from llmslim.ties import counterpart, shared_modules
 
 
@@ -87,15 +86,13 @@ def counts(model: nn.Module) -> dict[str, int]:
     for name, module in model.named_modules():
         follows = counterpart(name, shared) is not None
         for leaf, parameter in module._parameters.items():
-            if parameter is None or (
-                isinstance(module, Packed | BnbLinear) and leaf not in ("weight_packed", "weight", "bias")
-            ):
+            if parameter is None or (is_packed(module) and leaf not in ("weight_packed", "weight", "bias")):
                 continue
             size = (
-                math.prod(module.shape)
-                if isinstance(module, Packed | BnbLinear) and leaf != "bias"
+                math.prod(module.shape)  # type: ignore[arg-type]
+                if is_packed(module) and leaf != "bias"
                 else parameter.numel()
-            )  # type: ignore[arg-type]
+            )
             tied, borrowed = id(parameter) in seen, follows and leaf != "bias"
             seen.add(id(parameter))
             effective += 0 if tied and not borrowed else size

@@ -6,7 +6,6 @@ weight and the statistics of its inputs). Override the narrowest rung.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from llmslim.anatomy import Anatomy, Block
 from llmslim.edit import DropBlocks, Edit
-from llmslim.errors import UserError
+from llmslim.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -319,9 +318,3 @@ def explain(error: ValidationError, what: str, cls: type[BaseModel]) -> str:
         return f"Unknown option {key!r} for {what}{nearest(key, cls.model_fields)}; it takes {known}."
     message = detail["msg"].removeprefix("Value error, ")
     return f"{what}: {key} = {detail['input']!r}: {message}." if key else f"{what}: {message}."
-
-
-def nearest(word: str, known: Any) -> str:
-    """', did you mean X?' when something known is close to the word."""
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f", did you mean {close[0]!r}?" if close else ""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from llmslim.anatomy import Anatomy
+from llmslim.checkpoint.reader import plain_config, read_edits
+from llmslim.edit import replay
 from llmslim.errors import UserError
-from llmslim.loaders.models import ModelFiles, find
+from llmslim.loaders.models import ModelFiles, find, skeleton
 from llmslim.loaders.texts import TextSample
 from llmslim.step import Step
 from llmslim.training.step import TrainStep
@@ -34,8 +37,13 @@ def teacher_files(spec: str, base: ModelFiles, otherwise: str = "") -> ModelFile
         ) from error
 
 
-def check_training(steps: Sequence[Step], files: ModelFiles, text: TextSample | None) -> None:
+def check_training(
+    steps: Sequence[Step], files: ModelFiles, text: TextSample | None, students: Sequence[Anatomy]
+) -> None:
     """Refuse teachers and texts that steps which train cannot learn from.
+
+    Args:
+        students: what stands in front of each step, on meta.
 
     Raises:
         UserError: in one sentence.
@@ -60,3 +68,6 @@ def check_training(steps: Sequence[Step], files: ModelFiles, text: TextSample | 
                 "a teacher must have the same tokens."
             )
         step.check_teacher(teacher.config, teacher.spec)
+        model = skeleton(plain_config(teacher))
+        replay(model, read_edits(teacher)[1])
+        step.check_pair(students[number], Anatomy(model))

@@ -376,15 +376,15 @@ def test_fields_that_cannot_be(cls: Any, fields: dict[str, Any], message: str) -
         cls(**fields)
 
 
-def test_what_only_the_teacher_shows_is_refused_before_training(
+def test_what_only_the_teacher_shows_is_refused_before_weights_are_read(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     student, teacher = str(folders["llama"]), str(folders["llama student"])
     with pytest.raises(UserError, match="3 blocks and the teacher 2"):
-        compress(student, [Features(teacher=teacher, **FAST)], tmp_path / "a", **QUICK)
+        prepare(student, Recipe(steps=(Features(teacher=teacher, **FAST),), **QUICK))
     with pytest.raises(UserError, match="a divisor of 16 does"):
         step = Features(teacher=teacher, hidden=0, relation_heads=32, **FAST)
-        compress(student, [step], tmp_path / "b", **QUICK)
+        prepare(student, Recipe(steps=(step,), **QUICK))
     few = {**QUICK, "calibration": Calibration(num_samples=2, seq_len=32)}
     with pytest.raises(UserError, match="between 3 windows or more, and the text gives 2"):
         compress(student, [Relations(teacher=teacher, **FAST)], tmp_path / "c", **few)

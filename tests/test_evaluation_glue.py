@@ -142,3 +142,8 @@ def test_what_cannot_be_scored_is_refused(
 def test_a_model_without_a_head_is_refused(data: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="LlamaForCausalLM has none; `llmslim finetune` makes one"):
         evaluate_glue(str(save_tiny("llama", tmp_path)), ["sst2"], data=data)
+
+
+def test_data_are_looked_for_before_the_model() -> None:
+    with pytest.raises(UserError, match="No GLUE data for sst2"):
+        evaluate_glue("no/such-model", ["sst2"], data="nowhere")

@@ -222,6 +222,16 @@ def test_a_fitting_head_is_kept(teacher: Path, data: str, tmp_path: Path) -> Non
     assert lines and lines[0]["method"] == "finetune"
 
 
+def test_the_report_has_the_scores_on_the_task(teacher: Path, data: str, tmp_path: Path) -> None:
+    step = Finetune(glue="sst2", data=data, max_steps=1, lr=1e-12)
+    result = compress(str(teacher), [step], tmp_path / "out", evaluation={"speed": False})
+    found = result.report["glue"]["tasks"]["sst2"]["metrics"]["accuracy"]
+    assert found["value"] == pytest.approx(accuracy(tmp_path / "out", data))
+    assert found["low"] <= found["value"] <= found["high"]
+    assert "sst2 accuracy" in (tmp_path / "out/README.md").read_text()
+    assert json.loads((tmp_path / "out/report.json").read_text())["glue"] == result.report["glue"]
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [

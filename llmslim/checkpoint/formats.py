@@ -17,14 +17,13 @@ from transformers import PreTrainedModel
 
 from llmslim.checkpoint.plain import absorb
 from llmslim.edit import Edit
-from llmslim.errors import UserError
+from llmslim.errors import UserError, nearest
 from llmslim.loaders.models import skeleton
 from llmslim.quantization.bnb_linear import BnbLinear
 from llmslim.quantization.edits import PackLinear
 from llmslim.quantization.grid import QuantizedWeight, Scheme
 from llmslim.quantization.packed import PackedEmbedding, PackedLinear
 from llmslim.sparse import SparseLinear, SparseWeight
-from llmslim.step import nearest
 
 Packed = PackedLinear | PackedEmbedding
 Compact = Packed | SparseLinear | BnbLinear

@@ -14,7 +14,7 @@ import torch
 from llmslim.checkpoint.load import load_model
 from llmslim.errors import UserError
 from llmslim.evaluation.run import resolve_dtype
-from llmslim.loaders.glue import DATASET, Sentences, Task, pad_token, task_of, task_rows
+from llmslim.loaders.glue import DATASET, Sentences, Task, pad_token, require_data, task_of, task_rows
 from llmslim.loaders.heads import inputs_of, label_columns, require_head
 from llmslim.loaders.models import default_device, find
 
@@ -186,6 +186,8 @@ def evaluate_glue(
         raise UserError(f"subset {subset} is too few: it takes at least 1 example.")
     if importlib.util.find_spec("sklearn") is None or importlib.util.find_spec("scipy") is None:
         raise UserError("GLUE's metrics need scikit-learn and scipy: pip install 'llmslim[glue]'.")
+    for task in chosen:
+        require_data(task, data)
     files = find(model, revision)
     for task in chosen:
         require_head(files.config, task, files.spec)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmslim.errors import UserError
+from llmslim.errors import UserError, nearest
 from llmslim.loaders.rows import records
 
 DATASET = "nyu-mll/glue"
@@ -63,12 +63,8 @@ TASKS = {
 
 def task_of(name: str) -> Task:
     """The task of that name, or a UserError that suggests the nearest."""
-    import difflib
-
     if name not in TASKS:
-        close = difflib.get_close_matches(name, TASKS, 1)
-        hint = f", did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"Unknown GLUE task {name!r}{hint}; there are {', '.join(TASKS)}.")
+        raise UserError(f"Unknown GLUE task {name!r}{nearest(name, TASKS)}; there are {', '.join(TASKS)}.")
     return TASKS[name]
 
 

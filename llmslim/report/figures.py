@@ -21,7 +21,21 @@ class Row:
 
 def rows(report: dict[str, Any]) -> list[Row]:
     """The measured figures that the report has; what was skipped is in `skipped`."""
-    return [*_sizes(report["size"]), *_quality(_measured(report["quality"])), *_speeds(report["speed"])]
+    quality = [*_quality(_measured(report["quality"])), *_glue(_measured(report.get("glue")))]
+    return [*_sizes(report["size"]), *quality, *_speeds(report["speed"])]
+
+
+def _glue(scores: dict[str, Any]) -> list[Row]:
+    """Metrics of the result in percent, with 95 % intervals."""
+    return [
+        Row(
+            f"{task} {metric.replace('_', ' ')}",
+            "",
+            f"{100 * found['value']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]",
+        )
+        for task, record in scores.get("tasks", {}).items()
+        for metric, found in record["metrics"].items()
+    ]
 
 
 def what_was_done(report: dict[str, Any]) -> str:
@@ -84,6 +98,8 @@ def skipped(report: dict[str, Any]) -> list[str]:
             reasons.append(f"{title} was not measured: it was switched off")
         elif "skipped" in record:
             reasons.append(f"{title} was not measured: {record['skipped']}")
+    if "skipped" in (report.get("glue") or {}):
+        reasons.append(f"GLUE was not measured: {report['glue']['skipped'].rstrip('.')}")
     for side in ("base", "result"):
         record = (report["speed"] or {}).get(side, {})
         if "skipped" in record:

@@ -52,6 +52,13 @@ class InsideFields(BaseModel):
         description="parts that queries, keys and values are split into; the teacher's KV heads when not given",
     )
 
+    def check_pair(self, student: Anatomy, teacher: Anatomy) -> None:
+        """Refuse two models whose blocks or heads cannot be paired; on meta."""
+        if self.hidden:
+            self._mapped(len(student.blocks), len(teacher.blocks))
+        if self.attention:
+            self.heads([student.blocks[-1].attention, teacher.blocks[-1].attention])
+
     def comparison(
         self, student: PreTrainedModel, teacher: PreTrainedModel, sample: Inputs, mask: Tensor | None = None
     ) -> Comparison:

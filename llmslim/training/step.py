@@ -128,6 +128,9 @@ class TrainStep(PlacingStep):
     def check_teacher(self, config: PreTrainedConfig, spec: str) -> None:
         """Refuse a teacher, of that spec, that the step cannot learn from; by its config."""
 
+    def check_pair(self, student: Anatomy, teacher: Anatomy) -> None:
+        """Refuse a teacher that this student cannot learn from, by their shapes; on meta."""
+
     @abstractmethod
     def training(self, model: PreTrainedModel) -> AbstractContextManager[tuple[list[nn.Parameter], Finish]]:
         """Bring a loaded float32 model into the shape in which it trains.
