@@ -188,6 +188,14 @@ def test_the_cost_is_told_with_its_interval() -> None:
     assert answers(report)[2].good is False and "it broke" in answers(report)[2].lines
 
 
+def test_the_line_of_the_best_claims_nothing_between_them() -> None:
+    falling = scatter([Point(1, 5, "a"), Point(2, 3, "b")], "bytes", "loss", [0, 1])
+    rising = scatter([Point(1, 3, "a"), Point(2, 5, "b")], "speed", "loss", [0, 1])
+    assert re.search(r'frontier" d="M[\d. ]+H[\d.]+V', falling) and re.search(
+        r'frontier" d="M[\d. ]+V[\d.]+H', rising
+    )
+
+
 def test_columns_go_up_and_down_from_zero() -> None:
     drawing = columns(["a", "b", "c"], [2.0, -1.0, float("nan")], "x", "y")
     rects = re.findall(r'y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', drawing)
@@ -220,7 +228,7 @@ def test_compare_runs(runs: dict[str, Path], tmp_path: Path, capsys: pytest.Capt
     page = tmp_path / "compared.html"
     assert cli.main(["compare", str(runs["4bit"]), str(runs["8bit"]), "--html", str(page)]) == 0
     out = capsys.readouterr().out
-    assert "4bit *" in out and "perplexity" in out and "A base" in out
+    assert "4bit\u00a0*" in out and "perplexity" in out and "A base" in out
     found = Elements(page.read_text())
     assert "8bit" in found.text and [tag for tag, _ in found.tags].count("svg") == 1  # no speed was measured
     result = compare([runs["4bit"], runs["8bit"]])
