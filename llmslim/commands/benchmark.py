@@ -40,7 +40,9 @@ def run(options: dict[str, Any]) -> None:
     from llmslim.progress import progress_for
 
     check_save(options)
-    given: dict[str, Any] = {name: options[name] for name in ("new_tokens", "repeats", "dtype") if name in options}
+    given: dict[str, Any] = {
+        name: options[name] for name in ("new_tokens", "repeats", "dtype") if name in options
+    }
     given |= {name: _numbers(options[name], name) for name in ("batches", "lengths") if name in options}
     with progress_for() as progress:
         record = compare_speed(

@@ -105,10 +105,16 @@ def lengths(report: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = []
     for name, row in (record["comparison"] or {}).items():
         sides = [record[side]["figures"][name]["median"] for side in ("base", "model")]
-        scale, unit = (1e6, " MB") if name == "bytes_on_disk" else (1, "")
-        told = [f"{value / scale:,.1f}{unit}" for value in sides]
+        scale = 1e6 if name == "bytes_on_disk" else 1
+        told = [f"{value / scale:,.1f}{_unit(name)}" for value in sides]
         rows.append((label(name), *told, "within noise" if row["within_noise"] else f"{row['ratio']:.2f}x"))
     return rows
+
+
+def _unit(name: str) -> str:
+    """Of a figure of `evaluation.speed`; rates are tokens per second."""
+    named = {"bytes_on_disk": " MB", "peak_memory_mb": " MB", "load_seconds": " s"}
+    return named.get(name, " ms" if "_ms_" in name else "/s")
 
 
 def skipped(report: dict[str, Any]) -> list[str]:

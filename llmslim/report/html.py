@@ -83,7 +83,10 @@ def _scores(report: dict[str, Any]) -> list[str]:
 
 def _lengths(report: dict[str, Any]) -> list[str]:
     rows = figures.lengths(report)
-    told = f"{report['benchmark']['verdict']}. Medians of fresh processes in turns." if rows else ""
+    verdict = report["benchmark"]["verdict"].rstrip(".") if rows else ""
+    told = (
+        f"In one sentence: {verdict}. Medians of fresh processes in turns; speeds in tokens." if rows else ""
+    )
     return [table(figures.SPEED_HEADINGS, rows, (1, 2, 3)), paragraph(told, "dim")]
 
 
