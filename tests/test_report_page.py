@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,14 @@ def test_the_cost_is_told_with_its_interval() -> None:
     assert answers(report)[2].good is False and "it broke" in answers(report)[2].lines
 
 
+def test_the_line_of_the_best_claims_nothing_between_them() -> None:
+    falling = scatter([Point(1, 5, "a"), Point(2, 3, "b")], "bytes", "loss", [0, 1])
+    rising = scatter([Point(1, 3, "a"), Point(2, 5, "b")], "speed", "loss", [0, 1])
+    assert re.search(r'frontier" d="M[\d. ]+H[\d.]+V', falling) and re.search(
+        r'frontier" d="M[\d. ]+V[\d.]+H', rising
+    )
+
+
 def test_columns_go_up_and_down_from_zero() -> None:
     drawing = columns(["a", "b", "c"], [2.0, -1.0, float("nan")], "x", "y")
     rects = re.findall(r'y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', drawing)
@@ -220,7 +229,7 @@ def test_compare_runs(runs: dict[str, Path], tmp_path: Path, capsys: pytest.Capt
     page = tmp_path / "compared.html"
     assert cli.main(["compare", str(runs["4bit"]), str(runs["8bit"]), "--html", str(page)]) == 0
     out = capsys.readouterr().out
-    assert "4bit *" in out and "perplexity" in out and "A base" in out
+    assert "4bit\u00a0*" in out and "perplexity" in out and "A base" in out
     found = Elements(page.read_text())
     assert "8bit" in found.text and [tag for tag, _ in found.tags].count("svg") == 1  # no speed was measured
     result = compare([runs["4bit"], runs["8bit"]])
@@ -281,3 +290,66 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
     other = written(tmp_path / "other", full_report())
     assert cli.main(["compare", str(good), str(other), "--html", str(tmp_path / "no/x.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+# --- figures measured later ---------------------------------------------------------------------------------
+
+
+def task_figures() -> dict[str, Any]:
+    """As `evaluate_tasks` gives them with a base."""
+    acc = {
+        "value": 0.5,
+        "stderr": 0.05,
+        "base": 0.6,
+        "base_stderr": 0.05,
+        "difference": -0.1,
+        "difference_stderr": 0.02,
+        "verdict": "-10.0 ± 2.0 points",
+    }
+    record = {"questions": 100, "total": 570, "main": "acc", "metrics": {"acc": acc}}
+    return {"tasks": {"arc_easy": record}, "verdict": "worse on arc_easy", "protocol": "0-shot, lm-eval"}
+
+
+def speed_figures() -> dict[str, Any]:
+    """As `compare_speed` gives them with a base."""
+    sides = {
+        side: {"figures": {"decode_b1_p32": {"median": value}, "bytes_on_disk": {"median": 1e6 * value}}}
+        for side, value in (("model", 20.0), ("base", 10.0))
+    }
+    comparison = {
+        "decode_b1_p32": {"ratio": 2.0, "within_noise": False},
+        "bytes_on_disk": {"ratio": 2.0, "within_noise": True},
+    }
+    return {**sides, "comparison": comparison, "verdict": "decoding is 2.00x the base's"}
+
+
+def test_figures_measured_later_are_kept(runs: dict[str, Path], tmp_path: Path) -> None:
+    from llmslim.hub import push
+    from llmslim.report.card import add_to_report
+
+    folder = Path(shutil.copytree(runs["4bit"], tmp_path / "run"))
+    add_to_report(folder, "tasks", task_figures())
+    add_to_report(folder, "benchmark", speed_figures())
+    report = read_report(folder)
+    assert report["tasks"] == task_figures() and report["details"] == read_report(runs["4bit"])["details"]
+    text = Elements((folder / "report.html").read_text()).text.replace("\u00a0", " ")
+    for words in ("arc_easy (acc)", "0.600 ± 0.050", "-10.0 ± 2.0 points", "On tasks: worse on arc_easy."):
+        assert words in text
+    for words in ("decode, batch 1, prompt 32", "2.00x", "within noise", "20.0 MB"):
+        assert words in text
+    assert "## Scores on tasks" in (folder / "report.md").read_text()
+    push(folder, "ann/run", dry_run=True)  # still what was verified
+
+
+@pytest.mark.parametrize("words", [["evaluate", "--tasks", "arc_easy"], ["benchmark"]], ids=" ".join)
+def test_what_cannot_be_kept(
+    words: list[str], runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for model, more, told in (
+        (runs["base"], ["--base", str(runs["base"])], "is no run"),
+        (runs["4bit"], [], "name it with --base"),
+    ):
+        assert cli.main([words[0], str(model), *words[1:], *more, "--save"]) == 2
+        assert told in capsys.readouterr().err
+    assert cli.main(["evaluate", str(runs["4bit"]), "--save"]) == 2
+    assert "--save is about" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from llmslim.commands.common import add_model, show
+from llmslim.commands.common import add_model, add_save, check_save, saved, show
 from llmslim.flags import Parser
 
 
@@ -30,6 +30,7 @@ def parser(prog: str) -> Parser:
     made.add_argument(
         "--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: what is fast here)"
     )
+    add_save(made)
     made.add_argument("--json", action="store_true", help="JSON on stdout, and nothing else")
     return made
 
@@ -38,6 +39,7 @@ def run(options: dict[str, Any]) -> None:
     from llmslim.evaluation.speed import Settings, compare_speed
     from llmslim.progress import progress_for
 
+    check_save(options)
     given: dict[str, Any] = {
         name: options[name] for name in ("new_tokens", "repeats", "dtype") if name in options
     }
@@ -51,6 +53,7 @@ def run(options: dict[str, Any]) -> None:
             revision=options.get("revision"),
             progress=lambda done, total: progress("benchmark", done, total),
         )
+    saved(options, "benchmark", record)
     if options.get("json"):
         print(json.dumps(record, indent=2))
     else:

@@ -53,6 +53,43 @@ def device_of(options: dict[str, Any]) -> torch.device:
     return device
 
 
+def add_save(parser: Any) -> None:
+    parser.add_argument(
+        "--save",
+        action="store_true",
+        help="keep the figures in the report of MODEL, the output of a run; with --base",
+    )
+
+
+def check_save(options: dict[str, Any]) -> None:
+    """Before measuring: whether there is a report to keep figures in, and a base to compare with.
+
+    Raises:
+        UserError: there is not.
+    """
+    if not options.get("save"):
+        return
+    from pathlib import Path
+
+    from llmslim.report.schema import read_report
+
+    read_report(Path(options["model"]))
+    if "base" not in options:
+        raise UserError("--save keeps figures beside those of a base: name it with --base.")
+
+
+def saved(options: dict[str, Any], name: str, record: dict[str, Any]) -> None:
+    """Keep figures in the report if that was asked for."""
+    if not options.get("save"):
+        return
+    from pathlib import Path
+
+    from llmslim.report.card import add_to_report
+
+    add_to_report(Path(options["model"]), name, record)
+    print(f"Kept in {options['model']}/report.html (.md, .json).", file=sys.stderr)
+
+
 def show(renderable: Any, *, to_stderr: bool = False) -> None:
     """Print a rich table or text; 100 columns where there is no terminal."""
     from rich.console import Console

@@ -38,7 +38,8 @@ def run(options: dict[str, Any]) -> None:
         raise UserError(f"The page {page} cannot be written: give a .html file in a folder that is there.")
     grid = Table(box=None, pad_edge=False)
     for number, heading in enumerate(HEADINGS):
-        grid.add_column(heading, justify="left" if number < 2 else "right", overflow="fold")
+        words = number in (0, len(HEADINGS) - 1)
+        grid.add_column(heading, justify="left" if words else "right", no_wrap=not words, overflow="fold")
     for index, line in enumerate(found.runs):
         grid.add_row(*map(escape, line.cells(index in found.best)))
     show(grid)

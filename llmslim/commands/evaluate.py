@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from llmslim.commands.common import add_device, add_model, device_of, show
+from llmslim.commands.common import add_device, add_model, add_save, check_save, device_of, saved, show
 from llmslim.flags import Parser, add_field
 
 KINDS = {  # what is measured, by the flag that asks for it; perplexity when none does
@@ -26,6 +26,7 @@ ALONE = {  # which kinds a flag is for
     "num_fewshot": ("tasks",),
     "chat_template": ("tasks",),
     "batch_size": ("tasks",),
+    "save": ("tasks",),
 }
 
 
@@ -96,6 +97,7 @@ def parser(prog: str) -> Parser:
     lm.add_argument(
         "--batch-size", type=int, metavar="N", help="sequences at a time (default: what fits into memory)"
     )
+    add_save(lm)
     glue = made.add_argument_group("scores of a classifier on GLUE")
     glue.add_argument(
         "--glue", metavar="TASK,...", help="of cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli"
@@ -142,6 +144,7 @@ def _run_tasks(options: dict[str, Any]) -> None:
     from llmslim.evaluation.lm import evaluate_tasks
     from llmslim.progress import progress_for
 
+    check_save(options)
     given = {name: options[name] for name in ("limit", "num_fewshot", "batch_size") if name in options}
     with progress_for() as progress:
         figures = evaluate_tasks(
@@ -157,6 +160,7 @@ def _run_tasks(options: dict[str, Any]) -> None:
             progress=progress,
             **given,
         )
+    saved(options, "tasks", figures)
     if options.get("json"):
         print(json.dumps(figures, indent=2))
     else:

@@ -91,6 +91,8 @@ def _cost(report: dict[str, Any]) -> Answer:
         f"KL from the base {interval(quality['kl'], 4)} nats per token.",
         f"The likeliest token is the base's at {interval(quality['top1_agreement'], 1, 100.0, ' %')} of positions.",
     ]
+    if scores := (report.get("tasks") or {}).get("verdict"):
+        lines.append(f"On tasks: {scores.rstrip('.')}.")
     if sure and low <= 0 <= high:
         telling = high < TELLING
         short = "no measurable loss" if telling else "too few windows to tell"

@@ -14,7 +14,9 @@ from llmslim.report import figures
 from llmslim.report.html import report_page
 from llmslim.report.index import model_index
 from llmslim.report.markdown import report_markdown
+from llmslim.report.schema import SCHEMA_VERSION, read_report
 from llmslim.report.waterfall import steps_plot
+from llmslim.work import write_atomically
 
 if TYPE_CHECKING:
     from llmslim.loaders.models import ModelFiles
@@ -41,6 +43,21 @@ def write_report(folder: Path, report: dict[str, Any], base_files: ModelFiles) -
     config = json.loads((folder / "config.json").read_text("utf-8"))
     card = model_card(report, config, _license(base_files.folder), picture)
     (folder / "README.md").write_text(card, "utf-8")
+    _write_pages(folder, report, picture)
+
+
+def add_to_report(folder: Path, name: str, record: dict[str, Any]) -> None:
+    """Keep what was measured later ("tasks" or "benchmark") in the report of a run, in all its forms but the card.
+
+    Raises:
+        UserError: the folder is no run.
+    """
+    report = {**read_report(folder), name: record, "schema_version": SCHEMA_VERSION}
+    write_atomically(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    _write_pages(folder, report, "steps.svg" if (folder / "steps.svg").is_file() else None)
+
+
+def _write_pages(folder: Path, report: dict[str, Any], picture: str | None) -> None:
     title = f"{Path(report['base']['model']).name}, {figures.what_was_done(report)}"
     shared = [
         _measurements(report),

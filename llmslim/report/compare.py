@@ -14,17 +14,7 @@ from llmslim.report.page import figure, listed, page, paragraph, section, table
 from llmslim.report.schema import read_report
 from llmslim.report.svg import Point, scatter
 
-HEADINGS = (
-    "run",
-    "made by",
-    "MB on disk",
-    "bits/weight",
-    "perplexity",
-    "KL",
-    "top-1, %",
-    "decode tok/s",
-    "prefill tok/s",
-)
+HEADINGS = ("run", "MB", "bits", "perplexity", "KL", "top-1, %", "decode/s", "prefill/s", "made by")
 WIDE = 10.0  # perplexities that differ so many times are drawn on a logarithmic scale
 
 
@@ -48,8 +38,7 @@ class Run:
         spread = "" if self.perplexity_stderr is None else f" ± {self.perplexity_stderr:.2f}"
         agreement = None if self.agreement is None else 100 * self.agreement
         return (
-            f"{self.name} *" if best else self.name,
-            self.made_by,
+            f"{self.name}\u00a0*" if best else self.name,
             f"{self.bytes / 1e6:,.1f}",
             f"{self.bits:.2f}",
             "-" if self.perplexity is None else f"{self.perplexity:,.2f}{spread}",
@@ -57,6 +46,7 @@ class Run:
             _or_dash(agreement, ".1f"),
             _or_dash(self.decode, ".1f"),
             _or_dash(self.prefill, ".1f"),
+            self.made_by,
         )
 
 
@@ -159,13 +149,18 @@ def comparison_page(comparison: Comparison) -> str:
         _picture(runs, [run.bytes / 1e6 for run in runs], "MB on disk", more_is_better=False),
         _picture(runs, [run.decode for run in runs], "decode, tokens/s", more_is_better=True),
     ]
-    told = "* no other has both fewer bytes and a lower perplexity. ± is the standard error over windows."
+    told = (
+        "* no other has both fewer bytes and a lower perplexity. MB on disk, bits per weight, tokens per second; ± is "
+        "the standard error over windows."
+    )
     return page(
         "Runs compared",
         [
             "<h1>Runs compared</h1>",
             f'<div class="figures">{"".join(pictures)}</div>',
-            section("Side by side", table(HEADINGS, rows, range(2, len(HEADINGS))), paragraph(told, "dim")),
+            section(
+                "Side by side", table(HEADINGS, rows, range(1, len(HEADINGS) - 1)), paragraph(told, "dim")
+            ),
             section("Not alike", listed(comparison.caveats)),
         ],
     )

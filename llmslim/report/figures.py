@@ -89,6 +89,48 @@ def steps(report: dict[str, Any]) -> list[StepLine]:
     return lines
 
 
+TASK_HEADINGS = ("task", "questions", "base", "result", "difference")
+
+
+def tasks(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The chief metric of each task of lm-eval, by `TASK_HEADINGS`, if scores were kept (`evaluate --save`)."""
+    rows = []
+    for name, record in ((report.get("tasks") or {}).get("tasks") or {}).items():
+        found = record["metrics"][record["main"]]
+        sides = ((found["base"], found["base_stderr"]), (found["value"], found["stderr"]))
+        told = [
+            f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}" for value, stderr in sides
+        ]
+        gap = found.get("verdict") or f"{found['difference']:+.3f}"
+        rows.append((f"{name} ({record['main']})", f"{record.get('questions', '')}", *told, gap))
+    return rows
+
+
+SPEED_HEADINGS = ("", "base", "result", "ratio")
+
+
+def lengths(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Speed and memory by batch and length, by `SPEED_HEADINGS`, if they were kept (`benchmark --save`)."""
+    record = report.get("benchmark") or {}
+    if not record:
+        return []
+    from llmslim.evaluation.speed import label
+
+    rows = []
+    for name, row in (record["comparison"] or {}).items():
+        sides = [record[side]["figures"][name]["median"] for side in ("base", "model")]
+        scale = 1e6 if name == "bytes_on_disk" else 1
+        told = [f"{value / scale:,.1f}{_unit(name)}" for value in sides]
+        rows.append((label(name), *told, "within noise" if row["within_noise"] else f"{row['ratio']:.2f}x"))
+    return rows
+
+
+def _unit(name: str) -> str:
+    """Of a figure of `evaluation.speed`; rates are tokens per second."""
+    named = {"bytes_on_disk": " MB", "peak_memory_mb": " MB", "load_seconds": " s"}
+    return named.get(name, " ms" if "_ms_" in name else "/s")
+
+
 def skipped(report: dict[str, Any]) -> list[str]:
     """What was not measured, and why."""
     reasons = []

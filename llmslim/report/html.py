@@ -35,6 +35,8 @@ def report_page(report: dict[str, Any], command: str) -> str:
             "</header>",
             f'<div class="cards">{"".join(map(_card, answers(report)))}</div>',
             section("Before and after", _before_and_after(report)),
+            section("Scores on tasks", *_scores(report)),
+            section("Speed by batch and length", *_lengths(report)),
             section("What each step left", _steps(report)),
             section("Where quality is lost", _positions(details), _domains(details)),
             section("The most damaged tokens", _tokens(details)),
@@ -67,6 +69,25 @@ def _before_and_after(report: dict[str, Any]) -> str:
 def _steps(report: dict[str, Any]) -> str:
     rows = [(line.label, *line.cells) for line in figures.steps(report)]
     return table(("", *figures.STEP_HEADINGS), rows, (1, 2, 3))
+
+
+def _scores(report: dict[str, Any]) -> list[str]:
+    rows = figures.tasks(report)
+    told = (
+        f"{report['tasks']['protocol']}. ± is the standard error; differences are paired by question."
+        if rows
+        else ""
+    )
+    return [table(figures.TASK_HEADINGS, rows, (1, 2, 3)), paragraph(told, "dim")]
+
+
+def _lengths(report: dict[str, Any]) -> list[str]:
+    rows = figures.lengths(report)
+    verdict = report["benchmark"]["verdict"].rstrip(".") if rows else ""
+    told = (
+        f"In one sentence: {verdict}. Medians of fresh processes in turns; speeds in tokens." if rows else ""
+    )
+    return [table(figures.SPEED_HEADINGS, rows, (1, 2, 3)), paragraph(told, "dim")]
 
 
 def _positions(details: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llmslim.report import figures
 from llmslim.report.answers import answers, blocks, interval
 from llmslim.report.html import samples, visible
 
@@ -51,6 +52,8 @@ def _details(report: dict[str, Any]) -> list[str]:
         for name in {**before, **parts}
     ]
     return [
+        _table("Scores on tasks", figures.TASK_HEADINGS, figures.tasks(report)),
+        _table("Speed by batch and length", figures.SPEED_HEADINGS, figures.lengths(report)),
         _table("KL by position", ("tokens in front", "KL, nats", "rise of the loss"), positions),
         _table("KL by text", ("text", "windows", "KL, nats", "same likeliest token, %"), domains),
         _table(

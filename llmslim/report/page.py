@@ -40,8 +40,9 @@ code{font:.88em ui-monospace,monospace}
 @media (max-width:34rem){th,td{padding:.28rem .25rem}table{font-size:.8rem}}
 @media print{:root{--ink:#000;--dim:#444;--paper:#fff;--card:#f4f4f4;--line:#bbb;--c0:#3a6ea5;--c1:#c8772e;--c2:#4f8f5b;
 --c3:#a04a7f;--good:#1a7f37;--bad:#b3261e}body{font-size:10.5pt;max-width:none;padding:0}
-*{print-color-adjust:exact;-webkit-print-color-adjust:exact}section,figure,tr,.card,.pair{break-inside:avoid}
-h2{break-after:avoid}.scroll{overflow:visible}}
+*{print-color-adjust:exact;-webkit-print-color-adjust:exact}figure,tr,.card,.pair{break-inside:avoid}
+h2{break-after:avoid}.scroll{overflow:visible}
+.cards{grid-template-columns:repeat(3,1fr)}.card .big{font-size:1.25rem}}
 """
 
 

@@ -66,7 +66,9 @@ def scatter(
     marks = _y_axis(low_y, high_y, y_title, log_y)
     path = [at(points[index]) for index in frontier if points[index] in shown]
     if len(path) > 1:
-        steps = f"M{path[0][0]:.1f} {path[0][1]:.1f}" + "".join(f"H{x:.1f}V{y:.1f}" for x, y in path[1:])
+        # between two points the worse y holds: that of the left one where y falls to the right, else the right one's
+        corner = "H{0:.1f}V{1:.1f}" if path[-1][1] > path[0][1] else "V{1:.1f}H{0:.1f}"
+        steps = f"M{path[0][0]:.1f} {path[0][1]:.1f}" + "".join(corner.format(x, y) for x, y in path[1:])
         marks.append(f'<path class="frontier" d="{steps}"/>')
     taken: list[tuple[float, float]] = []
     for point in shown:
