@@ -36,6 +36,13 @@ class Evaluation(BaseModel):
     seq_len: int = Field(512, ge=2, description="tokens per window")
     join: str = Field("", description="what stands between the rows of the text")
     speed: bool = Field(True, description="measure decode and prefill speed and memory of base and result")
+    tasks: tuple[str, ...] = Field(
+        (), description="tasks of lm-eval for base and result, such as [arc_easy, piqa]"
+    )
+    tasks_limit: int | None = Field(None, ge=1, description="the first questions of each task; all when null")
+    tasks_data: str = Field(
+        "", description="folder of their data sets in the Hub's layout; the Hub when empty"
+    )
     steps: bool = Field(
         False, description="measure what each step of the recipe leaves, too, and draw steps.svg"
     )

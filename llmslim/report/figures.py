@@ -21,7 +21,18 @@ class Row:
 
 def rows(report: dict[str, Any]) -> list[Row]:
     """The measured figures that the report has; what was skipped is in `skipped`."""
-    return [*_sizes(report["size"]), *_quality(_measured(report["quality"])), *_speeds(report["speed"])]
+    quality, tasks = _quality(_measured(report["quality"])), _tasks(_measured(report.get("tasks")))
+    return [*_sizes(report["size"]), *quality, *tasks, *_speeds(report["speed"])]
+
+
+def _tasks(record: dict[str, Any]) -> list[Row]:
+    """The main metric of each task, and the paired difference in words."""
+    found = {name: task["metrics"].get(task["main"]) for name, task in record.get("tasks", {}).items()}
+    return [
+        Row(name, f"{main['base']:.3f}", f"{main['value']:.3f}", main.get("verdict", ""))
+        for name, main in found.items()
+        if main
+    ]
 
 
 def what_was_done(report: dict[str, Any]) -> str:
@@ -84,6 +95,8 @@ def skipped(report: dict[str, Any]) -> list[str]:
             reasons.append(f"{title} was not measured: it was switched off")
         elif "skipped" in record:
             reasons.append(f"{title} was not measured: {record['skipped']}")
+    if "skipped" in (report.get("tasks") or {}):
+        reasons.append(f"tasks were not measured: {report['tasks']['skipped']}")
     for side in ("base", "result"):
         record = (report["speed"] or {}).get(side, {})
         if "skipped" in record:
