@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
 from llmslim.errors import UserError
 from llmslim.step import Step, build_step, explain, nearest
@@ -46,6 +46,15 @@ class Evaluation(BaseModel):
     steps: bool = Field(
         False, description="measure what each step of the recipe leaves, too, and draw steps.svg"
     )
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _split(cls, names: Any) -> Any:
+        """Names with commas between count as several, as on the command line."""
+        listed = [names] if isinstance(names, str) else names
+        if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
+            return names
+        return tuple(part.strip() for name in listed for part in name.split(",") if part.strip())
 
 
 class Recipe(BaseModel):
