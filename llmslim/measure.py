@@ -15,6 +15,7 @@ from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.errors import UserError
 from llmslim.evaluation.damage import Damage, other_domains
 from llmslim.evaluation.divergence import Comparison
+from llmslim.evaluation.lm import evaluate_tasks
 from llmslim.evaluation.perplexity import require_causal
 from llmslim.evaluation.stream import streamed_windows
 from llmslim.loaders.models import ModelFiles
@@ -45,7 +46,8 @@ def measure(
     """
     evaluation, result = recipe.evaluation, made[-1]
     sizes = {"base": size_of(base), "result": size_of(result)}
-    measured: dict[str, Any] = {"size": sizes, "quality": None, "speed": None, "steps": None, "details": None}
+    measured: dict[str, Any] = dict.fromkeys(("quality", "speed", "steps", "tasks", "details"))
+    measured["size"] = sizes
     if evaluation is None:
         return measured
     kept = work.state.setdefault("measured", {})
@@ -72,6 +74,11 @@ def measure(
             kept["glue"] = _glue(result, task, device, progress)
             work.save()
         measured["glue"] = kept["glue"]
+    if evaluation.tasks:
+        if "tasks" not in kept:
+            kept["tasks"] = _tasks(base, result, evaluation, device, sizes, progress)
+            work.save()
+        measured["tasks"] = kept["tasks"]
     if evaluation.speed:
         if "speed" not in kept:
             kept["speed"] = _speed(base, result, sizes, progress)
@@ -128,11 +135,43 @@ def _quality(
     return record, damage.to_dict(tokenizer, scores, text, others) if damage else None
 
 
-def _speed(base: ModelFiles, result: ModelFiles, sizes: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Speed and memory of base and result, each loaded in a process of its own."""
+def _tasks(
+    base: ModelFiles,
+    result: ModelFiles,
+    evaluation: Evaluation,
+    device: torch.device,
+    sizes: dict[str, Any],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Scores of both on lm-eval's tasks: one whole model in memory after the other."""
+    try:
+        require_causal(CheckpointReader(base).model_skeleton())
+        _require_memory(sizes)
+    except UserError as error:
+        return {"skipped": str(error)}
+    return evaluate_tasks(
+        str(result.folder),
+        evaluation.tasks,
+        base=str(base.folder),
+        data=evaluation.tasks_data,
+        limit=evaluation.tasks_limit,
+        device=device,
+        progress=lambda model, done, total: progress("tasks", done, total),
+    )
+
+
+def _require_memory(sizes: dict[str, Any]) -> None:
     need = 4 * sizes["base"]["parameters"] + 10**9
     if need > available_memory():
-        return {"skipped": f"the base needs about {need / 1e9:.1f} GB in memory, and there is less"}
+        raise UserError(f"the base needs about {need / 1e9:.1f} GB in memory, and there is less")
+
+
+def _speed(base: ModelFiles, result: ModelFiles, sizes: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Speed and memory of base and result, each loaded in a process of its own."""
+    try:
+        _require_memory(sizes)
+    except UserError as error:
+        return {"skipped": str(error)}
     figures: dict[str, Any] = {}
     for step, (name, files) in enumerate((("base", base), ("result", result))):
         progress("speed", step, 2)

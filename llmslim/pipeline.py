@@ -21,6 +21,7 @@ from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.evaluation.benchmark import peak_memory_mb
+from llmslim.evaluation.tasks import load_tasks
 from llmslim.hub import file_record
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find, skeleton
 from llmslim.loaders.texts import TextSample, sample
@@ -233,6 +234,8 @@ def prepare(
     check_training(recipe.steps, files, text, students)
     if recipe.evaluation is not None:
         _check_length(recipe.evaluation.seq_len, files)
+        if recipe.evaluation.tasks:  # refused now and not when the run is over
+            load_tasks(recipe.evaluation.tasks, recipe.evaluation.tasks_data)
     streams = reader.streams if reader else True
     plan = make_plan(files, reader_model, recipe, options, form, outlook, streams, chosen)
     return Prepared(files, recipe, options, form, text, plan, headed is not None)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
 from llmslim.errors import UserError, nearest
 from llmslim.step import Step, build_step, explain
@@ -36,9 +36,25 @@ class Evaluation(BaseModel):
     seq_len: int = Field(512, ge=2, description="tokens per window")
     join: str = Field("", description="what stands between the rows of the text")
     speed: bool = Field(True, description="measure decode and prefill speed and memory of base and result")
+    tasks: tuple[str, ...] = Field(
+        (), description="tasks of lm-eval for base and result, such as [arc_easy, piqa]"
+    )
+    tasks_limit: int | None = Field(None, ge=1, description="the first questions of each task; all when null")
+    tasks_data: str = Field(
+        "", description="folder of their data sets in the Hub's layout; the Hub when empty"
+    )
     steps: bool = Field(
         False, description="measure what each step of the recipe leaves, too, and draw steps.svg"
     )
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _split(cls, names: Any) -> Any:
+        """Names with commas between count as several, as on the command line."""
+        listed = [names] if isinstance(names, str) else names
+        if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
+            return names
+        return tuple(part.strip() for name in listed for part in name.split(",") if part.strip())
 
 
 class Recipe(BaseModel):

@@ -128,7 +128,7 @@ def test_the_command_scores_several_tasks(bert: Path, data: str, capsys: pytest.
         (["--glue", "rte"], "With --data FOLDER they are read from FOLDER/nyu-mll/glue"),
         (["--glue", "sst2", "--subset", "0"], "subset 0 is too few"),
         (["--glue", "sst2", "--windows", "3"], "--windows is about perplexity"),
-        (["--subset", "3"], "--subset is for the scores on GLUE"),
+        (["--subset", "3"], "--subset is about the scores of a classifier on GLUE"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(

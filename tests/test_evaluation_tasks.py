@@ -25,6 +25,8 @@ from llmslim.evaluation.paired import difference, spread, verdict
 from llmslim.evaluation.tasks import data_from, leaves, load_tasks
 from llmslim.pipeline import compress
 from llmslim.quantization.rtn import RTN
+from llmslim.recipe import Evaluation
+from llmslim.report.figures import rows
 from tests.lm_data import write_lm_data
 from tests.tiny import save_tiny
 
@@ -139,9 +141,9 @@ def test_the_verdict_in_words() -> None:
 def test_rows_follow_the_memory(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, _ = load(model, dtype="float32")
     row = 100 * 4 * (2 * 512 + 2 * 3 * 64 + 4 * 128)
-    for free, rows in ((8 * row, 4), (row, 1), (1000 * row, 16)):
+    for free, most in ((8 * row, 4), (row, 1), (1000 * row, 16)):
         monkeypatch.setattr("llmslim.evaluation.harness.available_memory", lambda free=free: free)
-        assert fitting(loaded, 100) == rows
+        assert fitting(loaded, 100) == most
 
 
 def test_a_definition_of_ones_own(model: str, tmp_path: Path) -> None:
@@ -212,6 +214,26 @@ def test_without_a_network_the_folder_is_named(model: str, monkeypatch: pytest.M
     ):
         load_tasks(["piqa"])
     assert datasets.load_dataset is unreachable
+
+
+def test_a_recipe_has_its_result_asked(model: str, data: str, tmp_path: Path, verified_here: None) -> None:
+    asked = {"windows": 1, "seq_len": 32, "speed": False, "tasks": ("piqa",), "tasks_limit": 4}
+    with pytest.raises(UserError, match="There is no folder"):  # before anything is computed
+        compress(
+            model,
+            [RTN()],
+            output=str(tmp_path / "a"),
+            evaluation=Evaluation(**asked, tasks_data=str(tmp_path)),
+        )
+    result = compress(
+        model,
+        [RTN(bits=8, group_size=32)],
+        output=str(tmp_path / "b"),
+        evaluation=Evaluation(**asked, tasks_data=data),
+    )
+    found = json.loads((tmp_path / "b" / "report.json").read_text())["tasks"]["tasks"]["piqa"]
+    assert found["questions"] == 4 and "verdict" in found["metrics"]["acc"]
+    assert [row.label for row in rows(result.report) if row.label == "piqa"]
 
 
 def test_an_encoder_is_refused(data: str, tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ SECTIONS = {  # flags of the recipe's fields, by where the value goes
     "evaluation.windows": "--eval-windows",
     "evaluation.seq_len": "--eval-seq-len",
     "evaluation.join": "--eval-join",
+    "evaluation.tasks": "--eval-tasks",
+    "evaluation.tasks_limit": "--eval-limit",
+    "evaluation.tasks_data": "--eval-data",
     "evaluation.steps": "--measure-steps",
 }
 

@@ -22,7 +22,8 @@ class Row:
 def rows(report: dict[str, Any]) -> list[Row]:
     """The measured figures that the report has; what was skipped is in `skipped`."""
     quality = [*_quality(_measured(report["quality"])), *_glue(_measured(report.get("glue")))]
-    return [*_sizes(report["size"]), *quality, *_speeds(report["speed"])]
+    tasks = _tasks(_measured(report.get("tasks")))
+    return [*_sizes(report["size"]), *quality, *tasks, *_speeds(report["speed"])]
 
 
 def _glue(scores: dict[str, Any]) -> list[Row]:
@@ -35,6 +36,16 @@ def _glue(scores: dict[str, Any]) -> list[Row]:
         )
         for task, record in scores.get("tasks", {}).items()
         for metric, found in record["metrics"].items()
+    ]
+
+
+def _tasks(record: dict[str, Any]) -> list[Row]:
+    """The main metric of each task, and the paired difference in words."""
+    found = {name: task["metrics"].get(task["main"]) for name, task in record.get("tasks", {}).items()}
+    return [
+        Row(name, f"{main['base']:.3f}", f"{main['value']:.3f}", main.get("verdict", ""))
+        for name, main in found.items()
+        if main
     ]
 
 
@@ -142,6 +153,8 @@ def skipped(report: dict[str, Any]) -> list[str]:
             reasons.append(f"{title} was not measured: {record['skipped']}")
     if "skipped" in (report.get("glue") or {}):
         reasons.append(f"GLUE was not measured: {report['glue']['skipped'].rstrip('.')}")
+    if "skipped" in (report.get("tasks") or {}):
+        reasons.append(f"tasks were not measured: {report['tasks']['skipped']}")
     for side in ("base", "result"):
         record = (report["speed"] or {}).get(side, {})
         if "skipped" in record:
