@@ -8,16 +8,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmslim.step import step_class
+
 RESULTS = Path(__file__).resolve().parent.parent / "evals" / "results"
 Row = dict[str, Any]
 
 
 class Choice(NamedTuple):
-    """One line: the situation, what fits, the command, and what was measured (result file, row)."""
+    """One line: the situation, what fits, and what was measured (result file, row), which tells the command."""
 
     situation: str
     method: str
-    command: str
     result: str
     row: str
 
@@ -29,50 +30,71 @@ def results(name: str) -> dict[str, Row]:
     return {row["name"]: row for row in rows}
 
 
-def recipe(name: str) -> str:
-    return f"python -m llmslim compress demo configs/{name}.yaml --output out/{name}"
+def commands(row: Row, start: Row | None) -> list[str]:
+    """What makes a row of the demo model, from what it started from if that is a row too."""
+    steps = [*(start["steps"] if start else []), *row["steps"]]
+    made = []
+    for number, step in enumerate(steps):
+        ((kind, fields),) = step.items()
+        model = f"out/{number}" if number else "demo"
+        flags = [flag(name, value) for name, value in fields.items() if name != "teacher"]
+        method = f"{step_class(kind).verb} {model} --method {kind}"
+        made.append(" ".join(["python -m llmslim", method, *flags, f"--output out/{number + 1}"]))
+    return made
+
+
+def flag(name: str, value: Any) -> str:
+    word = name.replace("_", "-")
+    return f"--{'' if value else 'no-'}{word}" if isinstance(value, bool) else f"--{word} {value}"
+
+
+def untrained(result: str, name: str) -> Row | None:
+    """The row that a trained one started from."""
+    return results(result).get(f"{name.split('/')[0]}/untrained")
+
+
+def command_of(line: Choice) -> str:
+    name = {"2-bit-qat/scales": "configs/qat-2bit"}.get(line.row, line.row)
+    if name.startswith("configs/"):
+        return f"`python -m llmslim compress demo {name}.yaml --output out/{name.split('/')[1]}`"
+    row = results(line.result)[line.row]
+    return ", then ".join(f"`{text}`" for text in commands(row, untrained(line.result, line.row)))
 
 
 BYTES = [
     Choice(
         "Plain transformers or vLLM must load it; two minutes of one core",
         "`gptq`, 4 bits: `configs/gptq-4bit.yaml`",
-        recipe("gptq-4bit"),
         "recipes",
         "configs/gptq-4bit",
     ),
     Choice(
         "No text to calibrate with, or only seconds",
         "`rtn`, 8 bits: `configs/rtn-8bit.yaml`",
-        recipe("rtn-8bit"),
         "recipes",
         "configs/rtn-8bit",
     ),
     Choice(
         "Nothing may be lost, and llmslim loads it",
         "`gptq`, 5 bits: `configs/quality-5bit.yaml`",
-        recipe("quality-5bit"),
         "recipes",
         "configs/quality-5bit",
     ),
     Choice(
         "As small as still useful",
         "`gptq`, 3 bits: `configs/gptq-3bit.yaml`",
-        recipe("gptq-3bit"),
         "recipes",
         "configs/gptq-3bit",
     ),
     Choice(
         "The fewest bytes, an edge device",
         "`mlp`, then `gptq` with 3 bits: `configs/tiny-edge.yaml`",
-        recipe("tiny-edge"),
         "recipes",
         "configs/tiny-edge",
     ),
     Choice(
         "Two bits, with time to train (measured with embeddings left as they are, so larger)",
         "`qat`, then `scales`: `configs/qat-2bit.yaml`",
-        recipe("qat-2bit"),
         "recovery",
         "2-bit-qat/scales",
     ),
@@ -81,42 +103,36 @@ PLAIN = [
     Choice(
         "A tenth of the blocks' parameters gone, nothing trained",
         "`layers`",
-        "python -m llmslim prune demo --method layers --ratio 0.1 --output out/shallow",
         "pruning",
         "layers/10%/influence-refit",
     ),
     Choice(
         "A fifth gone, nothing trained",
         "`layers` by angle",
-        "python -m llmslim prune demo --method layers --ratio 0.2 --criterion angular --output out/shallower",
         "pruning",
         "layers/20%/angular-refit",
     ),
     Choice(
         "Three tenths gone, nothing trained",
         "`layers`, then `mlp`",
-        "python -m llmslim prune demo --method layers --ratio 0.1 --output out/shallow",
         "pruning",
         "layers+channels/30%/output-refit",
     ),
     Choice(
         "A fifth gone, and ten minutes of one core to train on text like yours",
         "`mlp`, then `full`",
-        "python -m llmslim recover out/smol-pruned --method full --max-minutes 10 --output out/recovered",
         "recovery",
         "pruned-20%/next-token",
     ),
     Choice(
         "A fifth gone and 4 bits, for prefill and bytes at once",
         "`mlp`, then `gptq`: `configs/prune-4bit.yaml`",
-        recipe("prune-4bit"),
         "recipes",
         "configs/prune-4bit",
     ),
     Choice(
         "A tenth of the blocks gone and 4 bits, for latency",
         "`layers`, then `gptq`: `configs/shallow-4bit.yaml`",
-        recipe("shallow-4bit"),
         "recipes",
         "configs/shallow-4bit",
     ),
@@ -145,7 +161,7 @@ def choices(lines: list[Choice], base: str) -> str:
             megabytes(row),
             perplexity(row),
             f"{seconds(line.result, line.row):.0f}",
-            f"`{line.command}`",
+            command_of(line),
         ]
         text.append(f"| {' | '.join(cells)} |")
     row = results(base)["base"]
@@ -155,10 +171,8 @@ def choices(lines: list[Choice], base: str) -> str:
 
 def seconds(result: str, name: str) -> float:
     """CPU seconds of the commands that made a row, from Python's start to the end of the verification."""
-    rows = results(result)
-    start = rows.get(f"{name.split('/')[0]}/untrained", {})
-    made = [row for row in (start, rows[name]) if row]
-    return sum(row["cpu_seconds"]["command"] for row in made)
+    made = (untrained(result, name), results(result)[name])
+    return sum(row["cpu_seconds"]["command"] for row in made if row)
 
 
 def base_megabytes() -> str:

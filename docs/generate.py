@@ -148,7 +148,7 @@ def example(kind: str, cls: type[Step]) -> str:
     """The same step as a command, as a recipe and in Python; tests/test_docs.py reads all three."""
     said, model, output = SAID.get(kind, {}), MODELS.get(kind, "demo"), f"out/{kind}"
     method = "" if kind == cls.verb else f" --method {kind}"
-    flags = "".join(f" {flag(name, value)}" for name, value in said.items())
+    flags = "".join(f" {decisions.flag(name, value)}" for name, value in said.items())
     entry = yaml.safe_dump(said, default_flow_style=True, sort_keys=False, width=1000).strip()
     arguments = ", ".join(f"{name}={value!r}" for name, value in said.items())
     texts = cls(**said).needs_calibration
@@ -159,13 +159,6 @@ def example(kind: str, cls: type[Step]) -> str:
         f'From Python:\n\n```python\nimport llmslim\n\nllmslim.compress("{model}", '
         f'[llmslim.{cls.__name__}({arguments})], output="{output}")\n```'
     )
-
-
-def flag(name: str, value: Any) -> str:
-    word = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{word}" if value else f"--no-{word}"
-    return f"--{word} {value}"
 
 
 def options_table(cls: type[Step]) -> str:
