@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -188,3 +189,30 @@ def test_the_family_of_the_page(defined: Any, tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     assert run(tmp_path / "model", llmslim.RTN(bits=8), tmp_path / "out")["verification"]["ok"]
     assert distance(tmp_path / "model", tmp_path / "out") < 0.05
+
+
+# --- troubleshooting ----------------------------------------------------------------------------------------
+
+
+def sentences_of_the_code() -> list[re.Pattern[str]]:
+    """Every text of the package that has words of its own, with anything in the place of its values."""
+    found = []
+    for path in (ROOT / "llmslim").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [p.value if isinstance(p, ast.Constant) else None for p in node.values]
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                parts = [node.value]
+            else:
+                continue
+            if sum(len(str(part)) for part in parts if part) >= 25:
+                text = "".join(".*" if part is None else re.escape(str(part)) for part in parts)
+                found.append(re.compile(text))
+    return found
+
+
+def test_the_error_sentences_are_the_programs_own() -> None:
+    told = re.findall(r"^> (.*)$", page("troubleshooting.md"), re.MULTILINE)
+    known = sentences_of_the_code()
+    assert len(told) > 30
+    assert not [text for text in told if not any(pattern.fullmatch(text) for pattern in known)]
