@@ -46,8 +46,8 @@ def measure(
     """
     evaluation, result = recipe.evaluation, made[-1]
     sizes = {"base": size_of(base), "result": size_of(result)}
-    measured: dict[str, Any] = dict.fromkeys(("quality", "speed", "steps", "tasks", "details"))
-    measured["size"] = sizes
+    parts = ("quality", "speed", "steps", "tasks", "details")
+    measured: dict[str, Any] = {"size": sizes, **dict.fromkeys(parts)}
     if evaluation is None:
         return measured
     kept = work.state.setdefault("measured", {})
