@@ -21,6 +21,7 @@ from llmslim.report.card import _license
 from llmslim.report.index import model_index
 from tests import fake_hub
 from tests.test_report import full_report
+from tests.test_report_page import task_figures
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -259,6 +260,13 @@ def test_the_model_index_is_what_the_hub_reads() -> None:
     report["quality"]["perplexity"]["value"] = float("inf")  # the Hub takes no infinity
     assert all(r.metric_value < 100 for r in model_index_to_eval_results(model_index(report, "x"))[1])
     assert model_index(report | {"quality": {"skipped": "an encoder"}}, "x") == []
+    _, results = model_index_to_eval_results(
+        model_index(report | {"quality": None, "tasks": task_figures()}, "x")
+    )
+    assert [(r.dataset_name, r.metric_name, r.metric_value) for r in results] == [
+        ("arc_easy", "acc", 0.5),
+        ("arc_easy", "acc of the base", 0.6),
+    ]
 
 
 @pytest.mark.parametrize(

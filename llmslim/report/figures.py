@@ -107,7 +107,9 @@ def tasks(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """The chief metric of each task of lm-eval, by `TASK_HEADINGS`, if scores were kept (`evaluate --save`)."""
     rows = []
     for name, record in ((report.get("tasks") or {}).get("tasks") or {}).items():
-        found = record["metrics"][record["main"]]
+        found = record["metrics"].get(record["main"])
+        if found is None or "base" not in found:
+            continue
         sides = ((found["base"], found["base_stderr"]), (found["value"], found["stderr"]))
         told = [
             f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}" for value, stderr in sides

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+TASK = {"type": "text-generation", "name": "Text Generation"}
+
 
 def model_index(report: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """One entry of the card's `model-index`; empty when nothing finite was measured.
@@ -13,7 +15,11 @@ def model_index(report: dict[str, Any], name: str) -> list[dict[str, Any]]:
     The specification is that of `huggingface_hub.model_index_to_eval_results`. A perplexity is given with those of
     the base and with KL divergence and agreement in the same result, since alone it says little.
     """
-    quality = report["quality"] or {}
+    results = [*_perplexity(report["quality"] or {}), *_tasks(report.get("tasks") or {})]
+    return [{"name": name, "results": results}] if results else []
+
+
+def _perplexity(quality: dict[str, Any]) -> list[dict[str, Any]]:
     if "perplexity" not in quality:
         return []
     figures = [
@@ -34,8 +40,23 @@ def model_index(report: dict[str, Any], name: str) -> list[dict[str, Any]]:
     if not metrics:
         return []
     dataset = _dataset(quality["perplexity"].get("text", ""))
-    task = {"type": "text-generation", "name": "Text Generation"}
-    return [{"name": name, "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}]
+    return [{"task": dict(TASK), "dataset": dataset, "metrics": metrics}]
+
+
+def _tasks(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The chief score of each task of lm-eval, of the result and of the base."""
+    results = []
+    for name, task in record.get("tasks", {}).items():
+        found = task["metrics"].get(task["main"]) or {}
+        sides = ((task["main"], found.get("value")), (f"{task['main']} of the base", found.get("base")))
+        metrics = [
+            {"type": task["main"], "name": label, "value": value}
+            for label, value in sides
+            if value is not None and math.isfinite(value)
+        ]
+        if metrics:
+            results.append({"task": dict(TASK), "dataset": {"name": name, "type": name}, "metrics": metrics})
+    return results
 
 
 def _dataset(spec: str) -> dict[str, str]:
