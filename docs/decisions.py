@@ -152,7 +152,10 @@ def perplexity(row: Row) -> str:
 
 def choices(lines: list[Choice], base: str) -> str:
     """A table of choices with bytes, perplexity and CPU seconds, the uncompressed model last."""
-    text = ["| your case | take | MB on disk | perplexity | CPU s | command |", "|---|---|---:|---:|---:|---|"]
+    text = [
+        "| your case | take | MB on disk | perplexity | CPU s | command |",
+        "|---|---|---:|---:|---:|---|",
+    ]
     for line in lines:
         row = results(line.result)[line.row]
         cells = [
@@ -218,8 +221,9 @@ def encoders() -> str:
     text = ["| your case | take | measured |", "|---|---|---|"]
     similar = row["stsb_spearman"]
     text.append(
-        f"| Sentence embeddings | `configs/encoder.yaml` | {100 * row['blocks_left']:.0f} % of the blocks' bytes; cosine "
-        f"{row['cosine']['mean']:.3f} to the base's; STS-B {similar['result']:.3f}, base {similar['base']:.3f} |"
+        "| Sentence embeddings | `configs/encoder.yaml` | "
+        f"{100 * row['blocks_left']:.0f} % of the blocks' bytes; "
+        f"cosine {row['cosine']['mean']:.3f} to the base's; STS-B {similar['result']:.3f}, base {similar['base']:.3f} |"
     )
     found = results("glue")
     teacher = found["mrpc/teacher"]

@@ -133,7 +133,9 @@ def facts(kind: str, cls: type[Step], source: str) -> list[str]:
         lines.append(f"- Memory: the whole model, {copies} times its weights in float32 at the peak.")
     papers = dict.fromkeys(re.findall(r"arXiv:([\d.]+\d)", cls.__doc__ or ""))
     if papers:
-        lines.append("- Papers: " + ", ".join(f"[arXiv:{p}](https://arxiv.org/abs/{p})" for p in papers) + ".")
+        lines.append(
+            "- Papers: " + ", ".join(f"[arXiv:{p}](https://arxiv.org/abs/{p})" for p in papers) + "."
+        )
     return lines
 
 
@@ -150,15 +152,20 @@ def example(kind: str, cls: type[Step]) -> str:
     method = "" if kind == cls.verb else f" --method {kind}"
     flags = "".join(f" {decisions.flag(name, value)}" for name, value in said.items())
     entry = yaml.safe_dump(said, default_flow_style=True, sort_keys=False, width=1000).strip()
-    arguments = ", ".join(f"{name}={value!r}" for name, value in said.items())
+    arguments = ", ".join(f"{name}={literal(value)}" for name, value in said.items())
     texts = cls(**said).needs_calibration
     text = "\ncalibration: {text: builtin, num_samples: 32, seq_len: 512}" if texts else ""
     return (
         f"```sh\npython -m llmslim {cls.verb} {model}{method}{flags} --output {output}\n```\n\n"
         f"As a step of a recipe:\n\n```yaml\nsteps:\n  - {kind}: {entry}{text}\n```\n\n"
-        f'From Python:\n\n```python\nimport llmslim\n\nllmslim.compress("{model}", '
-        f'[llmslim.{cls.__name__}({arguments})], output="{output}")\n```'
+        f'From Python:\n\n```python\nimport llmslim\n\nllmslim.compress(\n    "{model}",\n'
+        f'    [llmslim.{cls.__name__}({arguments})],\n    output="{output}",\n)\n```'
     )
+
+
+def literal(value: Any) -> str:
+    """A value as formatted Python has it."""
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def options_table(cls: type[Step]) -> str:
@@ -186,14 +193,19 @@ def type_text(annotation: Any) -> str:
     if origin is dict:
         return "mapping of names to options"
     names = {int: "whole number", float: "number", str: "text", bool: "on or off"}
-    return names.get(annotation) or (type_text(inside[0]) if inside else getattr(annotation, "__name__", "value"))
+    return names.get(annotation) or (
+        type_text(inside[0]) if inside else getattr(annotation, "__name__", "value")
+    )
 
 
 def bounds(metadata: list[Any]) -> str:
     """A field's limits: ', at least 0'."""
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     found = [
-        f"{said} {getattr(limit, key):g}" for limit in metadata for key, said in words.items() if hasattr(limit, key)
+        f"{said} {getattr(limit, key):g}"
+        for limit in metadata
+        for key, said in words.items()
+        if hasattr(limit, key)
     ]
     return "".join(f", {text}" for text in found)
 

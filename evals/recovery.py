@@ -45,6 +45,7 @@ TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> na
     },
     "pruned-20%": {
         "distill@c4": (10, {"response": FULL}),
+        "features@c4": (10, {"features": {**FULL, "hidden": 10, "attention": 0}}),
         "distill+labels": (10, {"response": LABELS}),
         "distill+labels@c4": (10, {"response": LABELS}),
         "next-token": (10, NEXT_TOKEN),
