@@ -51,8 +51,8 @@ TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> na
         "next-token": (10, NEXT_TOKEN),
         "next-token@c4": (10, NEXT_TOKEN),
     },
-    "shared-half": {"distill+labels": (10, {"response": LABELS})},
-    "shared-half+deltas": {"distill+labels": (10, {"response": LABELS})},
+    "shared-half": {"distill+labels": (5, {"response": LABELS})},
+    "shared-half+deltas": {"distill+labels": (5, {"response": LABELS})},
     "2-bit-gptq": {},
     "2-bit-qat": {"scales": (10, {"scales": SCALES})},
 }
