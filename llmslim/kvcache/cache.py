@@ -1,0 +1,142 @@
+"""A quantized cache for a model, and how `generate` comes to use it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from llmslim.errors import UserError
+from llmslim.kvcache.attention import NAME
+from llmslim.kvcache.layer import KVLayer
+from llmslim.kvcache.settings import KVSettings
+
+
+class KVCache(Cache):
+    """Keys and values of past tokens in few bits, for `past_key_values`.
+
+    Attention reads it packed where the model's implementation is "llmslim" (in `kv_cache(model)`, or after
+    `model.set_attn_implementation("llmslim")`), and gets it written out, layer by layer, elsewhere. Layers that are
+    no attention (of hybrid models) stay what they are in transformers.
+
+    Args:
+        config: of the model.
+        bits, method, group_size, window, sink: see `KVSettings`.
+
+    Raises:
+        UserError: settings that do not fit the heads of the model.
+    """
+
+    def __init__(self, config: PreTrainedConfig, settings: KVSettings | None = None, **fields: Any) -> None:
+        settings = KVSettings.of(**fields) if settings is None else settings
+        text = config.get_text_config(decoder=True)
+        check_heads(text, settings)
+        limit = getattr(text, "max_position_embeddings", None)
+        layers: list[Any] = []
+        for layer in DynamicCache(config=text).layers:
+            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+                window = getattr(layer, "sliding_window", None)
+                layer = KVLayer(settings, lambda: text._attn_implementation == NAME, window, limit)
+            layers.append(layer)
+        super().__init__(layers=layers)
+        self.settings = settings
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if layer_idx >= len(self.layers):
+            raise UserError(
+                f"This KV cache was made for a model of {len(self.layers)} layers, and layer {layer_idx + 1} asks "
+                "for it: a cache belongs to one model; make one of this model's config."
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that the attention layers hold, scales included."""
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, KVLayer))
+
+
+def check_heads(config: PreTrainedConfig, settings: KVSettings) -> None:
+    """Refuse bits and groups that do not fit the head size that the config tells."""
+    size = getattr(config, "head_dim", None)
+    heads = getattr(config, "num_attention_heads", None)
+    if size is None and isinstance(heads, int) and heads:
+        size = config.hidden_size // heads
+    if isinstance(size, int):
+        settings.channels(size)
+
+
+def can_read_packed(model: PreTrainedModel) -> str:
+    """Why the attention of this model cannot be given packed keys; empty when it can."""
+    name = type(model).__name__
+    if not model._supports_attention_backend:
+        return f"the attention of {name} is written out in its own code"
+    if getattr(model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0):
+        return f"layers of {name} hand their keys to other layers"
+    return ""
+
+
+class Attached:
+    """A model whose forward and `generate` make quantized caches; `undo()` makes it what it was."""
+
+    def __init__(self, model: PreTrainedModel, settings: KVSettings, packed: bool) -> None:
+        if model.config.is_encoder_decoder or not model.can_generate():
+            raise UserError(f"{type(model).__name__} has no cache to quantize: it takes a causal language model.")
+        check_heads(model.config.get_text_config(decoder=True), settings)
+        self.model, self.settings = model, settings
+        self.before = model.config.get_text_config(decoder=True)._attn_implementation
+        self.note = ""
+        if packed:
+            self.note = can_read_packed(model)
+            if not self.note:
+                model.set_attn_implementation(NAME)
+        self.hook = model.register_forward_pre_hook(self._fill, with_kwargs=True)
+        prepare = model._prepare_cache_for_generation  # type: ignore[operator]
+
+        def prepared(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            asked = generation_config.use_cache is not False and generation_config.cache_implementation is None
+            if asked and model_kwargs.get("past_key_values") is None:
+                model_kwargs["past_key_values"] = KVCache(model.config, settings)
+            return prepare(generation_config, model_kwargs, *args, **kwargs)
+
+        model._prepare_cache_for_generation = prepared  # type: ignore[assignment]
+
+    def _fill(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        wanted = kwargs.get("use_cache", getattr(model.config, "use_cache", True))
+        if wanted and kwargs.get("past_key_values") is None and not model.training:
+            kwargs["past_key_values"] = KVCache(model.config, self.settings)
+        return args, kwargs
+
+    def undo(self) -> None:
+        self.hook.remove()
+        del self.model._prepare_cache_for_generation
+        if not self.note and self.model.config.get_text_config(decoder=True)._attn_implementation == NAME:
+            self.model.set_attn_implementation(self.before)
+
+
+@contextmanager
+def kv_cache(model: PreTrainedModel, *, packed: bool = True, **fields: Any) -> Iterator[Attached]:
+    """Within it, `model.generate(...)` and `model(..., use_cache=True)` make quantized KV caches.
+
+        with llmslim.kv_cache(model, bits=4):
+            model.generate(...)
+
+    Args:
+        packed: attention reads the cache packed. False: it is written out for each layer's attention, which takes
+            more memory and time and serves as the reference.
+        bits, method, group_size, window, sink: see `KVSettings`.
+
+    Raises:
+        UserError: a model without a cache, or settings that do not fit its heads.
+    """
+    attached = Attached(model, KVSettings.of(**fields), packed)
+    if attached.note:
+        warnings.warn(f"The quantized KV cache is written out for attention: {attached.note}.", stacklevel=3)
+    try:
+        yield attached
+    finally:
+        attached.undo()

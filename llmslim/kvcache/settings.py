@@ -1,0 +1,75 @@
+"""What a quantized KV cache is asked to be, checked against the model that it is for."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llmslim.errors import UserError
+from llmslim.step import explain
+
+BITS = (2, 3, 4, 8, 16)
+WIDTH = 8
+"""What a group and a head size must be multiples of: so many codes always fill whole bytes."""
+USUAL_GROUP = 64
+
+
+class KVSettings(BaseModel):
+    """How the keys and values of past tokens are stored.
+
+    Attributes:
+        bits: per stored number, of 2, 3, 4, 8; 16 stores them as they are (to test the plumbing with).
+        method: `kivi`: keys per channel in groups of tokens, values per token in groups of channels; `token`: both
+            per token; `rotated`: a random rotation of each head, then fixed levels for a Gaussian.
+        group_size: numbers that share a scale. None: 64, for channels the largest divisor of the head size up to
+            64. Tokens are quantized so many at a time.
+        window: the most recent tokens, which stay as they are; up to group_size - 1 older ones do too, until
+            their group is whole.
+        sink: the first tokens, which stay as they are in layers of full attention.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bits: Literal[2, 3, 4, 8, 16] = 4
+    method: Literal["kivi", "token", "rotated"] = "kivi"
+    group_size: int | None = Field(default=None, ge=1)
+    window: int = Field(default=128, ge=0)
+    sink: int = Field(default=4, ge=0)
+
+    @classmethod
+    def of(cls, **fields: object) -> KVSettings:
+        """The settings, with what is wrong told in one sentence.
+
+        Raises:
+            UserError: for a value or a name that there is not.
+        """
+        try:
+            return cls(**fields)  # type: ignore[arg-type]
+        except ValidationError as error:
+            raise UserError(explain(error, "kv_cache", cls)) from error
+
+    @property
+    def block(self) -> int:
+        """Tokens that are quantized together."""
+        return self.group_size or USUAL_GROUP
+
+    def channels(self, head_dim: int) -> int:
+        """Channels that share a scale where scales are per token.
+
+        Raises:
+            UserError: the bits or the groups do not fit the head size.
+        """
+        if head_dim % WIDTH and self.bits < 16:
+            raise UserError(f"Heads of {head_dim} channels cannot be packed: it takes a multiple of {WIDTH}.")
+        if self.block % WIDTH and self.bits < 16:
+            raise UserError(f"kv_cache: group_size = {self.block} is no multiple of {WIDTH}: give 32, 64 or 128.")
+        fitting = [n for n in range(1, head_dim + 1) if head_dim % n == 0 and n % WIDTH == 0]
+        if self.group_size is None:
+            return max((n for n in fitting if n <= USUAL_GROUP), default=head_dim)
+        if self.method == "rotated" or self.bits == 16 or self.group_size in fitting:
+            return self.group_size
+        raise UserError(
+            f"kv_cache: groups of {self.group_size} do not divide the {head_dim} channels of a head; "
+            f"there fit {', '.join(map(str, fitting))}."
+        )
