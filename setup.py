@@ -1,7 +1,7 @@
-"""Builds the packed runtime's C library; all else is in pyproject.toml.
+"""Builds the C libraries of packed Linears and packed KV caches; all else is in pyproject.toml.
 
 Optional: without a compiler the package installs and uses torch's operators. Compiled with -fopenmp but not
-linked with it, so that the library shares torch's OpenMP runtime (see llmslim/quantization/native.py).
+linked with it, so that the library shares torch's OpenMP runtime (see the two native.py).
 """
 
 import sys
@@ -16,6 +16,12 @@ setup(
             depends=["llmslim/quantization/csrc/packed_avx2.h"],
             extra_compile_args=["-O3"] + (["-fopenmp"] if sys.platform == "linux" else []),
             optional=True,
-        )
+        ),
+        Extension(
+            "llmslim.kvcache._attend",
+            sources=["llmslim/kvcache/csrc/attend.c"],
+            extra_compile_args=["-O3"] + (["-fopenmp"] if sys.platform == "linux" else []),
+            optional=True,
+        ),
     ]
 )

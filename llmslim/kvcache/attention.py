@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from llmslim.errors import UserError
+from llmslim.kvcache import native
 from llmslim.kvcache.layer import View
 
 NAME = "llmslim"
@@ -57,12 +58,15 @@ def attention(
             attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
             attention_mask = attention_mask.tril(key.shape[2] - query.shape[2])[None, None]
     else:
-        assert isinstance(key, View)
-        segments = read(key)
+        segments = iter([])
     if dropout:
         raise UserError("A quantized KV cache is for inference: call model.eval() first, which turns dropout off.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = attend(query, segments, attention_mask, scale, softcap, s_aux)
+    if isinstance(key, View) and s_aux is None and native.serves(query, key, attention_mask):
+        out = native.attend(query, key, attention_mask, scale, softcap)
+    else:
+        segments = read(key) if isinstance(key, View) else segments
+        out = attend(query, segments, attention_mask, scale, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 
