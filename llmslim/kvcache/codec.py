@@ -127,6 +127,7 @@ class Rotated:
         self.block, self.bits, self.keys = block, bits, keys
         self.rotation = rotation(head_dim).to(device)
         self.levels = gaussian_levels(bits).to(device)
+        self.padded_levels = torch.nn.functional.pad(self.levels, (0, max(0, 16 - 2**bits)))  # for wide loads
 
     def encode(self, x: Tensor) -> Parts:
         turned = (x.float() @ self.rotation).unflatten(2, (-1, self.block))  # [..., n, T, D]

@@ -124,7 +124,7 @@ def _packed(shape: Shape, state: State, view: View, page: Page) -> None:
     pointers = [part.data_ptr() for part in parts]
     levels = None
     if isinstance(codec, Rotated):
-        levels = codec.levels.data_ptr()
+        levels = codec.padded_levels.data_ptr()
         pointers = [pointers[0], pointers[1], None, pointers[2], pointers[3], None]  # type: ignore[list-item]
     threads = _threads(shape, page.tokens)
     if lib.llmslim_attend_packed(shape, state, *pointers, levels, page.blocks, page.tokens, threads):
