@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llmslim.errors import UserError
     from llmslim.hub import push
     from llmslim.inspection import inspect
+    from llmslim.kvcache.runtime.cache import KVCache, kv_cache
     from llmslim.pipeline import Result, compress
     from llmslim.quantization.gptq import GPTQ
     from llmslim.quantization.rtn import RTN
@@ -29,6 +30,8 @@ _HOMES = {
     "UserError": "llmslim.errors",
     "push": "llmslim.hub",
     "inspect": "llmslim.inspection",
+    "KVCache": "llmslim.kvcache.runtime.cache",
+    "kv_cache": "llmslim.kvcache.runtime.cache",
     "Result": "llmslim.pipeline",
     "compress": "llmslim.pipeline",
     "Calibration": "llmslim.recipe",
@@ -49,6 +52,8 @@ __all__ = [  # noqa: RUF022 - in the order of a first reading
     "Result",
     "GPTQ",
     "RTN",
+    "kv_cache",
+    "KVCache",
     "Anatomy",
     "UserError",
 ]

@@ -297,7 +297,16 @@ def load_steps() -> None:
                 importlib.import_module(f"llmslim.{room}.{module.name}")
 
 
-ROOMS = ("quantization", "pruning", "factorization", "sharing", "recovery", "distillation", "finetuning")
+ROOMS = (
+    "quantization",
+    "pruning",
+    "factorization",
+    "sharing",
+    "kvcache",
+    "recovery",
+    "distillation",
+    "finetuning",
+)
 
 
 def build_step(kind: str, fields: dict[str, Any]) -> Step:

@@ -12,6 +12,7 @@ from llmslim.checkpoint.bitsandbytes import settle
 from llmslim.checkpoint.names import relative
 from llmslim.checkpoint.reader import plain_config, read_edits
 from llmslim.errors import UserError
+from llmslim.kvcache.store import read_setting
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find, model_class, skeleton
 
 
@@ -26,7 +27,8 @@ def load(
 
     Args:
         spec: a Hub id, a folder, a .gguf file, or "demo". Checkpoints of llmslim, compressed-tensors
-            (pack-quantized) and GPTQ come with fast packed Linears, bitsandbytes with its own.
+            (pack-quantized) and GPTQ come with fast packed Linears, bitsandbytes with its own. A checkpoint made
+            with the step `kv_cache` generates with a quantized KV cache.
         revision: of a Hub model.
         dtype: to compute in; by default bfloat16 where the machine is fast at it, else float32.
             "auto": as stored.
@@ -70,6 +72,11 @@ def load_model(files: ModelFiles, dtype: torch.dtype | str | None, device: torch
             f"{files.spec}: some tensors have other shapes than config.json says, as told above; the folder is damaged."
         ) from error
     settle(model)
+    setting = read_setting(files.folder)
+    if setting is not None and model.can_generate():
+        from llmslim.kvcache.runtime.cache import attach
+
+        attach(model, setting)
     return model.eval()
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmslim.errors import UserError
 from llmslim.step import explain
 
-BITS = (2, 3, 4, 8, 16)
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 WIDTH = 8
 """What a group and a head size must be multiples of: so many codes always fill whole bytes."""
 USUAL_GROUP = 64
@@ -73,3 +75,12 @@ class KVSettings(BaseModel):
             f"kv_cache: groups of {self.group_size} do not divide the {head_dim} channels of a head; "
             f"there fit {', '.join(map(str, fitting))}."
         )
+
+
+def head_sizes(config: PreTrainedConfig) -> list[int]:
+    """Channels of a head, as far as the config of the model tells."""
+    text = config.get_text_config(decoder=True)
+    size, heads = getattr(text, "head_dim", None), getattr(text, "num_attention_heads", None)
+    if size is None and isinstance(heads, int) and heads:
+        size = text.hidden_size // heads
+    return [size] if isinstance(size, int) else []

@@ -1,4 +1,4 @@
-/* One query per sequence over a packed KV cache: plain C, called through ctypes (see ../native.py).
+/* One query per sequence over a packed KV cache: plain C, called through ctypes (see ../runtime/native.py).
  *
  * Keys of a block of T tokens lie channel by channel, [D, T * bits / 8]; values token by token, [T, D * bits / 8];
  * how a row is packed is in ../planes.py. A block is expanded to float32 in a tile that stays in the nearest cache,

@@ -12,9 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from llmslim.errors import UserError
-from llmslim.kvcache.attention import NAME
-from llmslim.kvcache.layer import KVLayer
-from llmslim.kvcache.settings import KVSettings
+from llmslim.kvcache.runtime.attention import NAME
+from llmslim.kvcache.runtime.layer import KVLayer
+from llmslim.kvcache.settings import KVSettings, head_sizes
 
 
 class KVCache(Cache):
@@ -62,11 +62,7 @@ class KVCache(Cache):
 
 def check_heads(config: PreTrainedConfig, settings: KVSettings) -> None:
     """Refuse bits and groups that do not fit the head size that the config tells."""
-    size = getattr(config, "head_dim", None)
-    heads = getattr(config, "num_attention_heads", None)
-    if size is None and isinstance(heads, int) and heads:
-        size = config.hidden_size // heads
-    if isinstance(size, int):
+    for size in head_sizes(config):
         settings.channels(size)
 
 
@@ -118,6 +114,14 @@ class Attached:
             self.model.set_attn_implementation(self.before)
 
 
+def attach(model: PreTrainedModel, settings: KVSettings, packed: bool = True) -> Attached:
+    """Make the model's caches quantized from now on; warns where attention cannot read them packed."""
+    attached = Attached(model, settings, packed)
+    if attached.note:
+        warnings.warn(f"The quantized KV cache is written out for attention: {attached.note}.", stacklevel=3)
+    return attached
+
+
 @contextmanager
 def kv_cache(model: PreTrainedModel, *, packed: bool = True, **fields: Any) -> Iterator[Attached]:
     """Within it, `model.generate(...)` and `model(..., use_cache=True)` make quantized KV caches.
@@ -133,9 +137,7 @@ def kv_cache(model: PreTrainedModel, *, packed: bool = True, **fields: Any) -> I
     Raises:
         UserError: a model without a cache, or settings that do not fit its heads.
     """
-    attached = Attached(model, KVSettings.of(**fields), packed)
-    if attached.note:
-        warnings.warn(f"The quantized KV cache is written out for attention: {attached.note}.", stacklevel=3)
+    attached = attach(model, KVSettings.of(**fields), packed)
     try:
         yield attached
     finally:

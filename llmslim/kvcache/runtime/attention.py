@@ -16,8 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from llmslim.errors import UserError
-from llmslim.kvcache import native
-from llmslim.kvcache.layer import View
+from llmslim.kvcache.runtime import native
+from llmslim.kvcache.runtime.layer import View
 
 NAME = "llmslim"
 TOKENS = 512

@@ -1,4 +1,4 @@
-"""The compiled attention over a packed cache: `csrc/attend.c`, loaded through ctypes, for one query per sequence.
+"""The compiled attention over a packed cache: `../csrc/attend.c`, loaded through ctypes, for one query per sequence.
 
 `pip install` builds it when a C compiler is there; without it `library()` is None and `attention.attend` serves.
 Like the library of packed Linears it shares torch's OpenMP runtime.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmslim.kvcache.codec import PerChannel, PerToken, Raw, Rotated
-from llmslim.kvcache.layer import Page, Pair, View
+from llmslim.kvcache.runtime.layer import Page, Pair, View
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1}
 """The C code's number for the type of the keys and values that are kept as they are."""
@@ -26,7 +26,7 @@ WORTH_A_THREAD = 1 << 16
 
 
 class Shape(ctypes.Structure):
-    """As `csrc/attend.c` has it."""
+    """As `../csrc/attend.c` has it."""
 
     _fields_ = [
         *(
@@ -47,7 +47,7 @@ class State(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """The loaded library, or None when it was not built or does not fit this machine."""
-    for path in sorted(Path(__file__).parent.glob("_attend*.so")):
+    for path in sorted(Path(__file__).parent.parent.glob("_attend*.so")):
         try:
             lib = ctypes.CDLL(str(path))
         except OSError:
