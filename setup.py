@@ -19,7 +19,9 @@ setup(
         ),
         Extension(
             "llmslim.kvcache._attend",
-            sources=[f"llmslim/kvcache/csrc/attend{machine}.c" for machine in ("", "_any", "_avx2", "_avx512")],
+            sources=[
+                f"llmslim/kvcache/csrc/attend{machine}.c" for machine in ("", "_any", "_avx2", "_avx512")
+            ],
             depends=["llmslim/kvcache/csrc/attend.h", "llmslim/kvcache/csrc/attend_loops.h"],
             extra_compile_args=["-O3"] + (["-fopenmp"] if sys.platform == "linux" else []),
             optional=True,

@@ -269,3 +269,25 @@ def pooled_heads(rows, kv_heads: int, head_dim: int):
             total = total + heads[other].double()
         result.append((total / size).to(rows.dtype))
     return torch.cat(result)
+
+
+def pack_planes(codes: Tensor, bits: int) -> Tensor:
+    """Bit packing of a row of n codes by runs: byte j holds code j of every run, the first run lowest."""
+    rows, n = codes.shape
+    packed = torch.zeros(rows, n * bits // 8, dtype=torch.uint8)
+    start, shift = 0, 0
+    for width in (2, 1) if bits == 3 else (bits,):
+        m = n * width // 8
+        for row in range(rows):
+            for j in range(n):
+                part = int(codes[row, j]) >> shift & (2**width - 1)
+                packed[row, start + j % m] += part << (j // m * width)
+        start, shift = start + m, shift + width
+    return packed
+
+
+def min_max(x: Tensor, bits: int) -> Tensor:
+    """The group x [n] on the grid of 2**bits levels from its least to its greatest number, grid in float16."""
+    low = float(x.min().half())
+    step = float(((x.max() - x.min()) / (2**bits - 1)).half())
+    return torch.tensor([low + step * min(2**bits - 1, max(0, round((float(v) - low) / step))) for v in x])

@@ -11,6 +11,8 @@ from llmslim.flags import Parser
 if TYPE_CHECKING:
     import torch
 
+    from llmslim.kvcache.settings import KVSettings
+
 MODEL = "a Hub id, a folder, a .gguf file, or demo"
 
 
@@ -88,6 +90,40 @@ def saved(options: dict[str, Any], name: str, record: dict[str, Any]) -> None:
 
     add_to_report(Path(options["model"]), name, record)
     print(f"Kept in {options['model']}/report.html (.md, .json).", file=sys.stderr)
+
+
+def add_kv_cache(parser: Any) -> None:
+    """The flags of a quantized KV cache."""
+    group = parser.add_argument_group("a quantized KV cache, for long texts")
+    group.add_argument(
+        "--kv-bits",
+        type=int,
+        metavar="N",
+        help="keep keys and values in 2, 3, 4 or 8 bits (default: as they are)",
+    )
+    group.add_argument(
+        "--kv-method",
+        metavar="kivi|token|rotated",
+        help="keys per channel and values per token, both per token, or both rotated (default: kivi)",
+    )
+
+
+def kv_settings(options: dict[str, Any]) -> KVSettings | None:
+    """What was asked of the KV cache.
+
+    Raises:
+        UserError: a kind without bits, or values that there are not.
+    """
+    from llmslim.kvcache.settings import KVSettings
+
+    fields = {name: options[f"kv_{name}"] for name in ("bits", "method") if f"kv_{name}" in options}
+    if not fields:
+        return None
+    if "bits" not in fields:
+        raise UserError(
+            "--kv-method says how a KV cache is quantized: give --kv-bits too, such as --kv-bits 4."
+        )
+    return KVSettings.of(**fields)
 
 
 def show(renderable: Any, *, to_stderr: bool = False) -> None:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from llmslim.commands.common import add_device, add_model, add_save, check_save, device_of, saved, show
+from llmslim.commands.common import (
+    add_device,
+    add_kv_cache,
+    add_model,
+    add_save,
+    check_save,
+    device_of,
+    kv_settings,
+    saved,
+    show,
+)
 from llmslim.flags import Parser, add_field
 
 KINDS = {  # what is measured, by the flag that asks for it; perplexity when none does
@@ -27,6 +37,8 @@ ALONE = {  # which kinds a flag is for
     "chat_template": ("tasks",),
     "batch_size": ("tasks",),
     "save": ("tasks",),
+    "kv_bits": ("text",),
+    "kv_method": ("text",),
 }
 
 
@@ -98,6 +110,7 @@ def parser(prog: str) -> Parser:
         "--batch-size", type=int, metavar="N", help="sequences at a time (default: what fits into memory)"
     )
     add_save(lm)
+    add_kv_cache(made)
     glue = made.add_argument_group("scores of a classifier on GLUE")
     glue.add_argument(
         "--glue", metavar="TASK,...", help="of cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli"
@@ -261,6 +274,7 @@ def _run_perplexity(options: dict[str, Any]) -> None:
             join=choice.join,
             streamed=options.get("stream", False),
             adapter=options.get("adapter"),
+            kv_cache=kv_settings(options),
             revision=options.get("revision"),
             dtype=options.get("dtype"),
             device=device_of(options),
@@ -288,6 +302,11 @@ def text_of(figures: dict[str, Any]) -> str:
             line("KL from the base", "kl", 4, unit=" nats per token"),
             line("top-1 agreement", "top1_agreement", 2, 100.0, " %"),
         ]
+    if "kv_cache" in figures:
+        cache = figures["kv_cache"]
+        lines.append(
+            f"KV cache            {cache['bits']} bits ({cache['method']}), read in chunks of {cache['chunk']}"
+        )
     lines += [
         "",
         f"protocol: {figures['protocol']}; exp of the mean over {figures['tokens']} predicted tokens;",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmslim.commands.common import add_device, add_model, device_of
+from llmslim.commands.common import add_device, add_kv_cache, add_model, device_of, kv_settings
 from llmslim.flags import Parser
 
 _OPTIONS = ("max_new_tokens", "chat", "temperature", "seed")
@@ -17,7 +17,8 @@ def parser(prog: str) -> Parser:
         "--temperature is given.",
         "examples:\n"
         "  llmslim generate demo 'The capital of France is' --max-new-tokens 20\n"
-        "  llmslim generate out/demo 'Name three primes.' --chat --temperature 0.7",
+        "  llmslim generate out/demo 'Name three primes.' --chat --temperature 0.7\n"
+        "  llmslim generate demo 'A long story:' --kv-bits 4",
     )
     add_model(made)
     made.add_argument("prompt", metavar="PROMPT", help="the text to continue, or with --chat a message")
@@ -28,6 +29,7 @@ def parser(prog: str) -> Parser:
     )
     made.add_argument("--seed", type=int, metavar="N", help="of the sampling (default: 0)")
     made.add_argument("--dtype", metavar="TYPE", help="to compute in (default: what is fast here)")
+    add_kv_cache(made)
     add_device(made)
     return made
 
@@ -36,8 +38,13 @@ def run(options: dict[str, Any]) -> None:
     from llmslim.checkpoint.load import load
     from llmslim.generation import generate
 
+    settings = kv_settings(options)
     device, dtype = device_of(options), options.get("dtype")
     model, tokenizer = load(options["model"], revision=options.get("revision"), dtype=dtype, device=device)
+    if settings is not None:
+        from llmslim.kvcache.runtime.cache import attach
+
+        attach(model, settings)
     given = {name: options[name] for name in _OPTIONS if name in options}
     generate(model, tokenizer, options["prompt"], lambda piece: print(piece, end="", flush=True), **given)
     print()

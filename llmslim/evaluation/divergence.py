@@ -47,18 +47,23 @@ class Comparison:
 
 
 def compare(
-    model: PreTrainedModel, base: PreTrainedModel, text: TextSample, progress: Progress | None = None
+    model: PreTrainedModel,
+    base: PreTrainedModel,
+    text: TextSample,
+    progress: Progress | None = None,
+    chunk: int | None = None,
 ) -> Comparison:
     """Run both models over the windows of `text`, one window at a time, and compare them token by token.
 
-    Both are held in memory. KL is KL(base || model) in nats, computed in fp32. `UserError` for models that
+    Both are held in memory. KL is KL(base || model) in nats, computed in fp32. `chunk`: of the
+    model alone, see `window_logits`. `UserError` for models that
     are not causal or do not share a vocabulary.
     """
     require_causal(model)
     require_causal(base)
     scores = TokenScores()
     for number, window in enumerate(text.tokens, start=1):
-        scores.add(window, window_logits(model, window), window_logits(base, window))
+        scores.add(window, window_logits(model, window, chunk), window_logits(base, window))
         if progress:
             progress(number, len(text.tokens))
     return Comparison.of(scores.result(), text)

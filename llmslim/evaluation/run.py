@@ -14,10 +14,14 @@ from llmslim.errors import UserError
 from llmslim.evaluation.divergence import Comparison, compare
 from llmslim.evaluation.perplexity import PerplexityResult, perplexity, require_causal
 from llmslim.evaluation.stream import streamed_scores
+from llmslim.kvcache.settings import KVSettings
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find
 from llmslim.loaders.texts import TextSample, sample
 
 Progress = Callable[[int, int], None]
+
+KV_CHUNK = 128
+"""Tokens at a time where a KV cache is measured."""
 
 
 def evaluate(
@@ -30,6 +34,7 @@ def evaluate(
     join: str = "",
     streamed: bool = False,
     adapter: str | None = None,
+    kv_cache: KVSettings | None = None,
     revision: str | None = None,
     dtype: str | None = None,
     device: torch.device | None = None,
@@ -43,6 +48,8 @@ def evaluate(
         join: what stands between the rows of the text.
         streamed: hold one block of a model at a time.
         adapter: folder of a peft adapter that the model has beside its weights; not streamed.
+        kv_cache: run the model, not the base, in chunks of `KV_CHUNK` tokens, each of which reads those before from a
+            quantized KV cache.
         dtype: to compute in; what is fast on the device when None, "auto" as stored.
 
     Returns:
@@ -55,6 +62,8 @@ def evaluate(
     device = device or default_device()
     if adapter is not None:
         check_adapter(adapter, streamed)
+    if kv_cache is not None and streamed:
+        raise UserError("A streamed model has no KV cache: leave --stream out, or --kv-bits.")
     files, other = find(model, revision), find(base) if base is not None else None
     require_causal(CheckpointReader(files).model_skeleton())
     chosen = resolve_dtype(dtype, files, device)
@@ -63,11 +72,13 @@ def evaluate(
     figures: dict[str, Any] = {"model": model, "base": base, "streamed": streamed}
     if adapter is not None:
         figures["adapter"] = adapter
+    if kv_cache is not None:
+        figures["kv_cache"] = {**kv_cache.model_dump(), "chunk": KV_CHUNK}
     figures |= {"dtype": str(chosen).removeprefix("torch."), "device": str(device)}
     if streamed:
         measured = _streamed(files, other, tokens, chosen, device, progress)
     else:
-        measured = _whole(files, other, tokens, chosen, device, progress, adapter)
+        measured = _whole(files, other, tokens, chosen, device, progress, adapter, kv_cache)
     return {**figures, **_flat(measured)}
 
 
@@ -89,15 +100,21 @@ def _whole(
     device: torch.device,
     progress: Progress,
     adapter: str | None = None,
+    kv_cache: KVSettings | None = None,
 ) -> PerplexityResult | Comparison:
-    model = load_model(files, dtype, device)
+    model, chunk = load_model(files, dtype, device), None
+    if kv_cache is not None:
+        from llmslim.kvcache.runtime.cache import attach
+
+        attach(model, kv_cache)
+        chunk = KV_CHUNK
     if adapter is not None:
         from llmslim.recovery.lora import with_adapter
 
         model = with_adapter(model, adapter)
     if base is None:
-        return perplexity(model, text, progress)
-    return compare(model, load_model(base, dtype, device), text, progress)
+        return perplexity(model, text, progress, chunk)
+    return compare(model, load_model(base, dtype, device), text, progress, chunk)
 
 
 def _streamed(

@@ -48,7 +48,9 @@ def codecs(settings: KVSettings, key_dim: int, value_dim: int, device: torch.dev
     if settings.method == "rotated":
         return Rotated(block, bits, key_dim, True, device), Rotated(block, bits, value_dim, False, device)
     values = PerToken(block, bits, value_group, False)
-    return (PerChannel(block, bits) if settings.method == "kivi" else PerToken(block, bits, key_group, True)), values
+    return (
+        PerChannel(block, bits) if settings.method == "kivi" else PerToken(block, bits, key_group, True)
+    ), values
 
 
 class Raw:
@@ -81,7 +83,9 @@ class PerChannel:
 
     def decode(self, parts: Parts) -> Tensor:
         codes, scale, low = parts
-        rows = torch.addcmul(low.float()[..., None], unpack(codes, self.bits).float(), scale.float()[..., None])
+        rows = torch.addcmul(
+            low.float()[..., None], unpack(codes, self.bits).float(), scale.float()[..., None]
+        )
         return rows.transpose(-1, -2).flatten(2, 3)
 
 
@@ -165,9 +169,10 @@ def quantize(x: Tensor, bits: int) -> Parts:
             continue
         error = _error(x, tried)
         better = error < least
-        best = (torch.where(better[..., None], tried[0], best[0]), *(
-            torch.where(better, new, old) for new, old in zip(tried[1:], best[1:], strict=True)
-        ))
+        best = (
+            torch.where(better[..., None], tried[0], best[0]),
+            *(torch.where(better, new, old) for new, old in zip(tried[1:], best[1:], strict=True)),
+        )
         least = torch.minimum(error, least)
     assert best is not None
     return best
@@ -212,7 +217,9 @@ def gaussian_levels(bits: int) -> Tensor:
     count = 2**bits
     levels = normal.icdf((torch.arange(count, dtype=torch.float64) + 0.5) / count)
     for _ in range(200 * bits):
-        edges = torch.cat([levels.new_tensor([-40.0]), (levels[1:] + levels[:-1]) / 2, levels.new_tensor([40.0])])
+        edges = torch.cat(
+            [levels.new_tensor([-40.0]), (levels[1:] + levels[:-1]) / 2, levels.new_tensor([40.0])]
+        )
         mass, density = normal.cdf(edges).diff(), normal.log_prob(edges).exp()
         levels = -density.diff() / mass
     return levels.float()

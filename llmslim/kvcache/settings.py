@@ -65,7 +65,9 @@ class KVSettings(BaseModel):
         if head_dim % WIDTH and self.bits < 16:
             raise UserError(f"Heads of {head_dim} channels cannot be packed: it takes a multiple of {WIDTH}.")
         if self.block % WIDTH and self.bits < 16:
-            raise UserError(f"kv_cache: group_size = {self.block} is no multiple of {WIDTH}: give 32, 64 or 128.")
+            raise UserError(
+                f"kv_cache: group_size = {self.block} is no multiple of {WIDTH}: give 32, 64 or 128."
+            )
         fitting = [n for n in range(1, head_dim + 1) if head_dim % n == 0 and n % WIDTH == 0]
         if self.group_size is None:
             return max((n for n in fitting if n <= USUAL_GROUP), default=head_dim)

@@ -28,12 +28,16 @@ class QuantizeCache(BlockStep):
     kind: ClassVar[str] = "kv_cache"
     verb: ClassVar[str] = "quantize"
 
-    kv_bits: Literal[2, 3, 4, 8] = Field(4, description="bits per stored number of the KV cache: 2, 3, 4 or 8")
+    kv_bits: Literal[2, 3, 4, 8] = Field(
+        4, description="bits per stored number of the KV cache: 2, 3, 4 or 8"
+    )
     kv_method: Literal["kivi", "token", "rotated"] = Field(
         "kivi", description="keys per channel and values per token, both per token, or both rotated"
     )
     kv_group_size: int | None = Field(
-        None, ge=1, description="numbers of the KV cache that share a scale; 64, or what fits the heads, when left out"
+        None,
+        ge=1,
+        description="numbers of the KV cache that share a scale; 64, or what fits the heads, when left out",
     )
     kv_window: int = Field(128, ge=0, description="recent tokens of the KV cache that stay as they are")
     kv_sink: int = Field(4, ge=0, description="first tokens of the KV cache that stay as they are")
@@ -64,7 +68,10 @@ class QuantizeCache(BlockStep):
 
     def write_beside(self, folder: Path, record: StepRecord) -> None:
         write_setting(folder, self.settings)
-        record.note(self.kind, f"{FILE} asks for a KV cache of {self.kv_bits} bits; perplexity is measured without one")
+        record.note(
+            self.kind,
+            f"{FILE} asks for a KV cache of {self.kv_bits} bits; perplexity is measured without one",
+        )
 
 
 def write_setting(folder: Path, settings: KVSettings) -> None:
@@ -91,7 +98,9 @@ def read_setting(folder: Path) -> KVSettings | None:
     if setting is None:
         return None
     if not isinstance(setting, dict):
-        raise UserError(f"{path}: {KEY} is {setting!r}, which is no setting of a KV cache: take the line out.")
+        raise UserError(
+            f"{path}: {KEY} is {setting!r}, which is no setting of a KV cache: take the line out."
+        )
     try:
         return KVSettings.of(**{str(name): value for name, value in setting.items()})
     except UserError as error:

@@ -46,7 +46,9 @@ def attention(
         s_aux: a score per head that takes part in the softmax and in nothing else [heads].
     """
     if kwargs.get("position_bias") is not None:
-        raise UserError(f"{type(module).__name__} adds a position bias, which a quantized cache does not read.")
+        raise UserError(
+            f"{type(module).__name__} adds a position bias, which a quantized cache does not read."
+        )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if isinstance(key, Tensor) and isinstance(value, Tensor):
         if softcap is None and s_aux is None:
@@ -60,7 +62,9 @@ def attention(
     else:
         segments = iter([])
     if dropout:
-        raise UserError("A quantized KV cache is for inference: call model.eval() first, which turns dropout off.")
+        raise UserError(
+            "A quantized KV cache is for inference: call model.eval() first, which turns dropout off."
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(key, View) and s_aux is None and native.serves(query, key, attention_mask):
         out = native.attend(query, key, attention_mask, scale, softcap)
@@ -123,7 +127,9 @@ def attend(
     return (out / total.where(total > 0, 1)).to(query.dtype)
 
 
-def _begin(query: Tensor, value_dim: int, exact: torch.dtype, s_aux: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _begin(
+    query: Tensor, value_dim: int, exact: torch.dtype, s_aux: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Greatest score, sum of weights, output: of nothing, or of the score that has no value."""
     batch, heads, length, _ = query.shape
     top = query.new_full((batch, heads, length, 1), -torch.inf, dtype=exact)

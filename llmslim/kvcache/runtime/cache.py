@@ -46,7 +46,9 @@ class KVCache(Cache):
         super().__init__(layers=layers)
         self.settings = settings
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         if layer_idx >= len(self.layers):
             raise UserError(
                 f"This KV cache was made for a model of {len(self.layers)} layers, and layer {layer_idx + 1} asks "
@@ -81,7 +83,9 @@ class Attached:
 
     def __init__(self, model: PreTrainedModel, settings: KVSettings, packed: bool) -> None:
         if model.config.is_encoder_decoder or not model.can_generate():
-            raise UserError(f"{type(model).__name__} has no cache to quantize: it takes a causal language model.")
+            raise UserError(
+                f"{type(model).__name__} has no cache to quantize: it takes a causal language model."
+            )
         check_heads(model.config.get_text_config(decoder=True), settings)
         self.model, self.settings = model, settings
         self.before = model.config.get_text_config(decoder=True)._attn_implementation
@@ -90,11 +94,16 @@ class Attached:
             self.note = can_read_packed(model)
             if not self.note:
                 model.set_attn_implementation(NAME)
-        self.hook = model.register_forward_pre_hook(self._fill, with_kwargs=True)
+        self.hook = model.register_forward_pre_hook(
+            self._fill, with_kwargs=True, prepend=True
+        )  # the latest wins
+        self.prepared = vars(model).get("_prepare_cache_for_generation")
         prepare = model._prepare_cache_for_generation  # type: ignore[operator]
 
         def prepared(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            asked = generation_config.use_cache is not False and generation_config.cache_implementation is None
+            asked = (
+                generation_config.use_cache is not False and generation_config.cache_implementation is None
+            )
             if asked and model_kwargs.get("past_key_values") is None:
                 model_kwargs["past_key_values"] = KVCache(model.config, settings)
             return prepare(generation_config, model_kwargs, *args, **kwargs)
@@ -109,7 +118,10 @@ class Attached:
 
     def undo(self) -> None:
         self.hook.remove()
-        del self.model._prepare_cache_for_generation
+        if self.prepared is None:
+            del self.model._prepare_cache_for_generation
+        else:
+            self.model._prepare_cache_for_generation = self.prepared  # type: ignore[assignment]
         if not self.note and self.model.config.get_text_config(decoder=True)._attn_implementation == NAME:
             self.model.set_attn_implementation(self.before)
 

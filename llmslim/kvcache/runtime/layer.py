@@ -67,7 +67,9 @@ class View:
         pairs += [self.read(page, 0, page.blocks) for page in self.pages]
         pairs.append(self.tail)
         keys, values = zip(*pairs, strict=True)
-        return torch.cat([k.to(like.dtype) for k in keys], 2), torch.cat([v.to(like.dtype) for v in values], 2)
+        return torch.cat([k.to(like.dtype) for k in keys], 2), torch.cat(
+            [v.to(like.dtype) for v in values], 2
+        )
 
     def read(self, page: Page, first: int, last: int) -> Pair:
         """Keys and values of the tokens that count in some blocks of a page."""

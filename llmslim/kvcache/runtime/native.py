@@ -29,11 +29,18 @@ class Shape(ctypes.Structure):
     """As `../csrc/attend.c` has it."""
 
     _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in "batch heads queries key_dim value_dim block bits key_kind value_kind key_group value_group "
-            "mask_stride".split()
-        ),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("queries", ctypes.c_int64),
+        ("key_dim", ctypes.c_int64),
+        ("value_dim", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
+        ("key_kind", ctypes.c_int64),
+        ("value_kind", ctypes.c_int64),
+        ("key_group", ctypes.c_int64),
+        ("value_group", ctypes.c_int64),
+        ("mask_stride", ctypes.c_int64),
         ("softcap", ctypes.c_float),
     ]
 
@@ -73,7 +80,9 @@ def serves(query: Tensor, view: View, mask: Tensor | None) -> bool:
     )
 
 
-def attend(query: Tensor, view: View, mask: Tensor | None, scale: float, softcap: float | None = None) -> Tensor:
+def attend(
+    query: Tensor, view: View, mask: Tensor | None, scale: float, softcap: float | None = None
+) -> Tensor:
     """As `attention.attend`: query [batch, heads, 1, D] -> [batch, heads, 1, value D]."""
     batch, heads, _, key_dim = query.shape
     keys, values = view.tail
@@ -135,7 +144,7 @@ def _plain(shape: Shape, state: State, pair: Pair) -> None:
     lib = library()
     assert lib is not None
     keys, values = (part if part.stride(-1) == 1 else part.contiguous() for part in pair)
-    steps = (ctypes.c_int64 * 3)
+    steps = ctypes.c_int64 * 3
     failed = lib.llmslim_attend_plain(
         shape,
         state,
