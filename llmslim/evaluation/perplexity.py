@@ -76,7 +76,8 @@ def perplexity(
     """exp of the mean negative log-likelihood over the windows of `text`, one window at a time.
 
     Windows do not overlap and share no context, so a figure depends on seq_len: compare only what has the
-    same `protocol` and `data_hash`. `chunk`: see `window_logits`. A model that is not a causal language model raises `UserError`.
+    same `protocol` and `data_hash`. `chunk`: see `window_logits`. A model that is not
+    a causal language model raises `UserError`.
     """
     require_causal(model)
     scores = TokenScores()

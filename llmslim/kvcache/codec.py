@@ -19,7 +19,7 @@ from llmslim.kvcache.settings import KVSettings
 
 Parts = tuple[Tensor, ...]
 
-SHRINK = (1.0, 0.9, 0.8, 0.7, 0.6)
+SHRINK = (0.9, 0.8, 0.7, 0.6)
 """Shares of a group's range that are tried at 2 and 3 bits, where clipping the ends costs less than it saves."""
 SEARCHED = (2, 3)
 ROTATION_SEED = 2504_19874
@@ -160,25 +160,25 @@ def quantize(x: Tensor, bits: int) -> Parts:
     """
     x = x.float()
     low, high = x.amin(-1), x.amax(-1)
-    best = None
-    for share in SHRINK if bits in SEARCHED else (1.0,):
+    best = _quantize(x, low, high, bits)
+    if bits not in SEARCHED:
+        return best
+    least = _error(x, best)
+    for share in SHRINK:
         cut = (high - low) * (1 - share) / 2
         tried = _quantize(x, low + cut, high - cut, bits)
-        if best is None:
-            best, least = tried, _error(x, tried) if bits in SEARCHED else None
-            continue
         error = _error(x, tried)
         better = error < least
+        least = torch.minimum(error, least)
         best = (
             torch.where(better[..., None], tried[0], best[0]),
-            *(torch.where(better, new, old) for new, old in zip(tried[1:], best[1:], strict=True)),
+            torch.where(better, tried[1], best[1]),
+            torch.where(better, tried[2], best[2]),
         )
-        least = torch.minimum(error, least)
-    assert best is not None
     return best
 
 
-def _quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Parts:
+def _quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     top = 2**bits - 1
     scale, low = half((high - low) / top), half(low)
     step = scale.float()[..., None]

@@ -98,7 +98,7 @@ class Attached:
             self._fill, with_kwargs=True, prepend=True
         )  # the latest wins
         self.prepared = vars(model).get("_prepare_cache_for_generation")
-        prepare = model._prepare_cache_for_generation  # type: ignore[operator]
+        prepare: Any = model._prepare_cache_for_generation
 
         def prepared(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             asked = (

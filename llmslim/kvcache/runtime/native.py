@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def library() -> ctypes.CDLL | None:
         except OSError:
             continue
         pointer, index = ctypes.c_void_p, ctypes.c_int64
-        head = [ctypes.POINTER(Shape), ctypes.POINTER(State)]
+        head: list[Any] = [ctypes.POINTER(Shape), ctypes.POINTER(State)]
         lib.llmslim_attend_packed.argtypes = [*head, *[pointer] * 7, index, index, ctypes.c_int]
         lib.llmslim_attend_plain.argtypes = [*head, *[pointer] * 4, index, index, ctypes.c_int]
         return lib
