@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from llmslim.anatomy import Anatomy
 from llmslim.anatomy.block import Block
@@ -42,10 +42,17 @@ class QuantizeCache(BlockStep):
     kv_window: int = Field(128, ge=0, description="recent tokens of the KV cache that stay as they are")
     kv_sink: int = Field(4, ge=0, description="first tokens of the KV cache that stay as they are")
 
+    @field_validator("kv_bits")
+    @classmethod
+    def _that_pack(cls, value: int) -> int:
+        if value not in (2, 3, 4, 8):
+            raise ValueError("a KV cache takes 2, 3, 4 or 8 bits")
+        return value
+
     @property
     def settings(self) -> KVSettings:
         return KVSettings(
-            bits=self.kv_bits,
+            bits=self.kv_bits,  # type: ignore[arg-type]
             method=self.kv_method,
             group_size=self.kv_group_size,
             window=self.kv_window,
