@@ -28,9 +28,7 @@ class QuantizeCache(BlockStep):
     kind: ClassVar[str] = "kv_cache"
     verb: ClassVar[str] = "quantize"
 
-    kv_bits: Literal[2, 3, 4, 8] = Field(
-        4, description="bits per stored number of the KV cache: 2, 3, 4 or 8"
-    )
+    kv_bits: int = Field(4, ge=2, le=8, description="bits per stored number of the KV cache: 2, 3, 4 or 8")
     kv_method: Literal["kivi", "token", "rotated"] = Field(
         "kivi", description="keys per channel and values per token, both per token, or both rotated"
     )
