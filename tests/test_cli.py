@@ -261,7 +261,7 @@ BAD = {
     "misspelt option": ([*QUANTIZE, "--bit", "3"], "Unknown option --bit, did you mean --bits?"),
     "abbreviation": ([*QUANTIZE, "--embeddings", "8"], "did you mean --embeddings-bits?"),
     "misspelt method": (["quantize", "demo", "--method", "gtpq"], "did you mean gptq?"),
-    "no method": (["quantize", "demo"], "--method autoround or bnb or gptq or qat or rtn"),
+    "no method": (["quantize", "demo"], "--method autoround or bnb or gptq or kv_cache or qat or rtn"),
     "no output": (["quantize", "demo", "--method", "rtn"], "--output FOLDER"),
     "no model": (["inspect"], "required: MODEL"),
     "another method's option": (
