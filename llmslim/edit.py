@@ -7,7 +7,8 @@ edits, and reads the weights. A method describes what it decided as edits; nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -149,3 +150,16 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     if source := model.get_submodule(name).__dict__.get("shared_with"):
         share(module, source)
     put(model, name, module)
+
+
+@contextmanager
+def in_place(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Other modules at these dotted names for a while; those that were there come back, whatever happens."""
+    before = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            replace_module(model, name, module)
+        yield
+    finally:
+        for name, module in before.items():
+            replace_module(model, name, module)

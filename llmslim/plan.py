@@ -180,7 +180,8 @@ def _seconds(
     flops, surveys, pace = 0.0, 0.0, _flops_per_second(device, dtype)
     for step in recipe.steps:
         if isinstance(step, BlockStep) and step.needs_survey:
-            passed = weights + (shape.hidden * shape.vocabulary if step.survey_copies else 0)
+            head = anatomy.head is not None and step.survey_copies
+            passed = weights + (shape.hidden * shape.vocabulary if head else 0)
             surveys += min(step.survey_limit, step.survey_work(shape.tokens, shape.window) * passed / pace)
         if step.needs_calibration and isinstance(step, BlockStep) and step.streams_calibration:
             flops += 2.0 * shape.tokens * weights

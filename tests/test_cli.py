@@ -124,6 +124,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "owl_outlier": {"layer_sparsity": "owl"},
     "sparsity_range": {"layer_sparsity": "owl"},
     "ramp": {"rounds": 2},
+    "patience": {"validation": 0.5},
     "rewind": {"retrain": {"full": {}}},
     **{
         name: {"teacher": "a"}

@@ -13,9 +13,10 @@ from transformers import AutoModelForSequenceClassification
 
 from llmslim.cli import main
 from llmslim.errors import UserError
-from llmslim.evaluation.glue import evaluate_glue, interval, predictions, score
+from llmslim.evaluation.glue import evaluate_glue, interval, predictions
 from llmslim.loaders.glue import TASKS, Sentences, pad_token, task_rows
 from llmslim.loaders.heads import inputs_of
+from llmslim.metrics import score
 from tests.glue_data import write_glue
 from tests.tiny import randomize, save_tiny, tiny_config, tiny_tokenizer
 

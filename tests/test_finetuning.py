@@ -268,3 +268,67 @@ def test_two_tasks_are_no_recipe(folders: dict[str, Path], data: str) -> None:
         UserError, match="classification head of 1 label, and BertForSequenceClassification has"
     ):
         prepare(str(folders["bert"]), Recipe(steps=steps, **QUICK))
+
+
+def test_the_best_by_the_metric_is_kept_not_the_lowest_loss(
+    folders: dict[str, Path], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores that are made up: best at the first validation, so that training on is forgotten, and soon given up."""
+    made_up, seen = iter([0.9, 0.5, 0.9, 0.1, 0.2]), []
+
+    def scores(task: Any, found: Any, labels: Any) -> dict[str, float]:
+        seen.append((task.name, found.shape, labels.shape))
+        return {"score": next(made_up)}
+
+    monkeypatch.setattr("llmslim.finetuning.finetune.scores", scores)
+    told: list[str] = []
+    step = Finetune(
+        glue="sst2", data=data, **{**FAST, "epochs": 1}, validation=0.25, save_steps=2, patience=2
+    )
+    compress(
+        str(folders["bert"]), [step], tmp_path / "c", **QUICK,
+        progress=lambda what, done, total, note="": told.append(note),
+    )  # fmt: skip
+    assert seen == [("sst2", (64,), (64,))] * 3  # of 192 / 16 / 2 = 6
+    lines = [json.loads(line) for line in (tmp_path / "c/training.jsonl").read_text().splitlines()]
+    assert [line["eval_score"] for line in lines if "eval_score" in line] == [0.9, 0.5, 0.9]
+    assert max(line["step"] for line in lines) == 6
+    assert any("validation score 0.5, best 0.9" in note for note in told)
+
+    def first(model: Any) -> torch.Tensor:
+        return AutoModelForSequenceClassification.from_pretrained(model).classifier.weight
+
+    monkeypatch.setattr("llmslim.finetuning.finetune.scores", lambda *of: {"score": 0.0})
+    finetune(folders["bert"], tmp_path / "flat", data, epochs=1, validation=0.25, save_steps=2, patience=1)
+    torch.testing.assert_close(
+        first(tmp_path / "c"), first(tmp_path / "flat"), rtol=0, atol=0
+    )  # both of step 2
+
+
+def test_validation_scores_as_the_evaluator_does(teacher: Path, data: str) -> None:
+    """The judge of a model gives what `evaluate --glue` finds on the same sentences."""
+    model = AutoModelForSequenceClassification.from_pretrained(teacher).eval()
+    step = Finetune(glue="sst2", data=data)
+    rows = task_rows(TASKS["sst2"], "validation", data)
+    examples = Sentences(TASKS["sst2"], rows, tiny_tokenizer(), inputs_of(model), 0, 64)
+    judge = step.judge(model)
+    with torch.no_grad():
+        found = judge.predict(model, examples.collate([examples[index] for index in range(len(rows))]))
+    scores = judge.scores(found.numpy(), examples.labels.numpy())
+    assert scores == {"accuracy": pytest.approx(accuracy(teacher, data)), "score": scores["accuracy"]}
+
+
+def test_the_plan_knows_the_sentences(data: str) -> None:
+    step = Finetune(glue="sst2", data=data, epochs=2)
+    assert step.survey_work(0, 0) == 6 * 256 * 13 * 2  # 256 rows in the folder
+    assert step.model_copy(update={"data": ""}).survey_work(0, 0) == 6 * 67349 * 13 * 2
+    assert step.model_copy(update={"max_steps": 5, "batch_size": 4}).survey_work(0, 0) == 6 * 5 * 4 * 13
+    held = step.model_copy(update={"validation": 0.5}).survey_work(0, 0)
+    assert held == pytest.approx((6 + 2) / 2 * 256 * 13 * 2, rel=1e-3)
+    taught = Finetune(glue="sst2", data=data, epochs=2, teacher="t", max_length=10)
+    assert taught.survey_work(0, 0) == 8 * 256 * 10 * 2
+
+
+def test_patience_needs_validation() -> None:
+    with pytest.raises(ValueError, match="without --validation SHARE there are none"):
+        Finetune(glue="sst2", patience=2)

@@ -46,7 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "finetuning",
     ),
     ("training",),
-    ("step", "linear_step", "edit", "experts", "sparse", "masks", "lowrank", "ties"),
+    ("step", "linear_step", "edit", "experts", "sparse", "masks", "lowrank", "ties", "metrics"),
     ("calibration",),
     ("anatomy", "loaders"),
     ("errors", "memory"),
@@ -71,7 +71,7 @@ ORDERED = {
         "work",
     ),
     "evaluation": ("evaluation", "plugin", "checkpoint"),
-    "step": ("linear_step", "step", "experts", "sparse", "edit", "masks", "lowrank", "ties"),
+    "step": ("linear_step", "step", "experts", "sparse", "edit", "masks", "lowrank", "ties", "metrics"),
 }
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +14,7 @@ from llmslim.evaluation.run import resolve_dtype
 from llmslim.loaders.glue import DATASET, Sentences, Task, pad_token, require_data, task_of, task_rows
 from llmslim.loaders.heads import inputs_of, label_columns, require_head
 from llmslim.loaders.models import default_device, find
+from llmslim.metrics import predicted, require_metrics, score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,52 +24,6 @@ Progress = Callable[[int, int], None]
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 MAX_LENGTH = 512  # tokens of a sentence or pair, where the model can take as many
-
-
-def _matthews(predicted: Any, labels: Any) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return float(matthews_corrcoef(labels, predicted))
-
-
-def _f1(predicted: Any, labels: Any) -> float:
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(labels, predicted, zero_division=0))
-
-
-def _accuracy(predicted: Any, labels: Any) -> float:
-    return float((predicted == labels).mean())
-
-
-def _pearson(predicted: Any, labels: Any) -> float:
-    from scipy.stats import pearsonr
-
-    return float(pearsonr(predicted, labels).statistic)
-
-
-def _spearman(predicted: Any, labels: Any) -> float:
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(predicted, labels).statistic)
-
-
-METRICS: dict[str, Callable[[Any, Any], float]] = {
-    "matthews": _matthews,
-    "accuracy": _accuracy,
-    "f1": _f1,
-    "pearson": _pearson,
-    "spearman": _spearman,
-}
-"""metric(predicted [examples], labels [examples]); f1 is of label 1."""
-
-
-def score(metric: str, predicted: Any, labels: Any) -> float:
-    """One metric; 0 where it is not defined, as the correlation with a constant."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        value = METRICS[metric](np.asarray(predicted), np.asarray(labels))
-    return value if math.isfinite(value) else 0.0
 
 
 def interval(metric: str, predicted: Any, labels: Any, seed: int = 0) -> tuple[float, float]:
@@ -109,7 +61,7 @@ def predictions(
                 "the model's logits hold NaN or infinity, so nothing can be measured: look for such values in its "
                 "weights, or load it with dtype float32 if it was made for a wider range"
             )
-        found[rows] = logits.argmax(-1) if task.labels else logits[:, 0]
+        found[rows] = predicted(task, logits)
         progress(start + len(rows), len(order))
     return found.numpy()
 
@@ -135,13 +87,13 @@ def task_scores(
         rows = task_rows(task, split, folder)
         used = rows[:subset]
         data = Sentences(task, used, tokenizer, inputs_of(model), pad, length)
-        predicted, labels = predictions(model, task, data, batch_size, progress), data.labels.numpy()
+        found, labels = predictions(model, task, data, batch_size, progress), data.labels.numpy()
         record["examples"] += len(used)
         record["total"] += len(rows)
         suffix = "_mismatched" if split.endswith("_mismatched") else ""
         for metric in task.metrics:
-            low, high = interval(metric, predicted, labels)
-            value = score(metric, predicted, labels)
+            low, high = interval(metric, found, labels)
+            value = score(metric, found, labels)
             record["metrics"][metric + suffix] = {"value": value, "low": low, "high": high}
     values = [metric["value"] for metric in record["metrics"].values()]
     return {**record, "score": sum(values) / len(values)}
@@ -184,8 +136,7 @@ def evaluate_glue(
         raise UserError("Which GLUE tasks? Name one or more, such as --glue sst2,mrpc.")
     if subset is not None and subset < 1:
         raise UserError(f"subset {subset} is too few: it takes at least 1 example.")
-    if importlib.util.find_spec("sklearn") is None or importlib.util.find_spec("scipy") is None:
-        raise UserError("GLUE's metrics need scikit-learn and scipy: pip install 'llmslim[glue]'.")
+    require_metrics()
     for task in chosen:
         require_data(task, data)
     files = find(model, revision)

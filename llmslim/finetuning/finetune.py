@@ -11,8 +11,18 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
 from llmslim.errors import UserError
-from llmslim.loaders.glue import TASKS, Sentences, Task, pad_token, require_data, task_of, task_rows
+from llmslim.loaders.glue import (
+    TASKS,
+    Sentences,
+    Task,
+    pad_token,
+    require_data,
+    task_of,
+    task_rows,
+    train_size,
+)
 from llmslim.loaders.heads import classifies, headed_config, inputs_of, label_columns, require_head
+from llmslim.metrics import predicted, require_metrics, scores
 from llmslim.training.inside import InsideFields
 from llmslim.training.whole import WholeStep
 
@@ -22,7 +32,7 @@ if TYPE_CHECKING:
 
     from llmslim.loaders.models import ModelFiles
     from llmslim.step import Survey
-    from llmslim.training.loop import Loss
+    from llmslim.training.loop import Judge, Loss
 
 SAMPLE = 256  # sentences that projections are fitted to before training
 OF_TEACHER = ("alpha", "temperature", "hidden", "attention", "layer_map", "relation_heads")
@@ -37,6 +47,7 @@ class Finetune(InsideFields, WholeStep):
     - inside: the teacher's hidden states and relations of its last attention (TinyBERT, arXiv:1909.10351; MiniLMv2,
       arXiv:2012.15828), as in `distill --method features`; padding is left out.
 
+    With validation the best by the task's score (the mean of its metrics, as `evaluate --glue` has it) is kept.
     Batches are of like length, padded to their longest. Dropout is what the config says.
     """
 
@@ -61,7 +72,10 @@ class Finetune(InsideFields, WholeStep):
     )
     save_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints to resume from")
     validation: float = Field(
-        0.0, ge=0, lt=1, description="share of the sentences held out; what does best on it is kept"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the training sentences held out; what has the best score of the task on it is kept",
     )
 
     @model_validator(mode="after")
@@ -83,6 +97,13 @@ class Finetune(InsideFields, WholeStep):
     def needs_calibration(self) -> bool:
         return False  # the step brings its own text
 
+    def survey_work(self, tokens: int, window: int) -> float:
+        length = min(self.task.tokens, self.max_length)
+        if self.max_steps:
+            return super().survey_work(0, length)
+        held = self.validation * (1.0 - 1 / 3)  # an epoch runs it once, forward alone
+        return super().survey_work(round(train_size(self.task, self.data) * length * (1 - held)), length)
+
     def survey_span(self, window: int) -> int:
         return self.batch_size * self.max_length
 
@@ -100,6 +121,8 @@ class Finetune(InsideFields, WholeStep):
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
         require_data(self.task, self.data)
+        if self.validation:
+            require_metrics()
         config = anatomy.model.config
         require_head(config, self.task, "The model of this step")  # a recipe with two tasks
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -137,6 +160,17 @@ class Finetune(InsideFields, WholeStep):
             return value if learn is None else learn(value, logits, found, inputs)
 
         return loss, list(learn.inside.projections.parameters()) if learn else []
+
+    def judge(self, model: PreTrainedModel) -> Judge:
+        from llmslim.training.loop import Judge
+
+        columns = label_columns(model.config, self.task)
+
+        def predict(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            return predicted(self.task, model(**inputs).logits[:, columns])
+
+        return Judge(predict, lambda found, labels: scores(self.task, found, labels))
 
     def _labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of logits [batch, labels]."""

@@ -23,13 +23,17 @@ class Task:
     Attributes:
         columns: of the data set, the sentences in their order.
         labels: names of the classes, by number; none for a score (regression).
-        metrics: names of what is measured, in `llmslim.evaluation.glue.METRICS`.
+        metrics: names of what is measured, in `llmslim.metrics.METRICS`.
+        train: rows of its training part.
+        tokens: of such a row, on average (BERT's; of QQP, MNLI, QNLI and WNLI about).
         splits: of the validation part; what is measured on the second one is called `_mismatched`.
     """
 
     name: str
     columns: tuple[str, ...]
     labels: tuple[str, ...]
+    train: int
+    tokens: int
     metrics: tuple[str, ...] = ("accuracy",)
     splits: tuple[str, ...] = ("validation",)
 
@@ -43,20 +47,26 @@ ENTAILS = ("entailment", "not_entailment")
 TASKS = {
     task.name: task
     for task in (
-        Task("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
-        Task("sst2", ("sentence",), ("negative", "positive")),
-        Task("mrpc", ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("f1", "accuracy")),
-        Task("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "accuracy")),
-        Task("stsb", ("sentence1", "sentence2"), (), ("pearson", "spearman")),
+        Task("cola", ("sentence",), ("unacceptable", "acceptable"), 8551, 11, ("matthews",)),
+        Task("sst2", ("sentence",), ("negative", "positive"), 67349, 13),
+        Task(
+            "mrpc", ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), 3668, 53, ("f1", "accuracy")
+        ),
+        Task(
+            "qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), 363846, 31, ("f1", "accuracy")
+        ),
+        Task("stsb", ("sentence1", "sentence2"), (), 5749, 28, ("pearson", "spearman")),
         Task(
             "mnli",
             ("premise", "hypothesis"),
             ("entailment", "neutral", "contradiction"),
+            392702,
+            39,
             splits=("validation_matched", "validation_mismatched"),
         ),
-        Task("qnli", ("question", "sentence"), ENTAILS),
-        Task("rte", ("sentence1", "sentence2"), ENTAILS),
-        Task("wnli", ("sentence1", "sentence2"), ("not_entailment", "entailment")),
+        Task("qnli", ("question", "sentence"), ENTAILS, 104743, 50),
+        Task("rte", ("sentence1", "sentence2"), ENTAILS, 2490, 70),
+        Task("wnli", ("sentence1", "sentence2"), ("not_entailment", "entailment"), 635, 38),
     )
 }
 
@@ -83,6 +93,16 @@ def task_rows(task: Task, split: str, folder: str = "") -> list[dict[str, Any]]:
             f"{DATASET}:{task.name}:{split} has {there}, and {task.name} needs {', '.join(wanted)}."
         )
     return rows
+
+
+def train_size(task: Task, folder: str = "") -> int:
+    """Rows of the training part, without reading them: of parquet files in FOLDER, else what GLUE has."""
+    files = sorted((Path(folder).expanduser() / DATASET / task.name).glob("train*.parquet")) if folder else []
+    if not files:
+        return task.train
+    import pyarrow.parquet as pq
+
+    return sum(pq.read_metadata(file).num_rows for file in files)
 
 
 def require_data(task: Task, folder: str = "") -> None:

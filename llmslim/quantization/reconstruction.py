@@ -21,7 +21,7 @@ from torch.func import functional_call
 from llmslim.anatomy import Anatomy, Block
 from llmslim.anatomy.parts import dense_weight, is_conv1d
 from llmslim.calibration.stream import BlockStream
-from llmslim.edit import replace_module
+from llmslim.edit import in_place
 from llmslim.quantization.fake_quantize import TrainedWeight
 from llmslim.quantization.grid import QuantizedWeight
 from llmslim.quantization.packed import PackedLinear
@@ -250,7 +250,7 @@ class Reconstruction(Quantizer):
         packed: dict[str, PackedLinear],
         record: StepRecord,
     ) -> tuple[Kept, Kept]:
-        with _in_place(stream.model, dense), _inputs_quantized(dense, packed):
+        with in_place(stream.model, dense), _inputs_quantized(dense, packed):
             weights = {
                 name: self.trained(dense_weight(linear).detach().float(), packed[name].quantized())
                 for name, linear in dense.items()
@@ -272,19 +272,6 @@ def _packed(model: nn.Module, names: Sequence[str] | dict[str, nn.Module]) -> di
     """Those of these Linears that have just been packed."""
     now = {name: model.get_submodule(name) for name in names}
     return {name: module for name, module in now.items() if isinstance(module, PackedLinear)}
-
-
-@contextmanager
-def _in_place(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
-    """Other modules in the place of these names for a while."""
-    before = {name: model.get_submodule(name) for name in modules}
-    for name, module in modules.items():
-        replace_module(model, name, module)
-    try:
-        yield
-    finally:
-        for name, module in before.items():
-            replace_module(model, name, module)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
-from llmslim.edit import replace_module
+from llmslim.edit import in_place
 from llmslim.ties import counterpart, shared_modules
 from llmslim.training.objective import ObjectiveStep
 from llmslim.training.step import Finish
@@ -54,17 +54,13 @@ class Scales(ObjectiveStep):
         own = {name: module for name, module in scaled.items() if sources[name] is None}
         for name, module in scaled.items():
             module.scale = scaled[sources[name] or name].scale
-            replace_module(model, name, module)
 
         def finish() -> dict[str, Tensor]:
             scales = {f"{name}.weight_scale": module.rounded() for name, module in own.items()}
             return {**vectors, **scales}
 
-        try:
+        with in_place(model, scaled):
             yield [*vectors.values(), *(module.scale for module in own.values())], finish
-        finally:
-            for name, module in packed.items():
-                replace_module(model, name, module)
 
 
 class ScaledLinear(nn.Module):

@@ -11,9 +11,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,20 @@ class Schedule:
     seed: int
     dtype: torch.dtype
     """What products are computed in (autocast); weights and their updates are float32."""
+    patience: int | None = None
+
+
+class Judge(NamedTuple):
+    """What validation keeps the best by, where that is not the loss.
+
+    Attributes:
+        predict: of (model, batch), a tensor [examples].
+        scores: of arrays (predictions, labels) of all that is held out, some figures by name; the best has the
+            highest `score`.
+    """
+
+    predict: Callable[[nn.Module, Any], Tensor]
+    scores: Callable[[Any, Any], dict[str, float]]
 
 
 class Trainee(nn.Module):
@@ -92,6 +106,7 @@ def train(
     log: Path,
     progress: Callable[[int, int, str], None],
     dropout: bool = True,
+    judge: Judge | None = None,
 ) -> None:
     """Train some parameters of a model in place; goes on at the last checkpoint in `scratch`.
 
@@ -100,6 +115,7 @@ def train(
         data: tokens int64 [windows, seq], or examples; the last `schedule.validation` of them are held out.
         log: a .jsonl file; entries of other passes in it stay.
         dropout: whether the model drops out while it trains, as its config says.
+        judge: of examples with `labels`; what has the lowest loss is the best without.
 
     Raises:
         UserError: the loss or a gradient is not finite; the last checkpoint is kept.
@@ -112,21 +128,28 @@ def train(
     examples: Any = windows or data
     held, lengths = held_out(len(data), schedule.validation), examples.lengths
     kept = len(data) - held
-    steps = schedule.max_steps or math.ceil(math.ceil(kept / schedule.batch_size) * schedule.epochs)
+    epoch = math.ceil(kept / schedule.batch_size)
+    steps = schedule.max_steps or math.ceil(epoch * schedule.epochs)
+    if held:  # a small data set is over before many steps
+        schedule = replace(schedule, save_steps=min(schedule.save_steps, epoch))
     folder = scratch / "trainer"
     tokens = round(sum(lengths) / len(lengths) * schedule.batch_size)
-    watch = _Watch(schedule, steps, tokens, scratch, log, progress)
+    best_by = "" if not held else "eval_loss" if judge is None else "eval_score"
+    watch = _Watch(schedule, steps, tokens, scratch, log, progress, best_by)
     held_ones = sorted(range(kept, len(data)), key=lambda index: lengths[index])
     trainer = _Trainer(
         model=Trainee(model, trained, dropout),
-        args=_arguments(schedule, steps, folder, bool(held), next(model.parameters()).device),
+        args=_arguments(schedule, steps, folder, best_by, next(model.parameters()).device),
         data_collator=examples.collate,
         train_dataset=torch.utils.data.Subset(examples, range(kept)),
         eval_dataset=torch.utils.data.Subset(examples, held_ones) if held else None,
+        compute_metrics=None
+        if judge is None
+        else lambda found: judge.scores(found.predictions, found.label_ids),
         callbacks=[watch],
     )
     trainer.loss = loss if windows is None else lambda model, batch: loss(model, batch["input_ids"])
-    trainer.watch = watch
+    trainer.watch, trainer.judge = watch, judge
     trainer.sampler = (
         _ByLength(lengths[:kept], schedule.batch_size, schedule.seed) if windows is None else None
     )
@@ -143,9 +166,9 @@ def held_out(windows: int, share: float) -> int:
 
 
 def _arguments(
-    schedule: Schedule, steps: int, folder: Path, validates: bool, device: torch.device
+    schedule: Schedule, steps: int, folder: Path, best_by: str, device: torch.device
 ) -> TrainingArguments:
-    when = {"eval_strategy": "steps", "eval_steps": schedule.save_steps} if validates else {}
+    when = {"eval_strategy": "steps", "eval_steps": schedule.save_steps} if best_by else {}
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -159,10 +182,10 @@ def _arguments(
         save_total_limit=2,
         logging_steps=max(1, min(10, steps // 10)),
         logging_nan_inf_filter=False,
-        load_best_model_at_end=validates,
-        metric_for_best_model="eval_loss" if validates else None,
-        greater_is_better=False if validates else None,
-        prediction_loss_only=True,
+        load_best_model_at_end=bool(best_by),
+        metric_for_best_model=best_by or None,
+        greater_is_better=best_by == "eval_score" if best_by else None,
+        prediction_loss_only=best_by != "eval_score",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
@@ -223,6 +246,7 @@ class _Trainer(Trainer):
     loss: Loss
     watch: _Watch
     sampler: _ByLength | None
+    judge: Judge | None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.sampler or super()._get_train_sampler(train_dataset)
@@ -230,19 +254,26 @@ class _Trainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        unwrapped = self.accelerator.unwrap_model(model)
-        dtype, device = self.watch.schedule.dtype, self.args.device.type
-        # accelerate casts in the forward of the module that it wraps, which a loss does not call
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            value = self.loss(unwrapped.__dict__["model"], inputs)
+        value = self._run(self.loss, model, inputs)
         if not torch.isfinite(value):
             self.watch.refuse("loss", self.state.global_step)
         self.watch.loss = value.detach()
         return (value, {}) if return_outputs else value
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad():  # Trainer's own looks for labels
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            if self.judge is not None:
+                return None, self._run(self.judge.predict, model, inputs), inputs["labels"]
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def _run(self, function: Callable[[nn.Module, Any], Tensor], model: Any, inputs: Any) -> Tensor:
+        """What a function makes of the trained model and a batch, in the type of the products."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        dtype, device = self.watch.schedule.dtype, self.args.device.type
+        # accelerate casts in the forward of the module that it wraps, which a loss does not call
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return function(unwrapped.__dict__["model"], inputs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
@@ -263,6 +294,7 @@ class _Watch(TrainerCallback):
         scratch: Path,
         log: Path,
         progress: Callable[[int, int, str], None],
+        best_by: str = "",
     ) -> None:
         self.schedule, self.steps, self.tokens, self.log, self.progress = (
             schedule,
@@ -271,6 +303,7 @@ class _Watch(TrainerCallback):
             log,
             progress,
         )
+        self.best_by = best_by
         self._place, self._clock = scratch.name, scratch / "elapsed.json"
         self._before = json.loads(self._clock.read_text()) if self._clock.exists() else 0.0
         self._begun, self._first = time.monotonic(), 0
@@ -308,10 +341,34 @@ class _Watch(TrainerCallback):
         pace, left = self._pace(state.global_step)
         total = self.steps if self.schedule.max_minutes is None else round(state.global_step + left * pace)
         told = f"loss {self.loss:.4g}, {pace * self.tokens:.0f} tokens/s, {resident_bytes() / 1e6:,.0f} MB"
-        self.progress(state.global_step, total, told)
+        self.progress(state.global_step, total, told + self._judged(state))
         limit = self.schedule.max_minutes
         if limit is not None and self.elapsed > 60 * limit:
             control.should_training_stop = True
+            control.should_evaluate = control.should_save = bool(self.best_by)  # the end may be the best
+        if self._stalled(state):  # a run that was killed after it had stopped
+            control.should_training_stop, control.should_evaluate, control.should_save = True, False, False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._stalled(state):
+            control.should_training_stop = True
+
+    def _validations(self, state: Any) -> list[float]:
+        """What they found so far, the higher the better; from the history, which a resumed run has, too."""
+        sign = 1 if self.best_by == "eval_score" else -1
+        return [sign * entry[self.best_by] for entry in state.log_history if self.best_by in entry]
+
+    def _stalled(self, state: Any) -> bool:
+        """Whether the last `patience` validations gained nothing."""
+        found = self._validations(state)
+        return bool(found) and len(found) - 1 - found.index(max(found)) >= (
+            self.schedule.patience or math.inf
+        )
+
+    def _judged(self, state: Any) -> str:
+        found = self._validations(state)
+        what = self.best_by.removeprefix("eval_")
+        return f", validation {what} {abs(found[-1]):.4g}, best {abs(max(found)):.4g}" if found else ""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._clock.write_text(json.dumps(self.elapsed))

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block
@@ -17,9 +17,10 @@ from llmslim.step import BlockStep, StepRecord, Survey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+    from typing_extensions import Self
 
     from llmslim.calibration.stream import BlockStream
-    from llmslim.training.loop import Examples, Loss
+    from llmslim.training.loop import Examples, Judge, Loss
 
 Finish = Callable[[], dict[str, Tensor]]
 """What training leaves: name of a parameter in the checkpoint -> its value."""
@@ -73,6 +74,17 @@ class TrainStep(PlacingStep):
     validation: float = Field(
         0.0, ge=0, lt=1, description="share of the windows held out; what does best on it is kept"
     )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop after so many validations without gain; they come with checkpoints and epochs",
+    )
+
+    @model_validator(mode="after")
+    def _patience_validates(self) -> Self:
+        if self.patience is not None and not self.validation:
+            raise ValueError("patience counts validations, and without --validation SHARE there are none")
+        return self
 
     @property
     def needs_calibration(self) -> bool:
@@ -111,6 +123,10 @@ class TrainStep(PlacingStep):
             teacher: what `learned_from` gave.
             data: what training will take: the windows, int64 [windows, seq], or what else `examples` gives.
         """
+
+    def judge(self, model: PreTrainedModel) -> Judge | None:
+        """What validation keeps the best by; the loss when None."""
+        return None
 
     def examples(self, look: Survey, model: PreTrainedModel) -> Tensor | Examples:
         """What the step trains on: the calibration windows, int64 [windows, seq]."""
@@ -170,6 +186,7 @@ class TrainStep(PlacingStep):
                 model, [*trained, *beside], data, loss, schedule, look.scratch,
                 look.scratch.parent / "training.jsonl",
                 lambda done, total, note: look.progress(self.kind, done, total, note), self.dropout_trains,
+                self.judge(model),
             )  # fmt: skip
             with torch.no_grad():
                 return {name: tensor.detach().cpu().clone() for name, tensor in finish().items()}
