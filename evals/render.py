@@ -375,7 +375,10 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "suite": ("Standard suites (evals/suites/)", suite),
     "speed": ("Speed at batch 1: median of the rounds (smallest-largest), ratio to the dense model", speed),
     "speed_pruned": ("Speed with about 30% of the blocks' parameters removed, batch 1, as above", speed),
-    "peers_load": ("Checkpoints read by other programs: greedy text against that of transformers", peers_load),
+    "peers_load": (
+        "Checkpoints read by other programs: greedy text against that of transformers",
+        peers_load,
+    ),
     "memory": ("A large model of random weights, 4-bit GPTQ, streamed", memory),
 }
 

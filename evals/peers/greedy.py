@@ -33,7 +33,9 @@ Reader = Callable[[str, str, Namespace], list[Answer]]  # of a folder, in a dtyp
 def compare(docstring: str, peer: str, read: Reader) -> None:
     """Let `peer` continue the prompts from each checkpoint in each dtype, and record it beside transformers."""
     made = record.parser(docstring, "peers_load")
-    made.add_argument("--checkpoints", nargs="+", required=True, metavar="NAME=FOLDER", help="name for the table")
+    made.add_argument(
+        "--checkpoints", nargs="+", required=True, metavar="NAME=FOLDER", help="name for the table"
+    )
     made.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16"])
     made.add_argument("--new-tokens", type=int, default=32)
     options = record.parse(made)
@@ -98,7 +100,9 @@ def save(options: Namespace, name: str, found: dict[str, Any]) -> None:
     """Print a row, and put it into the results file; `found` has the answers, or the peer's error."""
     versions = {"python": sys.version.split()[0], **dict(filter(None, map(_version, PACKAGES)))}
     for answer in found.get("prompts", []):
-        print(f"{answer['equal_tokens']:3d} of {answer['tokens']} {answer['transformers']!r} {answer['peer']!r}")
+        print(
+            f"{answer['equal_tokens']:3d} of {answer['tokens']} {answer['transformers']!r} {answer['peer']!r}"
+        )
     print(name, found.get("error", ""), flush=True)
     record.put(record.opened(options), {"name": name, "versions": versions, **found}, options.output)
 
