@@ -14,7 +14,7 @@ from argparse import Namespace
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
-import greedy  # noqa: E402
+import greedy
 
 
 def by_gptqmodel(folder: str, dtype: str, options: Namespace) -> list[greedy.Answer]:

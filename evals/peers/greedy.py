@@ -14,8 +14,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import gptq_perplexity  # noqa: E402
-import record  # noqa: E402
+import gptq_perplexity
+import record
 
 PROMPTS = (
     "The capital of France is",
