@@ -147,7 +147,9 @@ def attach(model: PreTrainedModel, settings: KVSettings, packed: bool = True) ->
 
 
 @contextmanager
-def kv_cache(model: PreTrainedModel, *, packed: bool = True, **fields: Any) -> Iterator[Attached]:
+def kv_cache(
+    model: PreTrainedModel, *, packed: bool = True, settings: KVSettings | None = None, **fields: Any
+) -> Iterator[Attached]:
     """Within it, `model.generate(...)` and `model(..., use_cache=True)` make quantized KV caches.
 
         with llmslim.kv_cache(model, bits=4):
@@ -156,13 +158,16 @@ def kv_cache(model: PreTrainedModel, *, packed: bool = True, **fields: Any) -> I
     Args:
         packed: attention reads the cache packed. False: it is written out for each layer's attention, which takes
             more memory and time and serves as the reference.
+        settings: in place of what follows, such as those of `allocate_kv_bits`.
         bits, method, group_size, window, sink, layer_bits, evict, keep: see `KVSettings`; a list of bits is
             `layer_bits`.
 
     Raises:
         UserError: a model without a cache, or settings that do not fit its heads.
     """
-    attached = attach(model, KVSettings.of(**fields), packed)
+    if settings is not None and fields:
+        raise UserError(f"kv_cache: settings and {next(iter(fields))} both say how; give one.")
+    attached = attach(model, settings or KVSettings.of(**fields), packed)
     try:
         yield attached
     finally:
