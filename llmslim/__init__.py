@@ -55,6 +55,7 @@ __all__ = [  # noqa: RUF022 - in the order of a first reading
     "GPTQ",
     "RTN",
     "kv_cache",
+    "allocate_kv_bits",
     "KVCache",
     "Anatomy",
     "UserError",

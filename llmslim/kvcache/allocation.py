@@ -18,6 +18,8 @@ CHOICES = (2, 3, 4, 8)
 """Bits that a layer may get."""
 WINDOWS = 2
 """Texts that the layers are measured on, the first ones."""
+ALLOCATION_TOKENS = 512
+"""Of the built-in text that verbs measure on which were given no other."""
 CHUNK = 128
 """Tokens at a time, so that those after read the keys of those before quantized."""
 
@@ -27,6 +29,8 @@ def allocate_kv_bits(
     tokens: Tensor,
     budget: float = 3.0,
     progress: Callable[[int, int], object] = lambda done, total: None,
+    *,
+    settings: KVSettings | None = None,
     **fields: Any,
 ) -> KVSettings:
     """Settings with the bits of each layer, for `kv_cache(model, settings=...)`.
@@ -35,12 +39,13 @@ def allocate_kv_bits(
         tokens: of a text like those to come, int64 [windows, seq]; the first two windows are measured.
         budget: mean bits per stored number, scales and what stays as it is apart; 2 to 8.
         progress: called with the runs that are done and all, which are layers x 4 per window.
+        settings: in place of what follows.
         method, group_size, window, sink, evict, keep: see `KVSettings`.
 
     Raises:
         UserError: a budget out of reach, or windows too short for any token to be read quantized.
     """
-    settings = KVSettings.of(**fields)
+    settings = KVSettings.of(**fields) if settings is None else settings
     check_budget(budget)
     damage, sizes = measure(model, tokens, settings, progress)
     return with_bits(settings, allocate(damage.tolist(), sizes.tolist(), budget))
@@ -48,14 +53,18 @@ def allocate_kv_bits(
 
 def with_bits(settings: KVSettings, bits: Sequence[int]) -> KVSettings:
     """The same settings with these bits of each layer."""
-    fields = {name: value for name, value in settings.model_dump(exclude_unset=True).items() if name != "bits"}
+    fields = {
+        name: value for name, value in settings.model_dump(exclude_unset=True).items() if name != "bits"
+    }
     return KVSettings.of(**{**fields, "layer_bits": list(bits)})
 
 
 def check_budget(budget: float) -> None:
     """Refuse a budget that no bits meet, or that all meet."""
     if not CHOICES[0] <= budget <= CHOICES[-1]:
-        raise UserError(f"A budget of {budget:g} bits is out of reach: layers get 2, 3, 4 or 8, such as 3.0 in the mean.")
+        raise UserError(
+            f"A budget of {budget:g} bits is out of reach: layers get 2, 3, 4 or 8, such as 3.0 in the mean."
+        )
 
 
 @torch.no_grad()
@@ -94,11 +103,16 @@ def measure(
             model(input_ids=part, past_key_values=cache, use_cache=True)
         parts = ids[:, first:].split(CHUNK, 1)
         logits = [model(input_ids=part, past_key_values=cache, use_cache=True).logits[0] for part in parts]
-        return torch.cat(logits).float().log_softmax(-1), [one for one in cache.layers if isinstance(one, KVLayer)]
+        return torch.cat(logits).float().log_softmax(-1), [
+            one for one in cache.layers if isinstance(one, KVLayer)
+        ]
 
     layers = sum(isinstance(one, KVLayer) for one in KVCache(model.config, settings).layers)
     plain = [16] * layers
-    damage, sizes = torch.zeros(layers, len(CHOICES), dtype=torch.float64), torch.zeros(layers, dtype=torch.int64)
+    damage, sizes = (
+        torch.zeros(layers, len(CHOICES), dtype=torch.float64),
+        torch.zeros(layers, dtype=torch.int64),
+    )
     total = len(windows) * damage.numel()
     for number, window in enumerate(windows):
         whole, held = run(window, plain)

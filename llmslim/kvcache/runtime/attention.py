@@ -50,7 +50,9 @@ def attention(
     if isinstance(key, Watched):
         keys, values = key.held()
         mask = key.mask(attention_mask, query.shape[2])
-        seen = attention(module, query, keys, values, mask, dropout, scaling, softcap, s_aux, is_causal, **kwargs)
+        seen = attention(
+            module, query, keys, values, mask, dropout, scaling, softcap, s_aux, is_causal, **kwargs
+        )
         key.settle(query, attention_mask, scaling)
         return seen
     if kwargs.get("position_bias") is not None:

@@ -105,7 +105,9 @@ class Attached:
                 model.set_attn_implementation(NAME)
         if settings.evict and (self.note or not packed):
             why = self.note or "packed = False leaves it to the model's own attention"
-            raise UserError(f"kv_cache: evict needs to see the attention of the model, but {why}: leave out evict.")
+            raise UserError(
+                f"kv_cache: evict needs to see the attention of the model, but {why}: leave out evict."
+            )
         self.hook = model.register_forward_pre_hook(
             self._fill, with_kwargs=True, prepend=True
         )  # the latest wins
