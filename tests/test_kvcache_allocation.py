@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import llmslim
+from llmslim.cli import main
 from llmslim.errors import UserError
 from llmslim.kvcache.allocation import CHOICES, allocate, allocate_kv_bits, measure
 from llmslim.kvcache.runtime.cache import KVCache, kv_cache
 from llmslim.kvcache.settings import KVSettings
+from llmslim.kvcache.store import QuantizeCache, read_setting
 from tests import tiny
 
 SMALL: dict[str, Any] = {"group_size": 8, "window": 8, "sink": 2}
@@ -114,3 +118,44 @@ def test_refuses_what_cannot_be(model: PreTrainedModel, tokens: Tensor) -> None:
         KVSettings.of(layer_bits=[2, 5, 4])
     with pytest.raises(UserError, match="both say"), kv_cache(model, settings=KVSettings(), bits=4):
         pass
+
+
+def test_a_checkpoint_keeps_the_bits_that_were_measured(
+    tmp_path: Path, verified_here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tiny.save_tiny("llama", tmp_path / "tiny"), tmp_path / "out"
+    step = QuantizeCache(
+        kv_bits="auto", kv_budget=3.0, kv_group_size=8, kv_window=8, kv_evict="knorm", kv_keep=0.5
+    )
+    calibration = {"text": str(Path(__file__).parent / "short.txt"), "num_samples": 1, "seq_len": 40}
+    llmslim.compress(source, [step], output=output, calibration=calibration, evaluation=None)
+    setting = read_setting(output)
+    assert setting is not None and sum(setting.layer_bits) <= 9 and setting.evict == "knorm"
+    model, tokenizer = llmslim.load(output)
+    words = model.generate(torch.full((1, 40), 5), max_new_tokens=12, do_sample=False)
+    assert words.shape == (1, 52)
+    with pytest.raises(UserError, match=r"A budget of 9 bits is out of reach"):
+        llmslim.compress(source, [QuantizeCache(kv_bits="auto", kv_budget=9)], output=tmp_path / "no")
+    path = output / "generation_config.json"
+    path.write_text(path.read_text().replace('"layer_bits": [', '"layer_bits": [7, '))
+    with pytest.raises(UserError, match="layer_bits"):
+        llmslim.load(output)
+
+
+def test_verbs_measure_and_evict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(tiny.save_tiny("llama", tmp_path / "tiny"))
+    generate = ["generate", source, "The first words", "--max-new-tokens", "3"]
+    assert (
+        main(
+            [*generate, "--kv-bits", "auto", "--kv-budget", "3.0", "--kv-evict", "snapkv", "--kv-keep", "0.5"]
+        )
+        == 0
+    )
+    assert "bits, layer by layer" in capsys.readouterr().err
+    evaluate = ["evaluate", source, "--windows", "1", "--seq-len", "300"]
+    assert main([*evaluate, "--kv-bits", "4", "--kv-evict", "knorm", "--kv-keep", "0.5"]) == 0
+    assert "all but 0.5 (knorm)" in capsys.readouterr().out
+    assert main([*generate, "--kv-bits", "auto"]) != 0
+    assert "--kv-budget 3.0" in capsys.readouterr().err
+    assert main([*generate, "--kv-evict", "knorm"]) != 0
+    assert "go together" in capsys.readouterr().err

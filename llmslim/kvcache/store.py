@@ -14,7 +14,7 @@ from llmslim.anatomy import Anatomy
 from llmslim.anatomy.block import Block
 from llmslim.calibration.stream import BlockStream
 from llmslim.errors import UserError
-from llmslim.kvcache.allocation import CHOICES, WINDOWS, allocate, measure, with_bits
+from llmslim.kvcache.allocation import CHOICES, WINDOWS, allocate, check_budget, measure, with_bits
 from llmslim.kvcache.settings import KVSettings, head_sizes
 from llmslim.step import BlockStep, StepRecord, Survey
 
@@ -44,10 +44,7 @@ class QuantizeCache(BlockStep):
         4, description="bits per stored number of the KV cache: 2, 3, 4 or 8; auto: each layer its own"
     )
     kv_budget: float | None = Field(
-        None,
-        ge=2,
-        le=8,
-        description="mean bits that the layers share by measured sensitivity; for kv_bits auto",
+        None, description="mean bits that the layers share by measured sensitivity; for kv_bits auto"
     )
     kv_method: Literal["kivi", "token", "rotated"] = Field(
         "kivi", description="keys per channel and values per token, both per token, or both rotated"
@@ -128,6 +125,8 @@ class QuantizeCache(BlockStep):
             raise UserError(
                 f"kv_cache: {type(anatomy.model).__name__} has no cache to quantize: it takes a causal language model."
             )
+        if self.kv_budget is not None:
+            check_budget(self.kv_budget)
         for size in head_sizes(config):
             self.settings.channels(size)
 
