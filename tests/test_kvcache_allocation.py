@@ -131,7 +131,7 @@ def test_a_checkpoint_keeps_the_bits_that_were_measured(
     llmslim.compress(source, [step], output=output, calibration=calibration, evaluation=None)
     setting = read_setting(output)
     assert setting is not None and sum(setting.layer_bits) <= 9 and setting.evict == "knorm"
-    model, tokenizer = llmslim.load(output)
+    model, _ = llmslim.load(output)
     words = model.generate(torch.full((1, 40), 5), max_new_tokens=12, do_sample=False)
     assert words.shape == (1, 52)
     with pytest.raises(UserError, match=r"A budget of 9 bits is out of reach"):
