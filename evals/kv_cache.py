@@ -2,11 +2,11 @@
 
     python evals/kv_cache.py [--variants 'quality/*']    --list names the variants
 
-- quality/METHOD-BITS: perplexity and KL divergence in float32 over 4 windows of 2,048 tokens of WikiText-2 test, read in
-  chunks of 128 tokens, so that all but the newest 128 tokens and the first 4 are read quantized.
-- memory/KIND: a fresh process fills a cache of 8,000 tokens with random keys and values, layer by layer, and decodes 16
-  tokens in bfloat16: bytes that the cache holds, and how far that raised the peak of the process's memory.
-- speed/KIND: one process decodes 8 tokens at 8,000 with each of the full and the quantized cache, in turns; the medians.
+- quality/METHOD-BITS: perplexity and KL divergence in float32 over 4 windows of 2,048 tokens of WikiText-2 test, read
+  in chunks of 128 tokens, so that all but the newest 128 tokens and the first 4 are read quantized.
+- memory/KIND: a fresh process fills a cache of 8,000 tokens with random keys and values, layer by layer, and decodes
+  16 tokens in bfloat16: bytes that the cache holds, and how far that raised the peak of the process's memory.
+- speed/KIND: one process decodes 8 tokens at 8,000 with each of the full and the quantized cache, in turns; medians.
 - text/8: 20 prompts of WikiText-2 in one padded batch, 256 tokens each, greedy, float32: how many are as with the full
   cache before the first that differs.
 
