@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llmslim.errors import UserError
     from llmslim.hub import push
     from llmslim.inspection import inspect
+    from llmslim.kvcache.allocation import allocate_kv_bits
     from llmslim.kvcache.runtime.cache import KVCache, kv_cache
     from llmslim.pipeline import Result, compress
     from llmslim.quantization.gptq import GPTQ
@@ -32,6 +33,7 @@ _HOMES = {
     "inspect": "llmslim.inspection",
     "KVCache": "llmslim.kvcache.runtime.cache",
     "kv_cache": "llmslim.kvcache.runtime.cache",
+    "allocate_kv_bits": "llmslim.kvcache.allocation",
     "Result": "llmslim.pipeline",
     "compress": "llmslim.pipeline",
     "Calibration": "llmslim.recipe",
@@ -53,6 +55,7 @@ __all__ = [  # noqa: RUF022 - in the order of a first reading
     "GPTQ",
     "RTN",
     "kv_cache",
+    "allocate_kv_bits",
     "KVCache",
     "Anatomy",
     "UserError",

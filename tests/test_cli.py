@@ -125,6 +125,9 @@ NEEDED: dict[str, dict[str, Any]] = {
     "sparsity_range": {"layer_sparsity": "owl"},
     "ramp": {"rounds": 2},
     "rewind": {"retrain": {"full": {}}},
+    "kv_budget": {"kv_bits": "auto"},
+    "kv_evict": {"kv_keep": 0.5},
+    "kv_keep": {"kv_evict": "knorm"},
     **{
         name: {"teacher": "a"}
         for name in ("temperature", "hidden", "attention", "layer_map", "relation_heads")

@@ -6,10 +6,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from llmslim.errors import UserError
-from llmslim.flags import Parser
+from llmslim.flags import Parser, number_or_text
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from llmslim.kvcache.settings import KVSettings
 
@@ -97,33 +98,75 @@ def add_kv_cache(parser: Any) -> None:
     group = parser.add_argument_group("a quantized KV cache, for long texts")
     group.add_argument(
         "--kv-bits",
-        type=int,
-        metavar="N",
-        help="keep keys and values in 2, 3, 4 or 8 bits (default: as they are)",
+        type=number_or_text,
+        metavar="N|auto",
+        help="keep keys and values in 2, 3, 4 or 8 bits; auto: each layer in its own, measured first (default: as "
+        "they are)",
+    )
+    group.add_argument(
+        "--kv-budget",
+        type=float,
+        metavar="X",
+        help="mean bits of the layers with --kv-bits auto, such as 3.0",
     )
     group.add_argument(
         "--kv-method",
         metavar="kivi|token|rotated",
         help="keys per channel and values per token, both per token, or both rotated (default: kivi)",
     )
+    group.add_argument(
+        "--kv-evict",
+        metavar="streaming|knorm|snapkv",
+        help="drop older tokens for good: the oldest, keys of large norm, or those least attended to (default: none)",
+    )
+    group.add_argument(
+        "--kv-keep", type=float, metavar="X", help="share of the tokens that stays with --kv-evict"
+    )
 
 
-def kv_settings(options: dict[str, Any]) -> KVSettings | None:
-    """What was asked of the KV cache.
+def kv_settings(options: dict[str, Any]) -> tuple[KVSettings | None, float | None]:
+    """What was asked of the KV cache, and the budget of mean bits that its layers are to share.
 
     Raises:
         UserError: a kind without bits, or values that there are not.
     """
+    from llmslim.kvcache.allocation import check_budget
     from llmslim.kvcache.settings import KVSettings
 
-    fields = {name: options[f"kv_{name}"] for name in ("bits", "method") if f"kv_{name}" in options}
+    names, budget = ("bits", "method", "evict", "keep"), options.get("kv_budget")
+    fields = {name: options[f"kv_{name}"] for name in names if f"kv_{name}" in options}
+    if (fields.get("bits") == "auto") != (budget is not None):
+        raise UserError("--kv-bits auto and --kv-budget go together, such as --kv-budget 3.0.")
+    if budget is not None:
+        check_budget(budget)
+        del fields["bits"]
+        return KVSettings.of(**fields), budget
     if not fields:
-        return None
+        return None, None
+    if "bits" not in fields and "method" not in fields:
+        fields["bits"] = 16  # eviction alone
     if "bits" not in fields:
         raise UserError(
             "--kv-method says how a KV cache is quantized: give --kv-bits too, such as --kv-bits 4."
         )
-    return KVSettings.of(**fields)
+    return KVSettings.of(**fields), None
+
+
+def kv_attach(
+    model: PreTrainedModel, tokenizer: Any, settings: KVSettings | None, budget: float | None
+) -> None:
+    """Give the model such a KV cache, of bits that are measured on a built-in text where there is a budget."""
+    if settings is None:
+        return
+    from llmslim.kvcache.allocation import ALLOCATION_TOKENS, allocate_kv_bits
+    from llmslim.kvcache.runtime.cache import attach
+    from llmslim.loaders.texts import sample
+
+    if budget is not None:
+        tokens = sample("builtin", tokenizer, 1, ALLOCATION_TOKENS, seed=0).tokens
+        settings = allocate_kv_bits(model, tokens, budget, settings=settings)
+        print(f"KV cache: {', '.join(map(str, settings.layer_bits))} bits, layer by layer.", file=sys.stderr)
+    attach(model, settings)
 
 
 def show(renderable: Any, *, to_stderr: bool = False) -> None:

@@ -39,6 +39,9 @@ ALONE = {  # which kinds a flag is for
     "save": ("tasks",),
     "kv_bits": ("text",),
     "kv_method": ("text",),
+    "kv_budget": ("text",),
+    "kv_evict": ("text",),
+    "kv_keep": ("text",),
 }
 
 
@@ -264,6 +267,7 @@ def _run_perplexity(options: dict[str, Any]) -> None:
         choice = Evaluation(**given, join="\n\n" if options.get("join") else "")
     except ValidationError as error:
         raise UserError(explain(error, "evaluate", Evaluation)) from error
+    settings, budget = kv_settings(options)
     with progress_for() as progress:
         figures = evaluate(
             options["model"],
@@ -274,7 +278,8 @@ def _run_perplexity(options: dict[str, Any]) -> None:
             join=choice.join,
             streamed=options.get("stream", False),
             adapter=options.get("adapter"),
-            kv_cache=kv_settings(options),
+            kv_cache=settings,
+            kv_budget=budget,
             revision=options.get("revision"),
             dtype=options.get("dtype"),
             device=device_of(options),
@@ -304,9 +309,12 @@ def text_of(figures: dict[str, Any]) -> str:
         ]
     if "kv_cache" in figures:
         cache = figures["kv_cache"]
+        bits = ", ".join(map(str, cache["layer_bits"] or [cache["bits"]]))
         lines.append(
-            f"KV cache            {cache['bits']} bits ({cache['method']}), read in chunks of {cache['chunk']}"
+            f"KV cache            {bits} bits ({cache['method']}), read in chunks of {cache['chunk']}"
         )
+        if cache["evict"]:
+            lines.append(f"tokens evicted      all but {cache['keep']:g} ({cache['evict']})")
     lines += [
         "",
         f"protocol: {figures['protocol']}; exp of the mean over {figures['tokens']} predicted tokens;",

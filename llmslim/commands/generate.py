@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmslim.commands.common import add_device, add_kv_cache, add_model, device_of, kv_settings
+from llmslim.commands.common import add_device, add_kv_cache, add_model, device_of, kv_attach, kv_settings
 from llmslim.flags import Parser
 
 _OPTIONS = ("max_new_tokens", "chat", "temperature", "seed")
@@ -38,13 +38,10 @@ def run(options: dict[str, Any]) -> None:
     from llmslim.checkpoint.load import load
     from llmslim.generation import generate
 
-    settings = kv_settings(options)
+    settings, budget = kv_settings(options)
     device, dtype = device_of(options), options.get("dtype")
     model, tokenizer = load(options["model"], revision=options.get("revision"), dtype=dtype, device=device)
-    if settings is not None:
-        from llmslim.kvcache.runtime.cache import attach
-
-        attach(model, settings)
+    kv_attach(model, tokenizer, settings, budget)
     given = {name: options[name] for name in _OPTIONS if name in options}
     generate(model, tokenizer, options["prompt"], lambda piece: print(piece, end="", flush=True), **given)
     print()

@@ -14,6 +14,7 @@ from llmslim.errors import UserError
 from llmslim.evaluation.divergence import Comparison, compare
 from llmslim.evaluation.perplexity import PerplexityResult, perplexity, require_causal
 from llmslim.evaluation.stream import streamed_scores
+from llmslim.kvcache.allocation import ALLOCATION_TOKENS, allocate_kv_bits
 from llmslim.kvcache.settings import KVSettings
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find
 from llmslim.loaders.texts import TextSample, sample
@@ -35,6 +36,7 @@ def evaluate(
     streamed: bool = False,
     adapter: str | None = None,
     kv_cache: KVSettings | None = None,
+    kv_budget: float | None = None,
     revision: str | None = None,
     dtype: str | None = None,
     device: torch.device | None = None,
@@ -50,6 +52,7 @@ def evaluate(
         adapter: folder of a peft adapter that the model has beside its weights; not streamed.
         kv_cache: run the model, not the base, in chunks of `KV_CHUNK` tokens, each of which reads those before from a
             quantized KV cache.
+        kv_budget: mean bits of that cache; those of each layer are measured first, on a built-in text.
         dtype: to compute in; what is fast on the device when None, "auto" as stored.
 
     Returns:
@@ -72,13 +75,15 @@ def evaluate(
     figures: dict[str, Any] = {"model": model, "base": base, "streamed": streamed}
     if adapter is not None:
         figures["adapter"] = adapter
-    if kv_cache is not None:
-        figures["kv_cache"] = {**kv_cache.model_dump(), "chunk": KV_CHUNK}
     figures |= {"dtype": str(chosen).removeprefix("torch."), "device": str(device)}
     if streamed:
         measured = _streamed(files, other, tokens, chosen, device, progress)
     else:
-        measured = _whole(files, other, tokens, chosen, device, progress, adapter, kv_cache)
+        measured, kv_cache = _whole(
+            files, other, tokens, chosen, device, progress, adapter, kv_cache, kv_budget
+        )
+    if kv_cache is not None:
+        figures["kv_cache"] = {**kv_cache.model_dump(), "chunk": KV_CHUNK}
     return {**figures, **_flat(measured)}
 
 
@@ -101,11 +106,16 @@ def _whole(
     progress: Progress,
     adapter: str | None = None,
     kv_cache: KVSettings | None = None,
-) -> PerplexityResult | Comparison:
+    kv_budget: float | None = None,
+) -> tuple[PerplexityResult | Comparison, KVSettings | None]:
+    """The figures, and the KV cache with the bits that were found."""
     model, chunk = load_model(files, dtype, device), None
     if kv_cache is not None:
         from llmslim.kvcache.runtime.cache import attach
 
+        if kv_budget is not None:
+            known = sample("builtin", files.tokenizer(), 1, ALLOCATION_TOKENS, seed=0).tokens
+            kv_cache = allocate_kv_bits(model, known, kv_budget, settings=kv_cache)
         attach(model, kv_cache)
         chunk = KV_CHUNK
     if adapter is not None:
@@ -113,8 +123,8 @@ def _whole(
 
         model = with_adapter(model, adapter)
     if base is None:
-        return perplexity(model, text, progress, chunk)
-    return compare(model, load_model(base, dtype, device), text, progress, chunk)
+        return perplexity(model, text, progress, chunk), kv_cache
+    return compare(model, load_model(base, dtype, device), text, progress, chunk), kv_cache
 
 
 def _streamed(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmslim.errors import UserError
 from llmslim.step import explain
@@ -29,6 +29,11 @@ class KVSettings(BaseModel):
         window: the most recent tokens, which stay as they are; up to group_size - 1 older ones do too, until
             their group is whole.
         sink: the first tokens, which stay as they are in layers of full attention.
+        layer_bits: the bits of each attention layer, first to last, in place of `bits`.
+        evict: which tokens older than the window layers of full attention drop for good (`kvcache.runtime.eviction`):
+            `streaming`: the oldest; `knorm`: keys of large norm; `snapkv`: those that recent queries attend to
+            least.
+        keep: the share of them that stays, above 0 and below 1; goes with `evict`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,18 +43,46 @@ class KVSettings(BaseModel):
     group_size: int | None = Field(default=None, ge=1)
     window: int = Field(default=128, ge=0)
     sink: int = Field(default=4, ge=0)
+    layer_bits: tuple[Literal[2, 3, 4, 8, 16], ...] = ()
+    evict: Literal["streaming", "knorm", "snapkv"] | None = None
+    keep: float | None = Field(default=None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _together(self) -> KVSettings:
+        if self.layer_bits and "bits" in self.model_fields_set:
+            raise ValueError("bits and layer_bits both say how many bits; give one")
+        if (self.evict is None) != (self.keep is None):
+            raise ValueError("evict and keep go together, such as evict = snapkv and keep = 0.5")
+        return self
 
     @classmethod
     def of(cls, **fields: object) -> KVSettings:
-        """The settings, with what is wrong told in one sentence.
+        """The settings, with what is wrong told in one sentence; `bits` may be a list, which is `layer_bits`.
 
         Raises:
             UserError: for a value or a name that there is not.
         """
+        if isinstance(fields.get("bits"), (list, tuple)):
+            fields["layer_bits"] = fields.pop("bits")
         try:
             return cls(**fields)  # type: ignore[arg-type]
         except ValidationError as error:
             raise UserError(explain(error, "kv_cache", cls)) from error
+
+    def of_layer(self, index: int) -> KVSettings:
+        """Those of one attention layer, which have no `layer_bits`."""
+        if not self.layer_bits:
+            return self
+        return self.model_copy(update={"bits": self.layer_bits[index], "layer_bits": ()})
+
+    def check(self, head_dim: int) -> None:
+        """Refuse bits and groups that do not fit heads of so many channels, in any layer.
+
+        Raises:
+            UserError: they do not.
+        """
+        for index in range(max(1, len(self.layer_bits))):
+            self.of_layer(index).channels(head_dim)
 
     @property
     def block(self) -> int:

@@ -4,31 +4,48 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
 
 from llmslim.anatomy import Anatomy
 from llmslim.anatomy.block import Block
 from llmslim.calibration.stream import BlockStream
 from llmslim.errors import UserError
+from llmslim.kvcache.allocation import CHOICES, WINDOWS, allocate, check_budget, measure, with_bits
 from llmslim.kvcache.settings import KVSettings, head_sizes
-from llmslim.step import BlockStep, StepRecord
+from llmslim.step import BlockStep, StepRecord, Survey
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+USUAL_LAYERS = 30
+"""Layers of a model, for a plan that knows its weights alone."""
 FILE, KEY = "generation_config.json", "llmslim_kv_cache"
 
 
 class QuantizeCache(BlockStep):
     """Keys and values of past tokens in few bits when the model generates; the weights stay as they are.
 
-    Kinds: `kivi` (arXiv 2402.02750), `token`, and `rotated` (TurboQuant, arXiv 2504.19874). The setting goes into
+    Kinds: `kivi` (arXiv 2402.02750), `token`, and `rotated` (TurboQuant, arXiv 2504.19874). With `kv_bits` auto each
+    layer gets its own bits: the least summed KL divergence, measured with the cache of one layer quantized at a time,
+    that `kv_budget` allows. With `kv_evict` tokens older than the window are dropped for good: the oldest
+    (StreamingLLM, arXiv 2309.17453), keys of large norm (arXiv 2406.11430), or those that recent queries attend to
+    least (SnapKV, arXiv 2404.14469; in kind H2O, arXiv 2306.14048). The setting goes into
     generation_config.json, where `llmslim.load` and `llmslim generate` find it; other libraries pass it over.
     """
 
     kind: ClassVar[str] = "kv_cache"
     verb: ClassVar[str] = "quantize"
 
-    kv_bits: int = Field(4, ge=2, le=8, description="bits per stored number of the KV cache: 2, 3, 4 or 8")
+    kv_bits: int | Literal["auto"] = Field(
+        4, description="bits per stored number of the KV cache: 2, 3, 4 or 8; auto: each layer its own"
+    )
+    kv_budget: float | None = Field(
+        None, description="mean bits that the layers share by measured sensitivity; for kv_bits auto"
+    )
     kv_method: Literal["kivi", "token", "rotated"] = Field(
         "kivi", description="keys per channel and values per token, both per token, or both rotated"
     )
@@ -39,23 +56,68 @@ class QuantizeCache(BlockStep):
     )
     kv_window: int = Field(128, ge=0, description="recent tokens of the KV cache that stay as they are")
     kv_sink: int = Field(4, ge=0, description="first tokens of the KV cache that stay as they are")
+    kv_evict: Literal["streaming", "knorm", "snapkv"] | None = Field(
+        None,
+        description="which tokens are dropped: the oldest, keys of large norm, or those least attended to",
+    )
+    kv_keep: float | None = Field(
+        None, gt=0, lt=1, description="share of the tokens that stays; for kv_evict"
+    )
 
     @field_validator("kv_bits")
     @classmethod
-    def _that_pack(cls, value: int) -> int:
-        if value not in (2, 3, 4, 8):
-            raise ValueError("a KV cache takes 2, 3, 4 or 8 bits")
+    def _that_pack(cls, value: int | str) -> int | str:
+        if value not in (*CHOICES, "auto"):
+            raise ValueError("a KV cache takes 2, 3, 4 or 8 bits, or auto")
         return value
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if (self.kv_bits == "auto") != (self.kv_budget is not None):
+            raise ValueError("kv_bits auto and kv_budget go together, such as kv_budget 3.0")
+        if (self.kv_evict is None) != (self.kv_keep is None):
+            raise ValueError("kv_evict and kv_keep go together, such as kv_evict snapkv and kv_keep 0.5")
+        return self
 
     @property
     def settings(self) -> KVSettings:
+        """What the fields say; without the bits that a survey finds."""
+        fields: dict[str, Any] = {} if self.kv_bits == "auto" else {"bits": self.kv_bits}
         return KVSettings(
-            bits=self.kv_bits,  # type: ignore[arg-type]
+            **fields,
             method=self.kv_method,
             group_size=self.kv_group_size,
             window=self.kv_window,
             sink=self.kv_sink,
+            evict=self.kv_evict,
+            keep=self.kv_keep,
         )
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.kv_bits == "auto"
+
+    @property
+    def streams_calibration(self) -> bool:
+        return False
+
+    @property
+    def needs_survey(self) -> bool:
+        return self.kv_bits == "auto"
+
+    @property
+    def survey_copies(self) -> int:
+        return int(self.needs_survey)
+
+    def survey_work(self, tokens: int, window: int) -> float:
+        return 2.0 * min(tokens, WINDOWS * window) * len(CHOICES) * USUAL_LAYERS
+
+    def survey(self, look: Survey) -> dict[str, Tensor]:
+        """`bits` of each layer; `damage` and `sizes` as `allocation.measure` has them."""
+        assert self.kv_budget is not None
+        damage, sizes = measure(look.loaded(), look.tokens, self.settings, look.progressed)
+        bits = allocate(damage.tolist(), sizes.tolist(), self.kv_budget)
+        return {"bits": torch.tensor(bits), "damage": damage, "sizes": sizes}
 
     def check(self, anatomy: Anatomy) -> None:
         config = anatomy.model.config
@@ -63,6 +125,8 @@ class QuantizeCache(BlockStep):
             raise UserError(
                 f"kv_cache: {type(anatomy.model).__name__} has no cache to quantize: it takes a causal language model."
             )
+        if self.kv_budget is not None:
+            check_budget(self.kv_budget)
         for size in head_sizes(config):
             self.settings.channels(size)
 
@@ -72,18 +136,21 @@ class QuantizeCache(BlockStep):
         """Nothing: the weights stay."""
 
     def write_beside(self, folder: Path, record: StepRecord) -> None:
-        write_setting(folder, self.settings)
-        record.note(
-            self.kind,
-            f"{FILE} asks for a KV cache of {self.kv_bits} bits; perplexity is measured without one",
-        )
+        settings, said = self.settings, f"{self.kv_bits} bits"
+        if "bits" in record.survey:
+            bits = record.survey["bits"].tolist()
+            settings, said = with_bits(settings, bits), f"{', '.join(map(str, bits))} bits, layer by layer"
+        write_setting(folder, settings)
+        record.note(self.kind, f"{FILE} asks for a KV cache of {said}; perplexity is measured without one")
 
 
 def write_setting(folder: Path, settings: KVSettings) -> None:
     """Put the setting into the generation config of a checkpoint."""
     path = folder / FILE
     stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    path.write_text(json.dumps({**stored, KEY: settings.model_dump()}, indent=2) + "\n", "utf-8")
+    path.write_text(
+        json.dumps({**stored, KEY: settings.model_dump(exclude_unset=True)}, indent=2) + "\n", "utf-8"
+    )
 
 
 def read_setting(folder: Path) -> KVSettings | None:

@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from llmslim.errors import UserError
 from llmslim.kvcache.runtime import native
+from llmslim.kvcache.runtime.eviction import Watched
 from llmslim.kvcache.runtime.layer import View
 
 NAME = "llmslim"
@@ -27,8 +28,8 @@ TOKENS = 512
 def attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor | View,
-    value: Tensor | View,
+    key: Tensor | View | Watched,
+    value: Tensor | View | Watched,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -40,11 +41,20 @@ def attention(
     """transformers' attention function: query [batch, heads, q, D] -> output [batch, q, heads, D].
 
     Args:
-        key, value: a `View` of a cache, or tensors [batch, KV heads, n, D] where nothing is packed.
+        key, value: a `View` of a cache, or tensors [batch, KV heads, n, D] where nothing is packed; `Watched` where
+            the cache evicts by what queries look at.
         attention_mask: bool (True: look at it) or added to the scores, [batch or 1, heads or 1, q, n].
         softcap: scores become softcap * tanh(scores / softcap).
         s_aux: a score per head that takes part in the softmax and in nothing else [heads].
     """
+    if isinstance(key, Watched):
+        keys, values = key.held()
+        mask = key.mask(attention_mask, query.shape[2])
+        seen = attention(
+            module, query, keys, values, mask, dropout, scaling, softcap, s_aux, is_causal, **kwargs
+        )
+        key.settle(query, attention_mask, scaling)
+        return seen
     if kwargs.get("position_bias") is not None:
         raise UserError(
             f"{type(module).__name__} adds a position bias, which a quantized cache does not read."

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from llmslim.errors import UserError
 from llmslim.kvcache.runtime.attention import NAME
+from llmslim.kvcache.runtime.eviction import EVICTING
 from llmslim.kvcache.runtime.layer import KVLayer
 from llmslim.kvcache.settings import KVSettings, head_sizes
 
@@ -26,7 +27,8 @@ class KVCache(Cache):
 
     Args:
         config: of the model.
-        bits, method, group_size, window, sink: see `KVSettings`.
+        bits, method, group_size, window, sink, layer_bits, evict, keep: see `KVSettings`; a list of bits is
+            `layer_bits`.
 
     Raises:
         UserError: settings that do not fit the heads of the model.
@@ -37,12 +39,19 @@ class KVCache(Cache):
         text = config.get_text_config(decoder=True)
         check_heads(text, settings)
         limit = getattr(text, "max_position_embeddings", None)
-        layers: list[Any] = []
-        for layer in DynamicCache(config=text).layers:
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-                window = getattr(layer, "sliding_window", None)
-                layer = KVLayer(settings, lambda: text._attn_implementation == NAME, window, limit)
-            layers.append(layer)
+        layers: list[Any] = DynamicCache(config=text).layers
+        ours = [i for i, one in enumerate(layers) if type(one) in (DynamicLayer, DynamicSlidingWindowLayer)]
+        if settings.layer_bits and len(settings.layer_bits) != len(ours):
+            raise UserError(
+                f"kv_cache: layer_bits are for {len(settings.layer_bits)} attention layers, and this model has "
+                f"{len(ours)}: measure them for this model."
+            )
+        if settings.evict and all(layers[i].is_sliding for i in ours):
+            raise UserError("kv_cache: evict has nothing to do, since every layer has a sliding window.")
+        for number, index in enumerate(ours):
+            own, window = settings.of_layer(number), getattr(layers[index], "sliding_window", None)
+            kind = EVICTING[settings.evict] if settings.evict and window is None else KVLayer
+            layers[index] = kind(own, lambda: text._attn_implementation == NAME, window, limit)
         super().__init__(layers=layers)
         self.settings = settings
 
@@ -65,7 +74,7 @@ class KVCache(Cache):
 def check_heads(config: PreTrainedConfig, settings: KVSettings) -> None:
     """Refuse bits and groups that do not fit the head size that the config tells."""
     for size in head_sizes(config):
-        settings.channels(size)
+        settings.check(size)
 
 
 def can_read_packed(model: PreTrainedModel) -> str:
@@ -86,7 +95,7 @@ class Attached:
             raise UserError(
                 f"{type(model).__name__} has no cache to quantize: it takes a causal language model."
             )
-        check_heads(model.config.get_text_config(decoder=True), settings)
+        KVCache(model.config, settings)  # refuses settings that do not fit
         self.model, self.settings = model, settings
         self.before = model.config.get_text_config(decoder=True)._attn_implementation
         self.note = ""
@@ -94,6 +103,11 @@ class Attached:
             self.note = can_read_packed(model)
             if not self.note:
                 model.set_attn_implementation(NAME)
+        if settings.evict and (self.note or not packed):
+            why = self.note or "packed = False leaves it to the model's own attention"
+            raise UserError(
+                f"kv_cache: evict needs to see the attention of the model, but {why}: leave out evict."
+            )
         self.hook = model.register_forward_pre_hook(
             self._fill, with_kwargs=True, prepend=True
         )  # the latest wins
@@ -135,7 +149,9 @@ def attach(model: PreTrainedModel, settings: KVSettings, packed: bool = True) ->
 
 
 @contextmanager
-def kv_cache(model: PreTrainedModel, *, packed: bool = True, **fields: Any) -> Iterator[Attached]:
+def kv_cache(
+    model: PreTrainedModel, *, packed: bool = True, settings: KVSettings | None = None, **fields: Any
+) -> Iterator[Attached]:
     """Within it, `model.generate(...)` and `model(..., use_cache=True)` make quantized KV caches.
 
         with llmslim.kv_cache(model, bits=4):
@@ -144,12 +160,16 @@ def kv_cache(model: PreTrainedModel, *, packed: bool = True, **fields: Any) -> I
     Args:
         packed: attention reads the cache packed. False: it is written out for each layer's attention, which takes
             more memory and time and serves as the reference.
-        bits, method, group_size, window, sink: see `KVSettings`.
+        settings: in place of what follows, such as those of `allocate_kv_bits`.
+        bits, method, group_size, window, sink, layer_bits, evict, keep: see `KVSettings`; a list of bits is
+            `layer_bits`.
 
     Raises:
         UserError: a model without a cache, or settings that do not fit its heads.
     """
-    attached = attach(model, KVSettings.of(**fields), packed)
+    if settings is not None and fields:
+        raise UserError(f"kv_cache: settings and {next(iter(fields))} both say how; give one.")
+    attached = attach(model, settings or KVSettings.of(**fields), packed)
     try:
         yield attached
     finally:

@@ -124,24 +124,23 @@ class KVLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.tail is not None
-        self._check(key_states, value_states)
-        old = self.tail
-        self.tail = (
-            (torch.cat([old[0], key_states], 2), torch.cat([old[1], value_states], 2))
-            if old[0].shape[2]
-            else (key_states, value_states)
-        )
-        self.length += key_states.shape[2]
-        view = View(self.sink, tuple(self.pages), self.tail, self.codecs, self.settings)
+        view = self._append(key_states, value_states)
         self._quantize()
         if not self.record_past:
             self._forget()
         if view.sink is None and not view.pages:
             return view.tail
         return (view, view) if self.packed() else view.dense()
+
+    def _append(self, keys: Tensor, values: Tensor) -> View:
+        """What the queries of these tokens may look at, which is all that there is with them."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        assert self.tail is not None
+        self._check(keys, values)
+        self.tail = _join(self.tail, (keys, values)) if self.tail[0].shape[2] else (keys, values)
+        self.length += keys.shape[2]
+        return View(self.sink, tuple(self.pages), self.tail, self.codecs, self.settings)
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         """Refuse tokens of another model or batch, and more than there are positions for."""
@@ -162,18 +161,32 @@ class KVLayer(CacheLayerMixin):
 
     def _quantize(self) -> None:
         """Move whole blocks that are older than the window from the tail to the pages."""
+        blocks = self._old // self.settings.block
+        if blocks > 0:
+            self._fill_sink()
+            self._store(*self._take(blocks * self.settings.block))
+
+    @property
+    def _missing(self) -> int:
+        """Tokens that the sink still takes."""
+        if self.is_sliding or self.pages:
+            return 0
+        return self.settings.sink - (self.sink[0].shape[2] if self.sink else 0)
+
+    @property
+    def _old(self) -> int:
+        """Tokens of the tail that are older than the window and not for the sink; below 0: it is not full yet."""
         assert self.tail is not None
-        block = self.settings.block
-        missing = 0
-        if not self.is_sliding and not self.pages:
-            missing = self.settings.sink - (self.sink[0].shape[2] if self.sink else 0)
-        count = (self.tail[0].shape[2] - self.settings.window - missing) // block
-        if count <= 0:
-            return
-        if missing:
+        return self.tail[0].shape[2] - self.settings.window - self._missing
+
+    def _fill_sink(self) -> None:
+        if missing := self._missing:
             first = self._take(missing)
             self.sink = first if self.sink is None else _join(self.sink, first)
-        keys, values = self._take(count * block)
+
+    def _store(self, keys: Tensor, values: Tensor) -> None:
+        """Quantize whole blocks, which come after those that are there."""
+        block, count = self.settings.block, keys.shape[2] // self.settings.block
         made = Page(self.codecs[0].encode(keys), self.codecs[1].encode(values), count * block)
         if self.pages and self.pages[-1].tokens == self.pages[-1].blocks * block:
             # the copy is of packed bytes and comes once per block, so it is small beside what attention reads
@@ -196,19 +209,28 @@ class KVLayer(CacheLayerMixin):
         """Drop the blocks, or tokens of the tail, that lie before what the next query sees."""
         if self.sliding_window is None or self.tail is None:
             return
-        unseen = self.length - self.sliding_window + 1 - self.forgotten
+        self.forgotten += self._drop(self.length - self.sliding_window + 1 - self.forgotten)
+
+    def _drop(self, unseen: int) -> int:
+        """Forget so many of the oldest tokens after the sink, of pages whole blocks only.
+
+        Returns:
+            How many it were.
+        """
+        dropped = 0
         while self.pages and unseen > 0:
             page, block = self.pages[0], self.settings.block
             blocks = unseen // block if unseen < page.tokens else page.blocks
             if not blocks:
-                return
+                return dropped
             gone = min(blocks * block, page.tokens)
             self.pages[:1] = [page.cut(blocks, page.blocks, page.tokens - gone)] if gone < page.tokens else []
-            self.forgotten += gone
+            dropped += gone
             unseen -= gone
         if unseen > 0:
             self._take(unseen)
-            self.forgotten += unseen
+            dropped += unseen
+        return dropped
 
     def get_seq_length(self) -> int:
         return self.length

@@ -1,0 +1,160 @@
+"""Bits per layer by measured sensitivity: a budget of mean bits, spent where the model's predictions suffer most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmslim.errors import UserError
+from llmslim.kvcache.settings import KVSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHOICES = (2, 3, 4, 8)
+"""Bits that a layer may get."""
+WINDOWS = 2
+"""Texts that the layers are measured on, the first ones."""
+ALLOCATION_TOKENS = 512
+"""Of the built-in text that verbs measure on which were given no other."""
+CHUNK = 128
+"""Tokens at a time, so that those after read the keys of those before quantized."""
+
+
+def allocate_kv_bits(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    budget: float = 3.0,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+    *,
+    settings: KVSettings | None = None,
+    **fields: Any,
+) -> KVSettings:
+    """Settings with the bits of each layer, for `kv_cache(model, settings=...)`.
+
+    Args:
+        tokens: of a text like those to come, int64 [windows, seq]; the first two windows are measured.
+        budget: mean bits per stored number, scales and what stays as it is apart; 2 to 8.
+        progress: called with the runs that are done and all, which are layers x 4 per window.
+        settings: in place of what follows.
+        method, group_size, window, sink, evict, keep: see `KVSettings`.
+
+    Raises:
+        UserError: a budget out of reach, or windows too short for any token to be read quantized.
+    """
+    settings = KVSettings.of(**fields) if settings is None else settings
+    check_budget(budget)
+    damage, sizes = measure(model, tokens, settings, progress)
+    return with_bits(settings, allocate(damage.tolist(), sizes.tolist(), budget))
+
+
+def with_bits(settings: KVSettings, bits: Sequence[int]) -> KVSettings:
+    """The same settings with these bits of each layer."""
+    fields = {
+        name: value for name, value in settings.model_dump(exclude_unset=True).items() if name != "bits"
+    }
+    return KVSettings.of(**{**fields, "layer_bits": list(bits)})
+
+
+def check_budget(budget: float) -> None:
+    """Refuse a budget that no bits meet, or that all meet."""
+    if not CHOICES[0] <= budget <= CHOICES[-1]:
+        raise UserError(
+            f"A budget of {budget:g} bits is out of reach: layers get 2, 3, 4 or 8, such as 3.0 in the mean."
+        )
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    settings: KVSettings,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> tuple[Tensor, Tensor]:
+    """What quantizing the cache of one layer alone costs.
+
+    Of layer l and bits b: the mean over tokens of KL(p || p_lb), in nats, where p predicts with the whole cache as it
+    is and p_lb with that of layer l in b bits; counted from the first token that reads quantized ones. Nothing is
+    evicted.
+
+    Returns:
+        Damage [layers, `CHOICES`], float64; numbers that each layer held at the end, int64 [layers].
+    """
+    from llmslim.kvcache.runtime.cache import KVCache
+    from llmslim.kvcache.runtime.layer import KVLayer
+
+    settings = settings.model_copy(update={"evict": None, "keep": None})
+    first = settings.sink + settings.window + settings.block
+    windows = tokens[:WINDOWS]
+    if windows.shape[1] <= first:
+        raise UserError(
+            f"Windows of {windows.shape[1]} tokens are too short to measure a KV cache on: the first {first} are read "
+            "as they are; take longer windows, or a smaller window or group of the cache."
+        )
+
+    def run(window: Tensor, bits: Sequence[int]) -> tuple[Tensor, list[KVLayer]]:
+        """Log-probabilities [tokens that are counted, vocabulary], and the layers of the cache."""
+        cache = KVCache(model.config, with_bits(settings, bits))
+        ids = window.to(model.device)[None]
+        for part in ids[:, :first].split(CHUNK, 1):
+            model(input_ids=part, past_key_values=cache, use_cache=True)
+        parts = ids[:, first:].split(CHUNK, 1)
+        logits = [model(input_ids=part, past_key_values=cache, use_cache=True).logits[0] for part in parts]
+        return torch.cat(logits).float().log_softmax(-1), [
+            one for one in cache.layers if isinstance(one, KVLayer)
+        ]
+
+    layers = sum(isinstance(one, KVLayer) for one in KVCache(model.config, settings).layers)
+    plain = [16] * layers
+    damage, sizes = (
+        torch.zeros(layers, len(CHOICES), dtype=torch.float64),
+        torch.zeros(layers, dtype=torch.int64),
+    )
+    total = len(windows) * damage.numel()
+    for number, window in enumerate(windows):
+        whole, held = run(window, plain)
+        sizes += torch.tensor([_numbers(one) for one in held])
+        for layer in range(layers):
+            for choice, bits in enumerate(CHOICES):
+                progress(number * damage.numel() + layer * len(CHOICES) + choice, total)
+                found, _ = run(window, [*plain[:layer], bits, *plain[layer + 1 :]])
+                damage[layer, choice] += float((whole.exp() * (whole - found)).sum(-1).mean()) / len(windows)
+    progress(total, total)
+    return damage, sizes
+
+
+def allocate(
+    damage: Sequence[Sequence[float]], sizes: Sequence[int], budget: float, choices: Sequence[int] = CHOICES
+) -> list[int]:
+    """The bits of each layer with the least summed damage whose mean, weighed by size, is within the budget; exact.
+
+    A dynamic programme over the layers: of all ways to give the layers so far their bits it keeps those that no other
+    way beats in both cost and damage.
+
+    Args:
+        damage: of each layer with each of the choices.
+        sizes: numbers that each layer stores.
+    """
+    ways: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
+    for row, size in zip(damage, sizes, strict=True):
+        longer = [
+            (cost + size * bits, lost + more, (*chosen, bits))
+            for cost, lost, chosen in ways
+            for bits, more in zip(choices, row, strict=True)
+        ]
+        ways = []
+        for way in sorted(longer):
+            if not ways or way[1] < ways[-1][1]:
+                ways.append(way)
+    limit = budget * sum(sizes) * (1 + 1e-9)
+    return list([way for way in ways if way[0] <= limit][-1][2])
+
+
+def _numbers(layer: Any) -> int:
+    """Numbers of the keys and values that a layer holds."""
+    keys, values = layer.tail
+    rows = keys.shape[0] * keys.shape[1] * (layer.length - layer.forgotten)
+    return rows * (keys.shape[-1] + values.shape[-1])
