@@ -123,7 +123,7 @@ def test_refuses_what_cannot_be(model: PreTrainedModel, tokens: Tensor) -> None:
 def test_a_checkpoint_keeps_the_bits_that_were_measured(
     tmp_path: Path, verified_here: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, output = tiny.save_tiny("llama", tmp_path / "tiny"), tmp_path / "out"
+    source, output = str(tiny.save_tiny("llama", tmp_path / "tiny")), tmp_path / "out"
     step = QuantizeCache(
         kv_bits="auto", kv_budget=3.0, kv_group_size=8, kv_window=8, kv_evict="knorm", kv_keep=0.5
     )
