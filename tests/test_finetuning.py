@@ -202,13 +202,13 @@ def test_batches_are_of_like_length_and_told_by_seed_and_epoch() -> None:
 
 
 def test_the_head_comes_from_the_seed(folders: dict[str, Path], data: str, tmp_path: Path) -> None:
-    heads = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+    heads = []  # that one seed gives one head, the test of the killed run shows
+    for name, seed in (("a", 0), ("b", 1)):
         step = Finetune(glue="sst2", data=data, max_steps=1, lr=1e-12)
         compress(str(folders["bert"]), [step], tmp_path / name, seed=seed, **QUICK)
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
         heads.append(model.classifier.weight.detach())
-    assert torch.equal(heads[0], heads[1]) and not torch.allclose(heads[0], heads[2], atol=1e-3)
+    assert not torch.allclose(heads[0], heads[1], atol=1e-3)
 
 
 def test_a_fitting_head_is_kept(teacher: Path, data: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +86,31 @@ def test_gradients_of_scales_are_those_of_autograd(symmetric: bool, group: Any) 
     assert torch.nn.functional.cosine_similarity(rough.flatten(), found[1].flatten(), dim=0) > 0.99
 
 
+@pytest.fixture(scope="module")
+def made(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, str], Path]:
+    """made(step, family): that model compressed by one step; once for all tests."""
+    root = tmp_path_factory.mktemp("made")
+
+    def make(step: Any, family: str) -> Path:
+        output = root / f"{family}-{step.kind}"
+        if not output.exists():
+            compress(str(folders[family]), [step], output, **QUICK)
+        return output
+
+    return make
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "bert"])
-def test_scales_recover_and_codes_stay(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    base = folders[family]
-    compress(str(base), [RTN3], tmp_path / "q", **QUICK)
+def test_scales_recover_and_codes_stay(
+    family: str, folders: dict[str, Path], made: Any, tmp_path: Path
+) -> None:
+    base, packed = folders[family], made(RTN3, family)
     result = compress(
-        str(tmp_path / "q"), [Scales(**{**FAST, "max_steps": 40})], tmp_path / "r", **QUICK
+        str(packed), [Scales(**{**FAST, "max_steps": 40})], tmp_path / "r", **QUICK
     )  # teacher: from its report
     assert result.report["verification"]["ok"]
-    assert kl(base, tmp_path / "r") < 0.95 * kl(base, tmp_path / "q")
-    before, after = tensors(tmp_path / "q"), tensors(tmp_path / "r")
+    assert kl(base, tmp_path / "r") < 0.95 * kl(base, packed)
+    before, after = tensors(packed), tensors(tmp_path / "r")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any(name.endswith("weight_scale") for name in changed)
@@ -106,15 +122,15 @@ def test_scales_recover_and_codes_stay(family: str, folders: dict[str, Path], tm
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize("step", [LoRA(rank=8, **FAST), Full(**FAST)], ids=["lora", "full"])
 def test_pruned_models_recover_and_masks_hold(
-    step: Any, family: str, folders: dict[str, Path], tmp_path: Path
+    step: Any, family: str, folders: dict[str, Path], made: Any, tmp_path: Path
 ) -> None:
     base = folders[family]
     prune = Magnitude(sparsity=0.5)
-    compress(str(base), [prune], tmp_path / "p", **QUICK)
+    pruned = made(prune, family)
     result = compress(str(base), [prune, step], tmp_path / "r", **QUICK)
     assert result.report["verification"]["ok"]
-    assert kl(base, tmp_path / "r") < 0.9 * kl(base, tmp_path / "p")
-    before, after = tensors(tmp_path / "p"), tensors(tmp_path / "r")
+    assert kl(base, tmp_path / "r") < 0.9 * kl(base, pruned)
+    before, after = tensors(pruned), tensors(tmp_path / "r")
     for name in before:
         if name.endswith("weight_bitmap"):
             weight = name.replace("weight_bitmap", "weight")
@@ -137,13 +153,12 @@ def test_a_merged_model_is_the_one_with_adapters(family: str, folders: dict[str,
     torch.testing.assert_close(plain(tokens).logits, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_lora_over_packed_weights_stays_packed(folders: dict[str, Path], tmp_path: Path) -> None:
-    base = folders["llama"]
-    compress(str(base), [RTN3], tmp_path / "q", **QUICK)
+def test_lora_over_packed_weights_stays_packed(folders: dict[str, Path], made: Any, tmp_path: Path) -> None:
+    base, packed = folders["llama"], made(RTN3, "llama")
     result = compress(str(base), [RTN3, LoRA(rank=8, **{**FAST, "lr": 1e-2})], tmp_path / "r", **QUICK)
     assert any("rounding to their grid lost" in note["what"] for note in result.report["notes"])
-    assert kl(base, tmp_path / "r") < kl(base, tmp_path / "q")
-    before, after = tensors(tmp_path / "q"), tensors(tmp_path / "r")
+    assert kl(base, tmp_path / "r") < kl(base, packed)
+    before, after = tensors(packed), tensors(tmp_path / "r")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.endswith("weight_packed") for name in changed)
 
