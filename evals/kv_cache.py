@@ -7,10 +7,12 @@
 - memory/KIND: a fresh process fills a cache of 8,000 tokens with random keys and values, layer by layer, and decodes
   16 tokens in bfloat16: bytes that the cache holds, and how far that raised the peak of the process's memory.
 - speed/KIND: one process decodes 8 tokens at 8,000 with each of the full and the quantized cache, in turns; medians.
-- text/8: 20 prompts of WikiText-2 in one padded batch, 256 tokens each, greedy, float32: how many are as with the full
-  cache before the first that differs.
+- text/kivi-8: 20 prompts of WikiText-2 in one padded batch, 256 tokens each, greedy, float32: how many are as with the
+  full cache before the first that differs.
 
-`quanto` is transformers' QuantizedCache with that backend (optimum-quanto), which is not of this project's environment.
+METHOD-autoB gives each layer its own bits, B in the mean, by their sensitivity on a built-in text. `full` is attended
+to by transformers' sdpa. `quanto` is transformers' QuantizedCache with that backend (optimum-quanto), which is not of
+this project's environment.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ import variants
 
 CONTEXT, CHUNK, WINDOW = 8000, 128, 2048
 METHODS = ("kivi", "rotated", "token")
-KINDS = ("full", "kivi-8", "kivi-4", "kivi-2", "rotated-4", "rotated-2", "quanto-4", "quanto-2")
+AUTO = ("rotated-auto2.3", "kivi-auto3")
+KINDS = ("full", "kivi-8", "kivi-4", "kivi-2", "rotated-4", "rotated-2", *AUTO, "quanto-4", "quanto-2")
 QUALITY = [
     "full",
     *(f"{method}-{bits}" for bits in (8, 4, 3, 2) for method in METHODS),
+    *AUTO,
     "quanto-4",
     "quanto-2",
 ]
@@ -44,8 +48,12 @@ NAMES = [
 ]
 
 
-def cache_of(kind: str, model: Any) -> Any:
-    """A new cache of that kind for the model, whose attention is set to what reads it."""
+def cache_of(kind: str, model: Any, known: Path | None = None) -> Any:
+    """A new cache of that kind for the model, whose attention is set to what reads it.
+
+    Args:
+        known: the work folder, where the bits of layers that `auto` found stay.
+    """
     from transformers.cache_utils import DynamicCache, QuantizedCache
 
     from llmslim.kvcache.runtime.cache import NAME, KVCache
@@ -57,7 +65,26 @@ def cache_of(kind: str, model: Any) -> Any:
     if method == "quanto":
         config = model.config
         return QuantizedCache("quanto", config, nbits=int(bits), q_group_size=64, residual_length=128)
+    if bits.startswith("auto"):
+        assert known is not None
+        return KVCache(model.config, method=method, bits=layer_bits(kind, known))
     return KVCache(model.config, method=method, bits=int(bits))
+
+
+def layer_bits(kind: str, folder: Path) -> list[int]:
+    """What each layer gets within the budget in the kind's name, by the built-in text as `--kv-bits auto` has it."""
+    kept = folder / f"{kind}.json"
+    if not kept.exists():
+        from llmslim.kvcache.allocation import ALLOCATION_TOKENS, allocate_kv_bits
+        from llmslim.loaders.texts import sample
+
+        method, _, budget = kind.partition("-auto")
+        model, tokenizer = demo("float32")
+        tokens = sample("builtin", tokenizer, 1, ALLOCATION_TOKENS, seed=0).tokens
+        found = allocate_kv_bits(model, tokens, float(budget), method=method)
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found.layer_bits))
+    return list(json.loads(kept.read_text()))
 
 
 def demo(dtype: str) -> Any:
@@ -80,7 +107,7 @@ def quality(kind: str, options: Namespace) -> dict[str, Any]:
     losses, divergence, logits = [], [], {}
     with torch.no_grad():
         for number, window in enumerate(text.tokens):
-            cache, parts = cache_of(kind, model), []
+            cache, parts = cache_of(kind, model, options.work), []
             for tokens in window.split(CHUNK):
                 parts.append(model(input_ids=tokens[None], past_key_values=cache, use_cache=True).logits[0])
             found = torch.cat(parts).log_softmax(-1)
@@ -98,12 +125,12 @@ def quality(kind: str, options: Namespace) -> dict[str, Any]:
     return figures | ({"kl": sum(divergence) / len(divergence)} if divergence else {})
 
 
-def filled(kind: str, model: Any, tokens: int) -> Any:
+def filled(kind: str, model: Any, tokens: int, known: Path | None = None) -> Any:
     """A cache of random keys and values, in the model's type, filled in chunks as a prompt would."""
     import torch
 
     config = model.config
-    cache = cache_of(kind, model)
+    cache = cache_of(kind, model, known)
     shape = (1, config.num_key_value_heads, tokens, config.hidden_size // config.num_attention_heads)
     generator = torch.Generator().manual_seed(0)
     for layer in range(config.num_hidden_layers):
@@ -121,10 +148,10 @@ def step(model: Any, cache: Any) -> None:
 
 def memory(kind: str, options: Namespace) -> dict[str, Any]:
     model, _ = demo("bfloat16")
-    step(model, filled(kind, model, 64))  # what the first call allocates is not the cache's
+    step(model, filled(kind, model, 64, options.work))  # what the first call allocates is not the cache's
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of loading, is forgotten (Linux)
     before = resident("VmRSS")
-    cache = filled(kind, model, CONTEXT)
+    cache = filled(kind, model, CONTEXT, options.work)
     held = getattr(cache, "nbytes", None)
     if kind == "full":
         held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
@@ -142,11 +169,11 @@ def resident(what: str) -> float:
 def speed(kind: str, options: Namespace) -> dict[str, Any]:
     """Seconds per token with the full cache and with this one, in turns."""
     model, _ = demo("bfloat16")
-    caches = {name: filled(name, model, CONTEXT) for name in ("full", kind)}
+    caches = {name: filled(name, model, CONTEXT, options.work) for name in ("full", kind)}
     times: dict[str, list[float]] = {name: [] for name in caches}
     for turn in range(options.rounds + 1):
         for name, cache in caches.items():
-            cache_of(name, model)  # sets the attention
+            cache_of(name, model, options.work)  # sets the attention
             for _ in range(8):
                 begun = time.perf_counter()
                 step(model, cache)
@@ -175,7 +202,7 @@ def text(kind: str, options: Namespace) -> dict[str, Any]:
     for name in ("full", kind):
         out = model.generate(
             **batch,
-            past_key_values=cache_of(name, model),
+            past_key_values=cache_of(name, model, options.work),
             do_sample=False,
             min_new_tokens=256,
             max_new_tokens=256,
