@@ -210,6 +210,22 @@ def test_a_token_is_quantized_once_and_stays_so() -> None:
     assert len(layer.pages) == 2  # the first was cut, and another begun behind it
 
 
+@pytest.mark.parametrize("method", ["kivi", "token", "rotated"])
+def test_a_long_prompt_is_quantized_part_by_part_to_the_same(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = KVSettings.of(bits=2, method=method, group_size=8, window=0, sink=0)
+    keys, values = torch.randn(2, 1, 2, 80, 16)
+    views = []
+    for at_once in (80, 24):
+        monkeypatch.setattr("llmslim.kvcache.runtime.layer.ENCODED", at_once)
+        layer = KVLayer(settings, lambda: True)
+        layer.update(keys, values)
+        views.append(layer.pages[0])
+    for whole, parts in zip(views[0].keys + views[0].values, views[1].keys + views[1].values, strict=True):
+        assert torch.equal(whole, parts)
+
+
 def test_bytes_promised_are_bytes_held() -> None:
     cache = KVLayer(KVSettings(bits=4))
     cache.update(torch.randn(1, 2, 1000, 64).bfloat16(), torch.randn(1, 2, 1000, 64).bfloat16())

@@ -17,6 +17,9 @@ from llmslim.kvcache.settings import KVSettings
 Pair = tuple[Tensor, Tensor]
 """Keys and values [batch, heads, tokens, head_dim], as the model gave them."""
 
+ENCODED = 512
+"""Tokens that are quantized at once."""
+
 
 @dataclass(frozen=True)
 class Page:
@@ -187,7 +190,8 @@ class KVLayer(CacheLayerMixin):
     def _store(self, keys: Tensor, values: Tensor) -> None:
         """Quantize whole blocks, which come after those that are there."""
         block, count = self.settings.block, keys.shape[2] // self.settings.block
-        made = Page(self.codecs[0].encode(keys), self.codecs[1].encode(values), count * block)
+        of_keys, of_values = self.codecs
+        made = Page(self._encoded(of_keys, keys), self._encoded(of_values, values), count * block)
         if self.pages and self.pages[-1].tokens == self.pages[-1].blocks * block:
             # the copy is of packed bytes and comes once per block, so it is small beside what attention reads
             last = self.pages.pop()
@@ -197,6 +201,14 @@ class KVLayer(CacheLayerMixin):
                 last.tokens + made.tokens,
             )
         self.pages.append(made)
+
+    def _encoded(self, codec: Codec, x: Tensor) -> Parts:
+        """A long prompt some blocks at a time: searching scales takes many times the memory of what it searches."""
+        made = [
+            codec.encode(part)
+            for part in x.split(max(1, ENCODED // self.settings.block) * self.settings.block, 2)
+        ]
+        return tuple(torch.cat(same, 2) for same in zip(*made, strict=True)) if len(made) > 1 else made[0]
 
     def _take(self, count: int) -> Pair:
         """The first tokens of the tail, which then begins after them in memory of its own."""
