@@ -17,6 +17,7 @@ this project's environment.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import statistics
 import sys
@@ -149,6 +150,9 @@ def step(model: Any, cache: Any) -> None:
 def memory(kind: str, options: Namespace) -> dict[str, Any]:
     model, _ = demo("bfloat16")
     step(model, filled(kind, model, 64, options.work))  # what the first call allocates is not the cache's
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # what loading left free is given back, else the cache would take that unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of loading, is forgotten (Linux)
     before = resident("VmRSS")
     cache = filled(kind, model, CONTEXT, options.work)
