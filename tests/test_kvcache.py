@@ -370,7 +370,15 @@ def test_generate_and_evaluate_take_bits(tmp_path: Path, capsys: Any) -> None:
 
     folder = str(save_tiny("llama", tmp_path / "m"))
     assert main(["generate", folder, "import", "--max-new-tokens", "3", "--kv-bits", "4"]) == 0
-    shared = ["--windows", "2", "--seq-len", "200", "--dtype", "float32", "--json"]
+    shared = [
+        "--windows",
+        "1",
+        "--seq-len",
+        "384",
+        "--dtype",
+        "float32",
+        "--json",
+    ]  # read quantized from 256 on
     capsys.readouterr()
     assert (
         main(["evaluate", folder, "--base", folder, "--kv-bits", "2", "--kv-method", "token", *shared]) == 0

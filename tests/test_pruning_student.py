@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def test_a_target_is_met_by_the_least_exponent(fields: dict[str, Any]) -> None:
     size = (lambda look: token_cost(look.anatomy)) if student.latency else (lambda look: look.parameters)
     goal = student.latency * token_cost(before.anatomy) if student.latency else goal
     assert size(left) <= goal
-    notch = next(n for n in range(400) if size(after(student._at(n, before), before)) <= goal)
+    met = lambda n: size(after(student._at(n, before), before)) <= goal  # noqa: E731
+    notch = bisect.bisect_left(range(400), True, key=met)
     depth, width = DEPTH ** (-notch / 20), WIDTH ** (-notch / 20)
     assert steps[0].kind == "layers"
     assert len(left.anatomy.blocks) == round(12 * depth)
