@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,13 +63,16 @@ def verbs() -> dict[str, Verb]:
 
 
 def step_verbs() -> dict[str, str]:
-    """Verb -> summary of every method room, read from the rooms' source: importing them imports torch."""
-    found: dict[str, str] = {}
+    """Verb -> summary of the room with most of its methods, read from the source: importing rooms imports torch."""
+    homes: dict[str, Counter[Path]] = {}
     for room in sorted(Path(__file__).parent.glob("*/__init__.py")):
         for source in sorted(room.parent.glob("*.py")):
             for verb in re.findall(r'^    verb\b[^=\n]*= "(\w+)"', source.read_text("utf-8"), re.MULTILINE):
-                found.setdefault(verb, room_docstring(room).splitlines()[0].rstrip("."))
-    return found
+                homes.setdefault(verb, Counter())[room] += 1
+    return {
+        verb: room_docstring(rooms.most_common(1)[0][0]).splitlines()[0].rstrip(".")
+        for verb, rooms in homes.items()
+    }
 
 
 def room_docstring(path: Path) -> str:
