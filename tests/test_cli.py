@@ -69,7 +69,9 @@ def test_help_lists_the_verb_of_every_step_without_importing_it() -> None:
     assert sorted(cli.step_verbs()) == VERBS
     for verb, summary in cli.step_verbs().items():
         assert f"{verb:<10} {summary}" in cli.overview()
-    assert cli.step_verbs()["quantize"].startswith("Quantize the weights")  # not that of a room with one method
+    assert cli.step_verbs()["quantize"].startswith(
+        "Quantize the weights"
+    )  # not that of a room with one method
 
 
 def test_public_names_resolve() -> None:
