@@ -76,13 +76,12 @@ def layer_bits(kind: str, folder: Path) -> list[int]:
     """What each layer gets within the budget in the kind's name, by the built-in text as `--kv-bits auto` has it."""
     kept = folder / f"{kind}.json"
     if not kept.exists():
-        from llmslim.kvcache.allocation import ALLOCATION_TOKENS, allocate_kv_bits
-        from llmslim.loaders.texts import sample
+        from llmslim.kvcache.allocation import within
+        from llmslim.kvcache.settings import KVSettings
 
         method, _, budget = kind.partition("-auto")
         model, tokenizer = demo("float32")
-        tokens = sample("builtin", tokenizer, 1, ALLOCATION_TOKENS, seed=0).tokens
-        found = allocate_kv_bits(model, tokens, float(budget), method=method)
+        found = within(float(budget), model, tokenizer, KVSettings.of(method=method))
         folder.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(found.layer_bits))
     return list(json.loads(kept.read_text()))

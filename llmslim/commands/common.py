@@ -158,13 +158,11 @@ def kv_attach(
     """Give the model such a KV cache, of bits that are measured on a built-in text where there is a budget."""
     if settings is None:
         return
-    from llmslim.kvcache.allocation import ALLOCATION_TOKENS, allocate_kv_bits
+    from llmslim.kvcache.allocation import within
     from llmslim.kvcache.runtime.cache import attach
-    from llmslim.loaders.texts import sample
 
     if budget is not None:
-        tokens = sample("builtin", tokenizer, 1, ALLOCATION_TOKENS, seed=0).tokens
-        settings = allocate_kv_bits(model, tokens, budget, settings=settings)
+        settings = within(budget, model, tokenizer, settings)
         print(f"KV cache: {', '.join(map(str, settings.layer_bits))} bits, layer by layer.", file=sys.stderr)
     attach(model, settings)
 

@@ -14,7 +14,7 @@ from llmslim.errors import UserError
 from llmslim.evaluation.divergence import Comparison, compare
 from llmslim.evaluation.perplexity import PerplexityResult, perplexity, require_causal
 from llmslim.evaluation.stream import streamed_scores
-from llmslim.kvcache.allocation import ALLOCATION_TOKENS, allocate_kv_bits
+from llmslim.kvcache.allocation import within
 from llmslim.kvcache.settings import KVSettings
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find
 from llmslim.loaders.texts import TextSample, sample
@@ -114,8 +114,7 @@ def _whole(
         from llmslim.kvcache.runtime.cache import attach
 
         if kv_budget is not None:
-            known = sample("builtin", files.tokenizer(), 1, ALLOCATION_TOKENS, seed=0).tokens
-            kv_cache = allocate_kv_bits(model, known, kv_budget, settings=kv_cache)
+            kv_cache = within(kv_budget, model, files.tokenizer(), kv_cache)
         attach(model, kv_cache)
         chunk = KV_CHUNK
     if adapter is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmslim.errors import UserError
 from llmslim.kvcache.settings import KVSettings
+from llmslim.loaders.texts import sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +50,12 @@ def allocate_kv_bits(
     check_budget(budget)
     damage, sizes = measure(model, tokens, settings, progress)
     return with_bits(settings, allocate(damage.tolist(), sizes.tolist(), budget))
+
+
+def within(budget: float, model: PreTrainedModel, tokenizer: Any, settings: KVSettings) -> KVSettings:
+    """The settings with bits of each layer, as `allocate_kv_bits` finds them on a built-in text."""
+    tokens = sample("builtin", tokenizer, 1, ALLOCATION_TOKENS, seed=0).tokens
+    return allocate_kv_bits(model, tokens, budget, settings=settings)
 
 
 def with_bits(settings: KVSettings, bits: Sequence[int]) -> KVSettings:
