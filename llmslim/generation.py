@@ -36,6 +36,8 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from llmslim.evaluation.samples import decoding
+
     tokens = prompt_tokens(model, tokenizer, prompt, chat).to(model.device)
     check(model, tokens.shape[1], max_new_tokens, temperature)
     pieces: list[str] = []
@@ -45,18 +47,13 @@ def generate(
             pieces.append(text)
             write(text)
 
-    # a checkpoint's own sampling settings, left in place, draw a warning when decoding is greedy
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else greedy
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     torch.manual_seed(seed)
     model.generate(  # type: ignore[operator]
         tokens,
         attention_mask=torch.ones_like(tokens),
         max_new_tokens=max_new_tokens,
         streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        pad_token_id=pad,
-        **sampling,
+        **decoding(tokenizer, temperature),
     )
     return "".join(pieces)
 

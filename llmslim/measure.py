@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,13 +52,21 @@ def measure(
         return measured
     kept = work.state.setdefault("measured", {})
 
-    def quality(key: str, files: ModelFiles) -> dict[str, Any]:
+    def once(key: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, or what it gave before the run was stopped."""
         if key not in kept:
-            found, details = _quality(base, files, evaluation, device, dtype, progress, key == "quality")
-            kept[key] = found
-            kept["details"] = details
+            kept[key] = make()
             work.save()
         return kept[key]
+
+    def quality(key: str, files: ModelFiles) -> dict[str, Any]:
+        def found() -> dict[str, Any]:
+            figures, kept["details"] = _quality(
+                base, files, evaluation, device, dtype, progress, key == "quality"
+            )
+            return figures
+
+        return once(key, found)
 
     if evaluation.steps:
         keys = [*(f"step-{number}" for number in range(len(made) - 1)), "quality"]
@@ -70,20 +78,11 @@ def measure(
     measured["details"] = kept["details"]
     task = next((step for step in reversed(recipe.steps) if step.kind == "finetune"), None)
     if task is not None:
-        if "glue" not in kept:
-            kept["glue"] = _glue(result, task, device, progress)
-            work.save()
-        measured["glue"] = kept["glue"]
+        measured["glue"] = once("glue", lambda: _glue(result, task, device, progress))
     if evaluation.tasks:
-        if "tasks" not in kept:
-            kept["tasks"] = _tasks(base, result, evaluation, device, sizes, progress)
-            work.save()
-        measured["tasks"] = kept["tasks"]
+        measured["tasks"] = once("tasks", lambda: _tasks(base, result, evaluation, device, sizes, progress))
     if evaluation.speed:
-        if "speed" not in kept:
-            kept["speed"] = _speed(base, result, sizes, progress)
-            work.save()
-        measured["speed"] = kept["speed"]
+        measured["speed"] = once("speed", lambda: _speed(base, result, sizes, progress))
     return measured
 
 

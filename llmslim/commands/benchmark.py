@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from llmslim.commands.common import add_model, add_save, check_save, saved, show
+from llmslim.commands.common import add_model, add_save, check_save, saved, tell
 from llmslim.flags import Parser
 
 
@@ -54,10 +53,7 @@ def run(options: dict[str, Any]) -> None:
             progress=lambda done, total: progress("benchmark", done, total),
         )
     saved(options, "benchmark", record)
-    if options.get("json"):
-        print(json.dumps(record, indent=2))
-    else:
-        show(benchmark_text(record))
+    tell(options, record, benchmark_text)
 
 
 def _numbers(text: str, name: str) -> tuple[int, ...]:

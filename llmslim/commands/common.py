@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llmslim.errors import UserError
@@ -165,6 +167,14 @@ def kv_attach(
         settings = within(budget, model, tokenizer, settings)
         print(f"KV cache: {', '.join(map(str, settings.layer_bits))} bits, layer by layer.", file=sys.stderr)
     attach(model, settings)
+
+
+def tell(options: dict[str, Any], figures: dict[str, Any], text: Callable[[dict[str, Any]], Any]) -> None:
+    """Figures on stdout: with --json as they are, else in the words of `text`."""
+    if options.get("json"):
+        print(json.dumps(figures, indent=2))
+    else:
+        show(text(figures))
 
 
 def show(renderable: Any, *, to_stderr: bool = False) -> None:

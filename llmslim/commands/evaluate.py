@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from llmslim.commands.common import (
@@ -14,7 +13,7 @@ from llmslim.commands.common import (
     device_of,
     kv_settings,
     saved,
-    show,
+    tell,
 )
 from llmslim.flags import Parser, add_field
 
@@ -177,10 +176,7 @@ def _run_tasks(options: dict[str, Any]) -> None:
             **given,
         )
     saved(options, "tasks", figures)
-    if options.get("json"):
-        print(json.dumps(figures, indent=2))
-    else:
-        show(tasks_text(figures))
+    tell(options, figures, tasks_text)
 
 
 def tasks_text(figures: dict[str, Any]) -> str:
@@ -230,10 +226,7 @@ def _run_glue(options: dict[str, Any]) -> None:
             device=device_of(options),
             progress=lambda done, total: progress("evaluate", done, total),
         )
-    if options.get("json"):
-        print(json.dumps(figures, indent=2))
-    else:
-        show(glue_text(figures))
+    tell(options, figures, glue_text)
 
 
 def glue_text(figures: dict[str, Any]) -> str:
@@ -285,10 +278,7 @@ def _run_perplexity(options: dict[str, Any]) -> None:
             device=device_of(options),
             progress=lambda done, total: progress("evaluate", done, total),
         )
-    if options.get("json"):
-        print(json.dumps(figures, indent=2))
-    else:
-        show(text_of(figures))
+    tell(options, figures, text_of)
 
 
 def text_of(figures: dict[str, Any]) -> str:

@@ -12,11 +12,18 @@ if TYPE_CHECKING:
 PROMPTS = ("The capital of France is", "def fibonacci(n):\n", "Once upon a time, a small robot")
 
 
+def decoding(tokenizer: Any, temperature: float = 0.0) -> dict[str, Any]:
+    """What `generate` is given to decode greedily, or to sample at a temperature."""
+    # a checkpoint's own sampling settings, left in place, draw a warning when decoding is greedy
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    how: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else greedy
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return {**how, "pad_token_id": pad}
+
+
 @torch.no_grad()
 def continuations(model: PreTrainedModel, tokenizer: Any, new_tokens: int = 32) -> list[dict[str, str]]:
     """Greedy continuations [{"prompt", "text"}] of `PROMPTS`, of `new_tokens` tokens at most."""
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     made = []
     for prompt in PROMPTS:
         tokens = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
@@ -24,8 +31,7 @@ def continuations(model: PreTrainedModel, tokenizer: Any, new_tokens: int = 32) 
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=new_tokens,
-            pad_token_id=pad,
-            **greedy,
+            **decoding(tokenizer),
         )
         text = tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
         made.append({"prompt": prompt, "text": text})
