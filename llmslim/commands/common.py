@@ -106,6 +106,12 @@ def add_kv_cache(parser: Any) -> None:
         "they are)",
     )
     group.add_argument(
+        "--kv-value-bits",
+        type=int,
+        metavar="N",
+        help="bits of the values, where --kv-bits are those of the keys, which need more (default: the same)",
+    )
+    group.add_argument(
         "--kv-budget",
         type=float,
         metavar="X",
@@ -135,22 +141,23 @@ def kv_settings(options: dict[str, Any]) -> tuple[KVSettings | None, float | Non
     from llmslim.kvcache.allocation import check_budget
     from llmslim.kvcache.settings import KVSettings
 
-    names, budget = ("bits", "method", "evict", "keep"), options.get("kv_budget")
+    names, budget = ("bits", "value_bits", "method", "evict", "keep"), options.get("kv_budget")
     fields = {name: options[f"kv_{name}"] for name in names if f"kv_{name}" in options}
     if (fields.get("bits") == "auto") != (budget is not None):
         raise UserError("--kv-bits auto and --kv-budget go together, such as --kv-budget 3.0.")
     if budget is not None:
         check_budget(budget)
         del fields["bits"]
+        if "value_bits" in fields:
+            raise UserError("--kv-bits auto finds the bits of values too: leave out --kv-value-bits.")
         return KVSettings.of(**fields), budget
     if not fields:
         return None, None
-    if "bits" not in fields and "method" not in fields:
+    if "bits" not in fields and not fields.keys() & {"method", "value_bits"}:
         fields["bits"] = 16  # eviction alone
     if "bits" not in fields:
-        raise UserError(
-            "--kv-method says how a KV cache is quantized: give --kv-bits too, such as --kv-bits 4."
-        )
+        given = "--kv-method" if "method" in fields else "--kv-value-bits"
+        raise UserError(f"{given} says how a KV cache is quantized: give --kv-bits too, such as --kv-bits 4.")
     return KVSettings.of(**fields), None
 
 
@@ -160,12 +167,12 @@ def kv_attach(
     """Give the model such a KV cache, of bits that are measured on a built-in text where there is a budget."""
     if settings is None:
         return
-    from llmslim.kvcache.allocation import within
+    from llmslim.kvcache.allocation import told, within
     from llmslim.kvcache.runtime.cache import attach
 
     if budget is not None:
         settings = within(budget, model, tokenizer, settings)
-        print(f"KV cache: {', '.join(map(str, settings.layer_bits))} bits, layer by layer.", file=sys.stderr)
+        print(f"KV cache: {told(settings)} bits of keys/values, layer by layer.", file=sys.stderr)
     attach(model, settings)
 
 

@@ -37,6 +37,7 @@ ALONE = {  # which kinds a flag is for
     "batch_size": ("tasks",),
     "save": ("tasks",),
     "kv_bits": ("text",),
+    "kv_value_bits": ("text",),
     "kv_method": ("text",),
     "kv_budget": ("text",),
     "kv_evict": ("text",),
@@ -299,9 +300,8 @@ def text_of(figures: dict[str, Any]) -> str:
         ]
     if "kv_cache" in figures:
         cache = figures["kv_cache"]
-        bits = ", ".join(map(str, cache["layer_bits"] or [cache["bits"]]))
         lines.append(
-            f"KV cache            {bits} bits ({cache['method']}), read in chunks of {cache['chunk']}"
+            f"KV cache            {cache['told']} bits ({cache['method']}), read in chunks of {cache['chunk']}"
         )
         if cache["evict"]:
             lines.append(f"tokens evicted      all but {cache['keep']:g} ({cache['evict']})")

@@ -14,7 +14,7 @@ from llmslim.errors import UserError
 from llmslim.evaluation.divergence import Comparison, compare
 from llmslim.evaluation.perplexity import PerplexityResult, perplexity, require_causal
 from llmslim.evaluation.stream import streamed_scores
-from llmslim.kvcache.allocation import within
+from llmslim.kvcache.allocation import told, within
 from llmslim.kvcache.settings import KVSettings
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find
 from llmslim.loaders.texts import TextSample, sample
@@ -83,7 +83,7 @@ def evaluate(
             files, other, tokens, chosen, device, progress, adapter, kv_cache, kv_budget
         )
     if kv_cache is not None:
-        figures["kv_cache"] = {**kv_cache.model_dump(), "chunk": KV_CHUNK}
+        figures["kv_cache"] = {**kv_cache.model_dump(), "told": told(kv_cache), "chunk": KV_CHUNK}
     return {**figures, **_flat(measured)}
 
 

@@ -1,4 +1,4 @@
-"""Bits per layer by measured sensitivity: a budget of mean bits, spent where the model's predictions suffer most."""
+"""Bits of keys and values per layer by measured sensitivity: a budget of mean bits, spent where predictions suffer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHOICES = (2, 3, 4, 8)
-"""Bits that a layer may get."""
-WINDOWS = 2
-"""Texts that the layers are measured on, the first ones."""
-ALLOCATION_TOKENS = 512
-"""Of the built-in text that verbs measure on which were given no other."""
+"""Bits that the keys or the values of a layer may get."""
+MEASURED_TOKENS = 2048
+"""Of the text that the layers are measured on, its first windows."""
+BUILTIN_TOKENS = 1024
+"""Of the built-in text, one window, for verbs that were given no other."""
 CHUNK = 128
 """Tokens at a time, so that those after read the keys of those before quantized."""
 
@@ -37,9 +37,9 @@ def allocate_kv_bits(
     """Settings with the bits of each layer, for `kv_cache(model, settings=...)`.
 
     Args:
-        tokens: of a text like those to come, int64 [windows, seq]; the first two windows are measured.
+        tokens: of a text like those to come, int64 [windows, seq]; the first 2,048 tokens are measured, or one window.
         budget: mean bits per stored number, scales and what stays as it is apart; 2 to 8.
-        progress: called with the runs that are done and all, which are layers x 4 per window.
+        progress: called with the runs that are done and all, which are layers x 2 per window.
         settings: in place of what follows.
         method, group_size, window, sink, evict, keep: see `KVSettings`.
 
@@ -48,20 +48,27 @@ def allocate_kv_bits(
     """
     settings = KVSettings.of(**fields) if settings is None else settings
     check_budget(budget)
-    damage, sizes = measure(model, tokens, settings, progress)
-    return with_bits(settings, allocate(damage.tolist(), sizes.tolist(), budget))
+    return with_bits(settings, shared_out(*measure(model, tokens, settings, progress), budget))
 
 
 def within(budget: float, model: PreTrainedModel, tokenizer: Any, settings: KVSettings) -> KVSettings:
     """The settings with bits of each layer, as `allocate_kv_bits` finds them on a built-in text."""
-    tokens = sample("builtin", tokenizer, 1, ALLOCATION_TOKENS, seed=0).tokens
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tokens = sample("builtin", tokenizer, 1, min(BUILTIN_TOKENS, most or BUILTIN_TOKENS), seed=0).tokens
     return allocate_kv_bits(model, tokens, budget, settings=settings)
 
 
-def with_bits(settings: KVSettings, bits: Sequence[int]) -> KVSettings:
-    """The same settings with these bits of each layer."""
+def measured_windows(windows: int, seq_len: int) -> int:
+    """How many windows of a text are measured."""
+    return min(windows, max(1, MEASURED_TOKENS // seq_len))
+
+
+def with_bits(settings: KVSettings, bits: Sequence[int | Sequence[int]]) -> KVSettings:
+    """The same settings with these bits of each layer, or bits of its keys and its values."""
     fields = {
-        name: value for name, value in settings.model_dump(exclude_unset=True).items() if name != "bits"
+        name: value
+        for name, value in settings.model_dump(exclude_unset=True).items()
+        if name not in ("bits", "value_bits")
     }
     return KVSettings.of(**{**fields, "layer_bits": list(bits)})
 
@@ -81,28 +88,29 @@ def measure(
     settings: KVSettings,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> tuple[Tensor, Tensor]:
-    """What quantizing the cache of one layer alone costs.
+    """What quantizing the keys alone, or the values alone, of one layer costs.
 
-    Of layer l and bits b: the mean over tokens of KL(p || p_lb), in nats, where p predicts with the whole cache as it
-    is and p_lb with that of layer l in b bits; counted from the first token that reads quantized ones. Nothing is
+    Of layer l: the mean over tokens of KL(p || p_l), in nats, where p predicts with the whole cache as it is and p_l
+    with the keys (or values) of layer l in 2 bits; counted from the first token that reads quantized ones. Nothing is
     evicted.
 
     Returns:
-        Damage [layers, `CHOICES`], float64; numbers that each layer held at the end, int64 [layers].
+        Damage of keys and of values [layers, 2], float64; numbers of each that a layer held at the end, int64
+        [layers, 2].
     """
     from llmslim.kvcache.runtime.cache import KVCache
     from llmslim.kvcache.runtime.layer import KVLayer
 
     settings = settings.model_copy(update={"evict": None, "keep": None})
     first = settings.sink + settings.window + settings.block
-    windows = tokens[:WINDOWS]
+    windows = tokens[: measured_windows(*tokens.shape)]
     if windows.shape[1] <= first:
         raise UserError(
             f"Windows of {windows.shape[1]} tokens are too short to measure a KV cache on: the first {first} are read "
             "as they are; take longer windows, or a smaller window or group of the cache."
         )
 
-    def run(window: Tensor, bits: Sequence[int]) -> tuple[Tensor, list[KVLayer]]:
+    def run(window: Tensor, bits: Sequence[Sequence[int]]) -> tuple[Tensor, list[KVLayer]]:
         """Log-probabilities [tokens that are counted, vocabulary], and the layers of the cache."""
         cache = KVCache(model.config, with_bits(settings, bits))
         ids = window.to(model.device)[None]
@@ -115,35 +123,51 @@ def measure(
         ]
 
     layers = sum(isinstance(one, KVLayer) for one in KVCache(model.config, settings).layers)
-    plain = [16] * layers
-    damage, sizes = (
-        torch.zeros(layers, len(CHOICES), dtype=torch.float64),
-        torch.zeros(layers, dtype=torch.int64),
-    )
+    plain, least = [(16, 16)] * layers, ((CHOICES[0], 16), (16, CHOICES[0]))
+    damage = torch.zeros(layers, len(least), dtype=torch.float64)
+    sizes = torch.zeros(layers, len(least), dtype=torch.int64)
     total = len(windows) * damage.numel()
     for number, window in enumerate(windows):
         whole, held = run(window, plain)
         sizes += torch.tensor([_numbers(one) for one in held])
         for layer in range(layers):
-            for choice, bits in enumerate(CHOICES):
-                progress(number * damage.numel() + layer * len(CHOICES) + choice, total)
+            for which, bits in enumerate(least):
+                progress(number * damage.numel() + layer * len(least) + which, total)
                 found, _ = run(window, [*plain[:layer], bits, *plain[layer + 1 :]])
-                damage[layer, choice] += float((whole.exp() * (whole - found)).sum(-1).mean()) / len(windows)
+                damage[layer, which] += float((whole.exp() * (whole - found)).sum(-1).mean()) / len(windows)
     progress(total, total)
     return damage, sizes
+
+
+def shared_out(damage: Tensor, sizes: Tensor, budget: float) -> list[tuple[int, int]]:
+    """Bits of the keys and of the values of each layer within the budget, by what `measure` returns.
+
+    Of more bits than were measured the damage is expected: a bit halves the error, and the divergence goes with the
+    square of it.
+    """
+    rows = [[one * 4.0 ** (CHOICES[0] - bits) for bits in CHOICES] for one in damage.flatten().tolist()]
+    bits = allocate(rows, sizes.flatten().tolist(), budget)
+    return list(zip(bits[::2], bits[1::2], strict=True))
+
+
+def told(settings: KVSettings) -> str:
+    """The bits in a word: `4`, or of each layer, such as `3/2, 2, 4/2` where keys and values differ."""
+    layers = settings.layer_bits or ((settings.bits, settings.of_values),)
+    pairs = [one if isinstance(one, tuple) else (one, one) for one in layers]
+    return ", ".join(f"{keys}" if keys == values else f"{keys}/{values}" for keys, values in pairs)
 
 
 def allocate(
     damage: Sequence[Sequence[float]], sizes: Sequence[int], budget: float, choices: Sequence[int] = CHOICES
 ) -> list[int]:
-    """The bits of each layer with the least summed damage whose mean, weighed by size, is within the budget; exact.
+    """The bits of each part with the least summed damage whose mean, weighed by size, is within the budget; exact.
 
-    A dynamic programme over the layers: of all ways to give the layers so far their bits it keeps those that no other
-    way beats in both cost and damage.
+    A dynamic programme over the parts: of all ways to give those so far their bits it keeps the ways that no other
+    beats in both cost and damage.
 
     Args:
-        damage: of each layer with each of the choices.
-        sizes: numbers that each layer stores.
+        damage: of each part with each of the choices.
+        sizes: numbers that each part stores.
     """
     ways: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
     for row, size in zip(damage, sizes, strict=True):
@@ -160,8 +184,8 @@ def allocate(
     return list([way for way in ways if way[0] <= limit][-1][2])
 
 
-def _numbers(layer: Any) -> int:
-    """Numbers of the keys and values that a layer holds."""
+def _numbers(layer: Any) -> tuple[int, int]:
+    """Numbers of the keys and of the values that a layer holds."""
     keys, values = layer.tail
     rows = keys.shape[0] * keys.shape[1] * (layer.length - layer.forgotten)
-    return rows * (keys.shape[-1] + values.shape[-1])
+    return rows * keys.shape[-1], rows * values.shape[-1]

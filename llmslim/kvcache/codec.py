@@ -26,7 +26,9 @@ ROTATION_SEED = 2504_19874
 
 
 class Codec(Protocol):
-    """One way to store blocks of T tokens."""
+    """One way to store blocks of T tokens, in so many bits a number."""
+
+    bits: int
 
     def encode(self, x: Tensor) -> Parts:
         """float [batch, heads, n * T, D] -> tensors [batch, heads, n, ...]."""
@@ -41,20 +43,35 @@ def codecs(settings: KVSettings, key_dim: int, value_dim: int, device: torch.dev
     Raises:
         UserError: the bits or the groups do not fit.
     """
-    key_group, value_group = settings.channels(key_dim), settings.channels(value_dim)
-    block, bits = settings.block, settings.bits
-    if bits == 16:
-        return Raw(block), Raw(block)
-    if settings.method == "rotated":
-        return Rotated(block, bits, key_dim, True, device), Rotated(block, bits, value_dim, False, device)
-    values = PerToken(block, bits, value_group, False)
-    return (
-        PerChannel(block, bits) if settings.method == "kivi" else PerToken(block, bits, key_group, True)
-    ), values
+    makers = {
+        "kivi": (_per_channel, _per_token),
+        "token": (_per_token, _per_token),
+        "rotated": (_rotated, _rotated),
+    }
+    sides = ((True, settings.bits, key_dim), (False, settings.of_values, value_dim))
+    keys, values = (
+        Raw(settings.block) if bits == 16 else make(settings, bits, dim, is_keys, device)
+        for make, (is_keys, bits, dim) in zip(makers[settings.method], sides, strict=True)
+    )
+    return keys, values
+
+
+def _per_channel(settings: KVSettings, bits: int, dim: int, keys: bool, device: torch.device) -> Codec:
+    return PerChannel(settings.block, bits)
+
+
+def _per_token(settings: KVSettings, bits: int, dim: int, keys: bool, device: torch.device) -> Codec:
+    return PerToken(settings.block, bits, settings.channels(dim), keys)
+
+
+def _rotated(settings: KVSettings, bits: int, dim: int, keys: bool, device: torch.device) -> Codec:
+    return Rotated(settings.block, bits, dim, keys, device)
 
 
 class Raw:
     """The numbers themselves: x [..., n, T, D]."""
+
+    bits = 16
 
     def __init__(self, block: int) -> None:
         self.block = block
@@ -121,10 +138,13 @@ class Rotated:
 
     After the rotation the channels of a token are nearly independent and Gaussian whatever they were, so one
     fixed table of 2**bits levels (Lloyd's, for that Gaussian) is near the best there is: x ~ size * R^T level[code].
-    `size` is fitted so that the error is smallest, not the norm that the paper keeps. Left out: the paper's second
-    stage, one bit of a random projection of the error that makes inner products unbiased; bits of different sizes
-    for outlying channels. Parts as keys: codes uint8 [..., n, D, T * bits / 8]; as values: codes
-    [..., n, T, D * bits / 8]; size float16 [..., n, T].
+    Beyond the paper, the mean of the block is taken off each token that it makes smaller, which is most of them: what
+    is left has less to lose, and the tokens whose keys are like no others (those that gather attention, delimiters) do
+    not suffer from it. `size` is fitted so that the error is smallest, not the norm that the paper keeps; its sign bit
+    says that the mean stays out. Left out: the paper's second stage, one bit of a random projection of the error that
+    makes inner products unbiased; bits of different sizes for outlying channels. Parts as keys: codes uint8
+    [..., n, D, T * bits / 8]; as values: codes [..., n, T, D * bits / 8]; size float16 [..., n, T]; mean, rotated,
+    float16 [..., n, D].
     """
 
     def __init__(self, block: int, bits: int, head_dim: int, keys: bool, device: torch.device) -> None:
@@ -135,21 +155,28 @@ class Rotated:
 
     def encode(self, x: Tensor) -> Parts:
         turned = (x.float() @ self.rotation).unflatten(2, (-1, self.block))  # [..., n, T, D]
-        norm = turned.square().mean(-1, keepdim=True).sqrt()
+        mean = half(turned.mean(-2))
+        rest = turned - mean.float()[..., None, :]
+        off = rest.square().sum(-1) < turned.square().sum(-1)
+        rest = torch.where(off[..., None], rest, turned)
+        norm = rest.square().mean(-1, keepdim=True).sqrt()
         between = (self.levels[1:] + self.levels[:-1]) / 2
-        codes = torch.bucketize(turned / norm.clamp(min=1e-30), between)
+        codes = torch.bucketize(rest / norm.clamp(min=1e-30), between)
         near = self.levels[codes]
-        size = (turned * near).sum(-1) / near.square().sum(-1)
+        size = half(
+            (rest * near).sum(-1) / near.square().sum(-1)
+        )  # not negative: levels have the signs of the rest
         codes = codes.to(torch.uint8)
         if self.keys:
             codes = codes.transpose(-1, -2).contiguous()
-        return pack(codes, self.bits), half(size)
+        return pack(codes, self.bits), torch.where(off, size.abs(), -size.abs()), mean
 
     def decode(self, parts: Parts) -> Tensor:
-        codes = unpack(parts[0], self.bits)
+        codes, (size, mean) = unpack(parts[0], self.bits), parts[1:]
         if self.keys:
             codes = codes.transpose(-1, -2)
-        turned = self.levels[codes.int()] * parts[1].float()[..., None]
+        turned = self.levels[codes.int()] * size.abs().float()[..., None]
+        turned += torch.where(torch.signbit(size)[..., None], 0, mean.float()[..., None, :])
         return (turned @ self.rotation.T).flatten(2, 3)
 
 

@@ -12,6 +12,8 @@ from llmslim.step import explain
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+Bits = Literal[2, 3, 4, 8, 16]
+
 WIDTH = 8
 """What a group and a head size must be multiples of: so many codes always fill whole bytes."""
 USUAL_GROUP = 64
@@ -22,6 +24,7 @@ class KVSettings(BaseModel):
 
     Attributes:
         bits: per stored number, of 2, 3, 4, 8; 16 stores them as they are (to test the plumbing with).
+        value_bits: those of values, where `bits` is for keys alone: keys lose more by few.
         method: `kivi`: keys per channel in groups of tokens, values per token in groups of channels; `token`: both
             per token; `rotated`: a random rotation of each head, then fixed levels for a Gaussian.
         group_size: numbers that share a scale. None: 64, for channels the largest divisor of the head size up to
@@ -29,7 +32,7 @@ class KVSettings(BaseModel):
         window: the most recent tokens, which stay as they are; up to group_size - 1 older ones do too, until
             their group is whole.
         sink: the first tokens, which stay as they are in layers of full attention.
-        layer_bits: the bits of each attention layer, first to last, in place of `bits`.
+        layer_bits: the bits of each attention layer, first to last, in place of `bits`; a pair is for keys and values.
         evict: which tokens older than the window layers of full attention drop for good (`kvcache.runtime.eviction`):
             `streaming`: the oldest; `knorm`: keys of large norm; `snapkv`: those that recent queries attend to
             least.
@@ -38,19 +41,20 @@ class KVSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    bits: Literal[2, 3, 4, 8, 16] = 4
+    bits: Bits = 4
+    value_bits: Bits | None = None
     method: Literal["kivi", "token", "rotated"] = "kivi"
     group_size: int | None = Field(default=None, ge=1)
     window: int = Field(default=128, ge=0)
     sink: int = Field(default=4, ge=0)
-    layer_bits: tuple[Literal[2, 3, 4, 8, 16], ...] = ()
+    layer_bits: tuple[Bits | tuple[Bits, Bits], ...] = ()
     evict: Literal["streaming", "knorm", "snapkv"] | None = None
     keep: float | None = Field(default=None, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _together(self) -> KVSettings:
-        if self.layer_bits and "bits" in self.model_fields_set:
-            raise ValueError("bits and layer_bits both say how many bits; give one")
+        if self.layer_bits and self.model_fields_set & {"bits", "value_bits"}:
+            raise ValueError("layer_bits say how many bits, and so do bits or value_bits; give one")
         if (self.evict is None) != (self.keep is None):
             raise ValueError("evict and keep go together, such as evict = snapkv and keep = 0.5")
         return self
@@ -73,7 +77,14 @@ class KVSettings(BaseModel):
         """Those of one attention layer, which have no `layer_bits`."""
         if not self.layer_bits:
             return self
-        return self.model_copy(update={"bits": self.layer_bits[index], "layer_bits": ()})
+        bits = self.layer_bits[index]
+        keys, values = bits if isinstance(bits, tuple) else (bits, bits)
+        return self.model_copy(update={"bits": keys, "value_bits": values, "layer_bits": ()})
+
+    @property
+    def of_values(self) -> int:
+        """The bits of values."""
+        return self.value_bits or self.bits
 
     def check(self, head_dim: int) -> None:
         """Refuse bits and groups that do not fit heads of so many channels, in any layer.
@@ -95,16 +106,17 @@ class KVSettings(BaseModel):
         Raises:
             UserError: the bits or the groups do not fit the head size.
         """
-        if head_dim % WIDTH and self.bits < 16:
+        packs = min(self.bits, self.of_values) < 16
+        if head_dim % WIDTH and packs:
             raise UserError(f"Heads of {head_dim} channels cannot be packed: it takes a multiple of {WIDTH}.")
-        if self.block % WIDTH and self.bits < 16:
+        if self.block % WIDTH and packs:
             raise UserError(
                 f"kv_cache: group_size = {self.block} is no multiple of {WIDTH}: give 32, 64 or 128."
             )
         fitting = [n for n in range(1, head_dim + 1) if head_dim % n == 0 and n % WIDTH == 0]
         if self.group_size is None:
             return max((n for n in fitting if n <= USUAL_GROUP), default=head_dim)
-        if self.method == "rotated" or self.bits == 16 or self.group_size in fitting:
+        if self.method == "rotated" or not packs or self.group_size in fitting:
             return self.group_size
         raise UserError(
             f"kv_cache: groups of {self.group_size} do not divide the {head_dim} channels of a head; "

@@ -14,7 +14,15 @@ from llmslim.anatomy import Anatomy
 from llmslim.anatomy.block import Block
 from llmslim.calibration.stream import BlockStream
 from llmslim.errors import UserError
-from llmslim.kvcache.allocation import CHOICES, WINDOWS, allocate, check_budget, measure, with_bits
+from llmslim.kvcache.allocation import (
+    CHOICES,
+    check_budget,
+    measure,
+    measured_windows,
+    shared_out,
+    told,
+    with_bits,
+)
 from llmslim.kvcache.settings import KVSettings, head_sizes
 from llmslim.step import BlockStep, StepRecord, Survey
 
@@ -29,12 +37,12 @@ FILE, KEY = "generation_config.json", "llmslim_kv_cache"
 class QuantizeCache(BlockStep):
     """Keys and values of past tokens in few bits when the model generates; the weights stay as they are.
 
-    Kinds: `kivi` (arXiv 2402.02750), `token`, and `rotated` (TurboQuant, arXiv 2504.19874). With `kv_bits` auto each
-    layer gets its own bits: the least summed KL divergence, measured with the cache of one layer quantized at a time,
-    that `kv_budget` allows. With `kv_evict` tokens older than the window are dropped for good: the oldest
-    (StreamingLLM, arXiv 2309.17453), keys of large norm (arXiv 2406.11430), or those that recent queries attend to
-    least (SnapKV, arXiv 2404.14469; in kind H2O, arXiv 2306.14048). The setting goes into
-    generation_config.json, where `llmslim.load` and `llmslim generate` find it; other libraries pass it over.
+    Kinds: `kivi` (arXiv 2402.02750), `token`, and `rotated` (TurboQuant, arXiv 2504.19874). With `kv_bits` auto the
+    keys and the values of each layer get bits of their own: the least summed KL divergence that `kv_budget` allows, by
+    what 2 bits cost in one of them at a time. With `kv_evict` tokens older than the window are dropped for good: the
+    oldest (StreamingLLM, arXiv 2309.17453), keys of large norm (arXiv 2406.11430), or those that recent queries attend
+    to least (SnapKV, arXiv 2404.14469; in kind H2O, arXiv 2306.14048). The setting goes into generation_config.json,
+    where `llmslim.load` and `llmslim generate` find it; other libraries pass it over.
     """
 
     kind: ClassVar[str] = "kv_cache"
@@ -42,6 +50,9 @@ class QuantizeCache(BlockStep):
 
     kv_bits: int | Literal["auto"] = Field(
         4, description="bits per stored number of the KV cache: 2, 3, 4 or 8; auto: each layer its own"
+    )
+    kv_value_bits: int | None = Field(
+        None, description="bits of the values alone, where kv_bits are those of the keys: keys need more"
     )
     kv_budget: float | None = Field(
         None, description="mean bits that the layers share by measured sensitivity; for kv_bits auto"
@@ -64,10 +75,10 @@ class QuantizeCache(BlockStep):
         None, gt=0, lt=1, description="share of the tokens that stays; for kv_evict"
     )
 
-    @field_validator("kv_bits")
+    @field_validator("kv_bits", "kv_value_bits")
     @classmethod
-    def _that_pack(cls, value: int | str) -> int | str:
-        if value not in (*CHOICES, "auto"):
+    def _that_pack(cls, value: int | str | None) -> int | str | None:
+        if value not in (*CHOICES, "auto", None):
             raise ValueError("a KV cache takes 2, 3, 4 or 8 bits, or auto")
         return value
 
@@ -75,6 +86,8 @@ class QuantizeCache(BlockStep):
     def _together(self) -> Self:
         if (self.kv_bits == "auto") != (self.kv_budget is not None):
             raise ValueError("kv_bits auto and kv_budget go together, such as kv_budget 3.0")
+        if self.kv_bits == "auto" and self.kv_value_bits is not None:
+            raise ValueError("kv_bits auto finds the bits of values too: leave out kv_value_bits")
         if (self.kv_evict is None) != (self.kv_keep is None):
             raise ValueError("kv_evict and kv_keep go together, such as kv_evict snapkv and kv_keep 0.5")
         return self
@@ -83,6 +96,8 @@ class QuantizeCache(BlockStep):
     def settings(self) -> KVSettings:
         """What the fields say; without the bits that a survey finds."""
         fields: dict[str, Any] = {} if self.kv_bits == "auto" else {"bits": self.kv_bits}
+        if self.kv_value_bits is not None:
+            fields["value_bits"] = self.kv_value_bits
         return KVSettings(
             **fields,
             method=self.kv_method,
@@ -110,13 +125,14 @@ class QuantizeCache(BlockStep):
         return int(self.needs_survey)
 
     def survey_work(self, tokens: int, window: int) -> float:
-        return 2.0 * min(tokens, WINDOWS * window) * len(CHOICES) * USUAL_LAYERS
+        windows = measured_windows(tokens // window, window)
+        return 2.0 * windows * window * 2 * USUAL_LAYERS  # keys and values of each layer; a pass costs 2
 
     def survey(self, look: Survey) -> dict[str, Tensor]:
-        """`bits` of each layer; `damage` and `sizes` as `allocation.measure` has them."""
+        """`bits` of the keys and values of each layer; `damage` and `sizes` as `allocation.measure` has them."""
         assert self.kv_budget is not None
         damage, sizes = measure(look.loaded(), look.tokens, self.settings, look.progressed)
-        bits = allocate(damage.tolist(), sizes.tolist(), self.kv_budget)
+        bits = shared_out(damage, sizes, self.kv_budget)
         return {"bits": torch.tensor(bits), "damage": damage, "sizes": sizes}
 
     def check(self, anatomy: Anatomy) -> None:
@@ -136,12 +152,14 @@ class QuantizeCache(BlockStep):
         """Nothing: the weights stay."""
 
     def write_beside(self, folder: Path, record: StepRecord) -> None:
-        settings, said = self.settings, f"{self.kv_bits} bits"
+        settings = self.settings
         if "bits" in record.survey:
-            bits = record.survey["bits"].tolist()
-            settings, said = with_bits(settings, bits), f"{', '.join(map(str, bits))} bits, layer by layer"
+            settings = with_bits(settings, record.survey["bits"].tolist())
         write_setting(folder, settings)
-        record.note(self.kind, f"{FILE} asks for a KV cache of {said}; perplexity is measured without one")
+        record.note(
+            self.kind,
+            f"{FILE} asks for a KV cache of {told(settings)} bits; perplexity is measured without one",
+        )
 
 
 def write_setting(folder: Path, settings: KVSettings) -> None:

@@ -27,17 +27,14 @@ static int machine(void) {
 
 /* ---- entry points: 0, or -1 when there is no memory ---- */
 
-int llmslim_attend_packed(const Shape *s, const State *state, const uint8_t *key_codes, const uint16_t *key_scale,
-                          const uint16_t *key_low, const uint8_t *value_codes, const uint16_t *value_scale,
-                          const uint16_t *value_low, const float *levels, int64_t blocks, int64_t tokens,
-                          int threads) {
-    const Store keys = {key_codes, key_scale, key_low}, values = {value_codes, value_scale, value_low};
+int llmslim_attend_packed(const Shape *s, const State *state, const Store *keys, const Store *values, int64_t blocks,
+                          int64_t tokens, int threads) {
     int failed = 0;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t head = 0; head < s->batch * s->heads; head++) {
         Scratch x = allocate(s);
         if (!x.memory) { failed = -1; continue; }
-        CHOOSE(packed, s, keys, values, levels, blocks, tokens, state, head, &x)
+        CHOOSE(packed, s, *keys, *values, blocks, tokens, state, head, &x)
         free(x.memory);
     }
     return failed;

@@ -11,13 +11,17 @@ enum { PER_CHANNEL = 1, PER_TOKEN = 2, ROTATED = 3 };
 
 typedef struct {
     int64_t batch, heads, queries;             /* queries: heads of the model per head of the cache */
-    int64_t key_dim, value_dim, block, bits;
+    int64_t key_dim, value_dim, block, key_bits, value_bits;
     int64_t key_kind, value_kind, key_group, value_group;
     int64_t mask_stride;                       /* bytes from one sequence's mask to the next; 0: one for all */
     float softcap;                             /* 0: none */
 } Shape;
 
-typedef struct { const uint8_t *codes; const uint16_t *scale, *low; } Store;
+typedef struct {
+    const uint8_t *codes;
+    const uint16_t *scale, *low;               /* rotated: the sizes and the means */
+    const float *levels;                       /* rotated: what the codes mean */
+} Store;
 
 typedef struct {
     const float *query;                        /* [batch, heads, queries, key_dim], scaled */
@@ -34,7 +38,7 @@ typedef struct { float *keys, *values, *score, *out, *scale, *low; uint8_t *code
 INLINE Scratch allocate(const Shape *s) {
     const int64_t T = s->block, D = s->key_dim > s->value_dim ? s->key_dim : s->value_dim, wide = T > D ? T : D;
     const int64_t tile = T * D + 4 * LANES, out = s->queries * up(s->value_dim), score = s->queries * up(T);
-    const int64_t scales = T * D / 8 + wide;   /* no group has less than 8 codes */
+    const int64_t scales = T * D / 8 + 2 * up(wide);   /* no group has less than 8 codes; two rows when rotated */
     Scratch x;
     /* what lanes read beyond the last row of a tile must be numbers */
     x.memory = calloc(1, (2 * tile + out + score + 2 * scales) * sizeof(float) + wide + 64);
@@ -51,8 +55,8 @@ INLINE Scratch allocate(const Shape *s) {
 
 /* The tokens of some pages, for one head of the cache. */
 #define PACKED(name) \
-    void name(const Shape *s, Store keys, Store values, const float *levels, int64_t blocks, int64_t tokens, \
-              const State *state, int64_t head, const Scratch *x)
+    void name(const Shape *s, Store keys, Store values, int64_t blocks, int64_t tokens, const State *state, \
+              int64_t head, const Scratch *x)
 /* Tokens as they are: keys and values [tokens, D] of one kind. Steps are in numbers, not bytes. */
 #define PLAIN(name) \
     void name(const Shape *s, const char *keys, int64_t key_step, const char *values, int64_t value_step, \

@@ -119,8 +119,8 @@ INLINE Floats level_of(const float *levels, Ints codes, const int bits, const in
     return x;
 }
 
-/* A row of n codes -> floats: low + scale * code, or scale * levels[code]. The scale is one for `group` codes, or
- * with group 0 one for each code. */
+/* A row of n codes -> floats: low + scale * code, or low + scale * levels[code]. Scale and low are one for `group`
+ * codes, or with group 0 one for each code; of levels, low is always one for each code. */
 INLINE void expand(const uint8_t *row, int64_t n, const int bits, const float *levels, const float *scale,
                    const float *low, int64_t group, uint8_t *codes, const int shuffles, float *out) {
     if (is_wide(n, bits) && group % LANES == 0) {
@@ -128,21 +128,17 @@ INLINE void expand(const uint8_t *row, int64_t n, const int bits, const float *l
         for (int64_t i = 0, at = 0; i < runs; i++)
             for (int64_t j = 0; j < m; j += LANES, at += LANES) {
                 Ints code = codes_of(row, n, bits, i, j);
-                if (group) {
-                    const int64_t g = group >= n ? 0 : at / group;
-                    store(out + at, levels ? level_of(levels, code, bits, shuffles) * scale[g]
-                                           : __builtin_convertvector(code, Floats) * scale[g] + low[g]);
-                } else {
-                    store(out + at, levels ? level_of(levels, code, bits, shuffles) * load(scale + at)
-                                           : __builtin_convertvector(code, Floats) * load(scale + at) + load(low + at));
-                }
+                const int64_t g = group && group < n ? at / group : 0;
+                Floats x = levels ? level_of(levels, code, bits, shuffles) : __builtin_convertvector(code, Floats);
+                x = group ? x * scale[g] : x * load(scale + at);
+                store(out + at, levels || !group ? x + load(low + at) : x + low[g]);
             }
         return;
     }
     unpack(row, n, bits, codes);
     for (int64_t j = 0; j < n; j++) {
         const int64_t g = group ? j / group : j;
-        out[j] = levels ? levels[codes[j]] * scale[g] : (float)codes[j] * scale[g] + low[g];
+        out[j] = levels ? levels[codes[j]] * scale[g] + low[j] : (float)codes[j] * scale[g] + low[g];
     }
 }
 
@@ -156,32 +152,71 @@ INLINE void expand_halves(const uint16_t *from, int64_t n, float *to) {
     for (; j < n; j++) to[j] = from_float16(from[j]);
 }
 
+/* The sizes of the tokens of a rotated block, and 1 where the mean belongs to it: the sign of a size tells. */
+INLINE void expand_sizes(const uint16_t *from, int64_t n, float *size, float *with_mean) {
+    expand_halves(from, n, size);
+    for (int64_t t = 0; t < n; t++) size[t] = fabsf(size[t]), with_mean[t] = from[t] & 0x8000 ? 0.0f : 1.0f;
+}
+
+/* What is added to a row of levels: a mean of each code and one flag, or the other way round. */
+INLINE void times(const float *x, float y, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] * y;
+}
+
+/* The call with `bits` known when it is compiled. */
+#define BY_BITS(bits, call) \
+    switch (bits) { \
+    case 2: { const int B = 2; call; } break; \
+    case 3: { const int B = 3; call; } break; \
+    case 4: { const int B = 4; call; } break; \
+    default: { const int B = 8; call; } \
+    }
+
 /* keys [D, T] of one block */
-INLINE void expand_keys(const Shape *s, Store from, const float *levels, int64_t at, const int bits, const int shuffles,
-                        const Scratch *x) {
+INLINE void expand_keys(const Shape *s, Store from, int64_t at, const int bits, const int shuffles, const Scratch *x) {
     const int64_t T = s->block, D = s->key_dim, row = T * bits / 8;
-    const int64_t scales = s->key_kind == PER_CHANNEL ? D : s->key_kind == PER_TOKEN ? D / s->key_group * T : T;
     const uint8_t *packed = from.codes + at * D * row;
+    if (s->key_kind == ROTATED) {
+        float *with_mean = x->scale + up(T), *means = x->low + up(T);
+        expand_sizes(from.scale + at * T, T, x->scale, with_mean);
+        expand_halves(from.low + at * D, D, means);
+        for (int64_t d = 0; d < D; d++) {
+            times(with_mean, means[d], T, x->low);
+            expand(packed + d * row, T, bits, from.levels, x->scale, x->low, 0, x->codes, shuffles, x->keys + d * T);
+        }
+        return;
+    }
+    const int64_t scales = s->key_kind == PER_CHANNEL ? D : D / s->key_group * T;
     expand_halves(from.scale + at * scales, scales, x->scale);
-    if (from.low) expand_halves(from.low + at * scales, scales, x->low);
+    expand_halves(from.low + at * scales, scales, x->low);
     for (int64_t d = 0; d < D; d++) {
-        const int64_t first = s->key_kind == PER_CHANNEL ? d : s->key_kind == PER_TOKEN ? d / s->key_group * T : 0;
-        expand(packed + d * row, T, bits, levels, x->scale + first, x->low + first,
+        const int64_t first = s->key_kind == PER_CHANNEL ? d : d / s->key_group * T;
+        expand(packed + d * row, T, bits, NULL, x->scale + first, x->low + first,
                s->key_kind == PER_CHANNEL ? up(T) : 0, x->codes, shuffles, x->keys + d * T);
     }
 }
 
 /* values [T, D] of one block */
-INLINE void expand_values(const Shape *s, Store from, const float *levels, int64_t at, const int bits,
-                          const int shuffles, const Scratch *x) {
+INLINE void expand_values(const Shape *s, Store from, int64_t at, const int bits, const int shuffles,
+                          const Scratch *x) {
     const int64_t T = s->block, D = s->value_dim, row = D * bits / 8;
-    const int64_t groups = s->value_kind == PER_TOKEN ? D / s->value_group : 1;
-    const int64_t group = groups > 1 ? s->value_group : up(D);
     const uint8_t *packed = from.codes + at * T * row;
+    if (s->value_kind == ROTATED) {
+        float *with_mean = x->scale + up(T), *means = x->low + up(D);
+        expand_sizes(from.scale + at * T, T, x->scale, with_mean);
+        expand_halves(from.low + at * D, D, means);
+        for (int64_t t = 0; t < T; t++) {
+            times(means, with_mean[t], D, x->low);
+            expand(packed + t * row, D, bits, from.levels, x->scale + t, x->low, up(D), x->codes, shuffles,
+                   x->values + t * D);
+        }
+        return;
+    }
+    const int64_t groups = D / s->value_group, group = groups > 1 ? s->value_group : up(D);
     expand_halves(from.scale + at * T * groups, T * groups, x->scale);
-    if (from.low) expand_halves(from.low + at * T * groups, T * groups, x->low);
+    expand_halves(from.low + at * T * groups, T * groups, x->low);
     for (int64_t t = 0; t < T; t++)
-        expand(packed + t * row, D, bits, levels, x->scale + t * groups, x->low + t * groups, group, x->codes, shuffles,
+        expand(packed + t * row, D, bits, NULL, x->scale + t * groups, x->low + t * groups, group, x->codes, shuffles,
                x->values + t * D);
 }
 
@@ -281,8 +316,8 @@ INLINE void take_out(const Shape *s, const State *state, int64_t head, float *ou
     default: { const int R = 4; call; } \
     }
 
-INLINE void packed_head(const Shape *s, Store keys, Store values, const float *levels, int64_t blocks, int64_t tokens,
-                        const State *state, int64_t head, const int bits, const int shuffles, const Scratch *x) {
+INLINE void packed_head(const Shape *s, Store keys, Store values, int64_t blocks, int64_t tokens, const State *state,
+                        int64_t head, const int shuffles, const Scratch *x) {
     const int64_t T = s->block, D = s->key_dim, V = s->value_dim, padded = up(T), width = up(V);
     const uint8_t *mask = state->mask ? state->mask + head / s->heads * s->mask_stride : NULL;
     const float *query = state->query + head * s->queries * D;
@@ -290,7 +325,7 @@ INLINE void packed_head(const Shape *s, Store keys, Store values, const float *l
     for (int64_t i = 0; i < blocks; i++) {
         const int64_t left = tokens - i * T, valid = left < T ? left : T;
         int any = 0;
-        expand_keys(s, keys, levels, head * blocks + i, bits, shuffles, x);
+        BY_BITS(s->key_bits, expand_keys(s, keys, head * blocks + i, B, shuffles, x))
         for (int64_t r = 0; r < s->queries; r += ROWS)
             BY_ROWS(s->queries - r, scores_of(query + r * D, D, x->keys, T, R, x->score + r * padded, padded))
         for (int64_t r = 0; r < s->queries; r++)
@@ -298,7 +333,7 @@ INLINE void packed_head(const Shape *s, Store keys, Store values, const float *l
                          state->top + head * s->queries + r, state->total + head * s->queries + r,
                          x->out + r * width, V);
         if (!any) continue;
-        expand_values(s, values, levels, head * blocks + i, bits, shuffles, x);
+        BY_BITS(s->value_bits, expand_values(s, values, head * blocks + i, B, shuffles, x))
         for (int64_t r = 0; r < s->queries; r += ROWS)
             BY_ROWS(s->queries - r, add_values(x->score + r * padded, padded, x->values, T, V, V, R,
                                                x->out + r * width, width))
@@ -348,17 +383,7 @@ INLINE void plain_head(const Shape *s, const char *keys, int64_t key_step, const
     take_out(s, state, head, x->out, 1);
 }
 
-INLINE void packed_bits(const Shape *s, Store keys, Store values, const float *levels, int64_t blocks, int64_t tokens,
-                       const State *state, int64_t head, const int shuffles, const Scratch *x) {
-    switch (s->bits) {
-    case 2: packed_head(s, keys, values, levels, blocks, tokens, state, head, 2, shuffles, x); break;
-    case 3: packed_head(s, keys, values, levels, blocks, tokens, state, head, 3, shuffles, x); break;
-    case 4: packed_head(s, keys, values, levels, blocks, tokens, state, head, 4, shuffles, x); break;
-    default: packed_head(s, keys, values, levels, blocks, tokens, state, head, 8, shuffles, x);
-    }
-}
-
-PACKED(MACHINE(packed)) { packed_bits(s, keys, values, levels, blocks, tokens, state, head, SIZE == 512, x); }
+PACKED(MACHINE(packed)) { packed_head(s, keys, values, blocks, tokens, state, head, SIZE == 512, x); }
 
 PLAIN(MACHINE(plain)) {
     if (kind == FLOAT32) plain_head(s, keys, key_step, values, value_step, FLOAT32, tokens, state, head, x);

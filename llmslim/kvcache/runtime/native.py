@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmslim.kvcache.codec import PerChannel, PerToken, Raw, Rotated
+from llmslim.kvcache.codec import Codec, PerChannel, PerToken, Raw, Rotated
 from llmslim.kvcache.runtime.layer import Page, Pair, View
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1}
@@ -36,7 +36,8 @@ class Shape(ctypes.Structure):
         ("key_dim", ctypes.c_int64),
         ("value_dim", ctypes.c_int64),
         ("block", ctypes.c_int64),
-        ("bits", ctypes.c_int64),
+        ("key_bits", ctypes.c_int64),
+        ("value_bits", ctypes.c_int64),
         ("key_kind", ctypes.c_int64),
         ("value_kind", ctypes.c_int64),
         ("key_group", ctypes.c_int64),
@@ -44,6 +45,12 @@ class Shape(ctypes.Structure):
         ("mask_stride", ctypes.c_int64),
         ("softcap", ctypes.c_float),
     ]
+
+
+class Store(ctypes.Structure):
+    """Pointers to what a codec made of keys or values, and to the levels of a rotated one."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scale", "low", "levels")]
 
 
 class State(ctypes.Structure):
@@ -62,7 +69,8 @@ def library() -> ctypes.CDLL | None:
             continue
         pointer, index = ctypes.c_void_p, ctypes.c_int64
         head: list[Any] = [ctypes.POINTER(Shape), ctypes.POINTER(State)]
-        lib.llmslim_attend_packed.argtypes = [*head, *[pointer] * 7, index, index, ctypes.c_int]
+        stores = [ctypes.POINTER(Store)] * 2
+        lib.llmslim_attend_packed.argtypes = [*head, *stores, index, index, ctypes.c_int]
         lib.llmslim_attend_plain.argtypes = [*head, *[pointer] * 4, index, index, ctypes.c_int]
         return lib
     return None
@@ -75,7 +83,7 @@ def serves(query: Tensor, view: View, mask: Tensor | None) -> bool:
         and query.device.type == "cpu"
         and not query.requires_grad
         and view.tail[0].dtype in FLOATS
-        and not isinstance(view.codecs[0], Raw)
+        and not any(isinstance(codec, Raw) for codec in view.codecs)
         and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
         and library() is not None
     )
@@ -93,7 +101,8 @@ def attend(
     top = torch.full((batch, heads), -torch.inf)
     total, out = torch.zeros(batch, heads), torch.zeros(batch, heads, value_dim)
     shape = Shape(
-        batch, kv_heads, heads // kv_heads, key_dim, value_dim, view.settings.block, view.settings.bits,
+        batch, kv_heads, heads // kv_heads, key_dim, value_dim, view.settings.block,
+        key_codec.bits, value_codec.bits,
         KINDS[type(key_codec)], KINDS[type(value_codec)],
         getattr(key_codec, "group", 0), getattr(value_codec, "group", 0), 0, softcap or 0.0,
     )  # fmt: skip
@@ -128,17 +137,19 @@ def _threads(shape: Shape, tokens: int) -> int:
 
 
 def _packed(shape: Shape, state: State, view: View, page: Page) -> None:
-    lib, codec = library(), view.codecs[0]
+    lib = library()
     assert lib is not None
-    parts = [part if part.is_contiguous() else part.contiguous() for part in (*page.keys, *page.values)]
-    pointers = [part.data_ptr() for part in parts]
-    levels = None
-    if isinstance(codec, Rotated):
-        levels = codec.padded_levels.data_ptr()
-        pointers = [pointers[0], pointers[1], None, pointers[2], pointers[3], None]  # type: ignore[list-item]
+    keys = [part.contiguous() for part in page.keys]  # which must outlive the call, as what `values` has
+    values = [part.contiguous() for part in page.values]
+    stores = _store(view.codecs[0], keys), _store(view.codecs[1], values)
     threads = _threads(shape, page.tokens)
-    if lib.llmslim_attend_packed(shape, state, *pointers, levels, page.blocks, page.tokens, threads):
+    if lib.llmslim_attend_packed(shape, state, *stores, page.blocks, page.tokens, threads):
         raise MemoryError("llmslim: no memory for attention over a packed cache")
+
+
+def _store(codec: Codec, parts: list[Tensor]) -> Store:
+    levels = codec.padded_levels.data_ptr() if isinstance(codec, Rotated) else None
+    return Store(*[part.data_ptr() for part in parts], levels)
 
 
 def _plain(shape: Shape, state: State, pair: Pair) -> None:
