@@ -6,8 +6,9 @@
 - quality/METHOD-BITS: perplexity and KL divergence in float32 over 4 windows of 2,048 tokens of WikiText-2 test, read
   in chunks of 128 tokens, so that all but the newest 128 tokens and the first 4 are read quantized; along the
   sequence, the mean KL divergence and increase of the loss of every 256 tokens. `quality/full` comes first.
-- tokenwise/KIND: the same for the last 256 tokens of the windows, which come one at a time, as in `generate`: another
-  code reads the cache then. To be held against the last 256 of quality/KIND.
+- tokenwise/KIND: the same for the last 256 tokens of the windows, which come one at a time, as in `generate`: the C
+  code reads the cache then, and 64 tokens more are read quantized in the mean than in chunks. To be held against the
+  last 256 of quality/KIND.
 - needle/KIND: whether a number is found again in a long text, by length and depth; see kv_needle.py.
 - memory/KIND: a fresh process fills a cache of 8,000 tokens with random keys and values, layer by layer, and decodes
   16 tokens in bfloat16: bytes that the cache holds, and how far that raised the peak of the process's memory.

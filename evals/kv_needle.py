@@ -32,7 +32,7 @@ def needle(kind: str, options: Namespace) -> dict[str, Any]:
         return torch.tensor(tokenizer(text).input_ids)
 
     def read(tokens: torch.Tensor, cache: Any) -> None:
-        for part in tokens.split(CHUNK):
+        for part in tokens.split(CHUNK) if len(tokens) else ():
             model(input_ids=part[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     exact = torch.zeros(len(LENGTHS), len(DEPTHS))
