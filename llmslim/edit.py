@@ -27,6 +27,8 @@ class Edit(BaseModel):
     kind: ClassVar[str]
     only_plain: ClassVar[str] = ""
     """Set for edits that no checkpoint stores, as a plain config says what they did: what another cannot say."""
+    only_format: ClassVar[str] = ""
+    """Set for edits that mean something in one format alone: its name."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

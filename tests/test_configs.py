@@ -17,12 +17,13 @@ from tests.tiny import example_inputs, save_tiny
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-FORMATS = {"gptq-4bit": "compressed-tensors"}
+FORMATS = {"gptq-4bit": "compressed-tensors", "long-context": "compressed-tensors"}
 """Those that are not in the llmslim format."""
 FARTHEST = {  # distance of the logits from the base's; sqrt(2) is unrelated
     "encoder": 1.2,
     "gptq-3bit": 1.0,
     "gptq-4bit": 0.5,
+    "long-context": 0.5,
     "low-rank-4bit": 1.2,
     "prune-4bit": 1.3,
     "qat-2bit": 1.3,

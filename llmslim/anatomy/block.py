@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NamedModule = tuple[str, nn.Module]
+CACHE_SCALES = ("k_scale", "v_scale")
+"""Buffers that an attention may have for the FP8 KV cache of vLLM (`kvcache.fp8`)."""
 
 
 class Block:
@@ -80,6 +82,9 @@ class Block:
         for site, names in self.roles.items():
             for name in names.values():
                 parts[name] = {"cross_attention": "attention", "shared_mlp": "experts"}.get(site, site)
+        for name, _ in self.module.named_buffers():
+            if name.rpartition(".")[2] in CACHE_SCALES:
+                parts[f"{self.name}.{name}"] = "attention"
         return parts
 
     def problems(self) -> list[str]:

@@ -15,7 +15,10 @@ vLLM reads beside 8-bit weights with a scale per channel or tensor, "int-quantiz
 
 Written: symmetric 3, 4 and 8 bits on nn.Linear,
 since transformers loads no asymmetric one (compressed-tensors 0.20). Read: asymmetric too. Not read:
-other quantized activations, KV cache, float types, transforms, the removed activation ordering with a g_idx.
+other quantized activations, float types, transforms, the removed activation ordering with a g_idx.
+
+A KV cache in FP8 (`kvcache.fp8`) is `kv_cache_scheme` in the config, and per attention `k_scale` and `v_scale` [1].
+Another one is not read.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmslim.anatomy import Anatomy
 from llmslim.checkpoint.formats import (
     Format,
     Get,
@@ -42,12 +46,13 @@ from llmslim.checkpoint.formats import (
 )
 from llmslim.edit import Edit, replace_module
 from llmslim.errors import UserError
+from llmslim.kvcache.fp8 import SCHEME, ScaleCache
 from llmslim.loaders.models import skeleton
 from llmslim.quantization import packing
 from llmslim.quantization.edits import PackLinear
 from llmslim.quantization.grid import QuantizedWeight, Scheme
 
-LAYOUT, INTEGERS = "pack-quantized", "int-quantized"
+LAYOUT, INTEGERS, DENSE = "pack-quantized", "int-quantized", "dense"
 TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 BITS = (3, 4, 8)
 
@@ -56,6 +61,7 @@ class CompressedTensors(Format):
     name = "compressed-tensors"
 
     def refusal(self, edits: Sequence[Edit], model: PreTrainedModel, dtype: torch.dtype) -> str | None:
+        edits = _without_scales(edits)
         schemes = pack_linears(edits)
         if schemes is None:
             other = next(edit for edit in edits if not isinstance(edit, PackLinear))
@@ -120,7 +126,8 @@ class CompressedTensors(Format):
 
     def config(self, edits: Sequence[Edit], model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
         """The commonest scheme takes all Linears, others name theirs; Linears left dense are ignored."""
-        schemes = pack_linears(edits)
+        packing_edits = _without_scales(edits)
+        schemes = pack_linears(packing_edits)
         assert schemes is not None
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         ranked = [scheme for scheme, _ in Counter(schemes.values()).most_common()]
@@ -136,10 +143,10 @@ class CompressedTensors(Format):
             }
         return {
             "quant_method": self.name,
-            "format": groups["group_0"]["format"],
+            "format": groups["group_0"]["format"] if groups else DENSE,
             "quantization_status": "compressed",
             "global_compression_ratio": None,
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": dict(SCHEME) if len(packing_edits) < len(edits) else None,
             "ignore": [name for name in linears if name not in schemes],
             "config_groups": groups,
         }
@@ -148,7 +155,12 @@ class CompressedTensors(Format):
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
             raise UserError("The checkpoint's compressed-tensors config has no readable config_groups.")
-        for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
+        cache = config.get("kv_cache_scheme")
+        if cache and (not isinstance(cache, dict) or any(cache.get(key) != SCHEME[key] for key in SCHEME)):
+            raise UserError(
+                f"The checkpoint has the kv_cache_scheme {cache!r}, and llmslim reads FP8 with a scale per tensor only."
+            )
+        for key in ("transform_config", "sparsity_config"):
             if config.get(key):
                 raise UserError(
                     f"The checkpoint uses compressed-tensors' {key}, which llmslim does not read."
@@ -164,11 +176,17 @@ class CompressedTensors(Format):
             targets.update(dict.fromkeys(_strings(group.get("targets")), scheme))
         ignore = _strings(config.get("ignore") or [])
         edits: list[Edit] = []
+        if cache:
+            edits += [ScaleCache(module=block.attention.name) for block in Anatomy(model).blocks]
         for name, module in model.named_modules():
             matched = _matches(name, module, targets) if isinstance(module, nn.Linear) else []
             if matched and not _matches(name, module, ignore):
                 edits.append(PackLinear(module=name, scheme=targets[matched[0]]))
         return edits
+
+
+def _without_scales(edits: Sequence[Edit]) -> list[Edit]:
+    return [edit for edit in edits if not isinstance(edit, ScaleCache)]
 
 
 def _reaches_for_weights(model: PreTrainedModel, names: Iterable[str]) -> bool:

@@ -121,6 +121,12 @@ def choose(
         return known["llmslim" if name == "auto" else name]
     stored = dtype or stored_dtype(model)
     reasons = {form: known[form].refusal(edits, model, stored) for form in known}
+    bound = next((edit for edit in edits if edit.only_format), None)
+    if bound and (name not in ("auto", bound.only_format) or reasons[bound.only_format]):
+        why = reasons[bound.only_format] or f"not into {name!r}"
+        raise UserError(f"The edit {bound.kind!r} goes into the format {bound.only_format!r} only: {why}.")
+    if bound:
+        return known[bound.only_format]
     if name == "auto":
         standard = ("compressed-tensors", "bitsandbytes")
         return known[next((form for form in standard if not reasons[form]), "llmslim")]

@@ -11,9 +11,11 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from llmslim.anatomy import Anatomy
-from llmslim.anatomy.block import Block
+from llmslim.anatomy.block import CACHE_SCALES, Block
 from llmslim.calibration.stream import BlockStream
+from llmslim.edit import Edit
 from llmslim.errors import UserError
+<<<<<<< HEAD
 from llmslim.kvcache.allocation import (
     CHOICES,
     check_budget,
@@ -23,7 +25,12 @@ from llmslim.kvcache.allocation import (
     told,
     with_bits,
 )
+=======
+from llmslim.kvcache.allocation import CHOICES, WINDOWS, allocate, check_budget, measure, with_bits
+from llmslim.kvcache.fp8 import ScaleCache, knows, scales
+>>>>>>> kv
 from llmslim.kvcache.settings import KVSettings, head_sizes
+from llmslim.loaders.models import place
 from llmslim.step import BlockStep, StepRecord, Survey
 
 if TYPE_CHECKING:
@@ -42,7 +49,9 @@ class QuantizeCache(BlockStep):
     what 2 bits cost in one of them at a time. With `kv_evict` tokens older than the window are dropped for good: the
     oldest (StreamingLLM, arXiv 2309.17453), keys of large norm (arXiv 2406.11430), or those that recent queries attend
     to least (SnapKV, arXiv 2404.14469; in kind H2O, arXiv 2306.14048). The setting goes into generation_config.json,
-    where `llmslim.load` and `llmslim generate` find it; other libraries pass it over.
+    where `llmslim.load` and `llmslim generate` find it; other libraries pass it over. For vLLM, `kv_fp8` stores in a
+    compressed-tensors checkpoint that the cache is FP8 there, with scales by the greatest key and value of the
+    calibration text.
     """
 
     kind: ClassVar[str] = "kv_cache"
@@ -73,6 +82,11 @@ class QuantizeCache(BlockStep):
     )
     kv_keep: float | None = Field(
         None, gt=0, lt=1, description="share of the tokens that stays; for kv_evict"
+    )
+
+    kv_fp8: bool = Field(
+        False,
+        description="tell vLLM to keep its KV cache in FP8, with measured scales; for compressed-tensors",
     )
 
     @field_validator("kv_bits", "kv_value_bits")
@@ -110,11 +124,11 @@ class QuantizeCache(BlockStep):
 
     @property
     def needs_calibration(self) -> bool:
-        return self.kv_bits == "auto"
+        return self.kv_bits == "auto" or self.kv_fp8
 
     @property
     def streams_calibration(self) -> bool:
-        return False
+        return self.kv_fp8
 
     @property
     def needs_survey(self) -> bool:
@@ -145,21 +159,52 @@ class QuantizeCache(BlockStep):
             check_budget(self.kv_budget)
         for size in head_sizes(config):
             self.settings.channels(size)
+        for attention in (block.attention for block in anatomy.blocks if self.kv_fp8):
+            if not knows(attention.module):
+                raise UserError(
+                    f"kv_cache: kv_fp8 needs attention that compressed-tensors finds, with k_proj and v_proj, and "
+                    f"{attention.name} is a {type(attention.module).__name__}: leave out kv_fp8."
+                )
+            if hasattr(attention.module, CACHE_SCALES[0]):
+                raise UserError(
+                    "kv_cache: the model has FP8 scales of its KV cache already: leave out kv_fp8."
+                )
+
+    def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
+        return [ScaleCache(module=block.attention.name) for block in anatomy.blocks if self.kv_fp8]
 
     def compress_block(
         self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
     ) -> None:
-        """Nothing: the weights stay."""
+        """The weights stay; for vLLM the scales of the keys and values are added."""
+        if not self.kv_fp8:
+            return
+        found = scales(block, stream, stream.lanes["calibration"])
+        edit = ScaleCache(module=block.attention.name)
+        edit.apply(stream.model)
+        for name, scale in found.items():
+            place(stream.model, f"{edit.module}.{name}", scale.to(stream.device))
+        record.edits.append(edit)
 
     def write_beside(self, folder: Path, record: StepRecord) -> None:
         settings = self.settings
         if "bits" in record.survey:
             settings = with_bits(settings, record.survey["bits"].tolist())
         write_setting(folder, settings)
+<<<<<<< HEAD
         record.note(
             self.kind,
             f"{FILE} asks for a KV cache of {told(settings)} bits; perplexity is measured without one",
         )
+=======
+        record.note(self.kind, f"{FILE} asks for a KV cache of {said}; perplexity is measured without one")
+        if self.kv_fp8:
+            record.note(
+                self.kind,
+                "config.json tells vLLM to keep its KV cache in FP8; plain transformers rounds keys and values so, and "
+                "llmslim computes without",
+            )
+>>>>>>> kv
 
 
 def write_setting(folder: Path, settings: KVSettings) -> None:
