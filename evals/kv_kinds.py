@@ -1,8 +1,8 @@
 """The kinds of KV caches that `kv_cache.py` compares, and what they are tried on.
 
-`full` is attended to by transformers' sdpa. METHOD-B has B bits everywhere; METHOD-K/V has K of keys and V of
-values; METHOD-autoB gives the keys and the values of each layer bits of their own, B in the mean, by their sensitivity
-on the first 2,048 tokens of WikiText-2 train, in windows of 1,024. `quanto` is transformers' QuantizedCache with that backend
+`full` is attended to by transformers' sdpa. METHOD-B has B bits everywhere; METHOD-K/V has K of keys and V of values;
+METHOD-autoB gives the keys and the values of each layer bits of their own, B in the mean, by their sensitivity on the
+first 2,048 tokens of WikiText-2 train, in windows of 1,024. `quanto` is transformers' QuantizedCache with that backend
 (optimum-quanto), which is not of this project's environment.
 """
 

@@ -15,7 +15,6 @@ from llmslim.anatomy.block import CACHE_SCALES, Block
 from llmslim.calibration.stream import BlockStream
 from llmslim.edit import Edit
 from llmslim.errors import UserError
-<<<<<<< HEAD
 from llmslim.kvcache.allocation import (
     CHOICES,
     check_budget,
@@ -25,10 +24,7 @@ from llmslim.kvcache.allocation import (
     told,
     with_bits,
 )
-=======
-from llmslim.kvcache.allocation import CHOICES, WINDOWS, allocate, check_budget, measure, with_bits
 from llmslim.kvcache.fp8 import ScaleCache, knows, scales
->>>>>>> kv
 from llmslim.kvcache.settings import KVSettings, head_sizes
 from llmslim.loaders.models import place
 from llmslim.step import BlockStep, StepRecord, Survey
@@ -191,20 +187,16 @@ class QuantizeCache(BlockStep):
         if "bits" in record.survey:
             settings = with_bits(settings, record.survey["bits"].tolist())
         write_setting(folder, settings)
-<<<<<<< HEAD
         record.note(
             self.kind,
             f"{FILE} asks for a KV cache of {told(settings)} bits; perplexity is measured without one",
         )
-=======
-        record.note(self.kind, f"{FILE} asks for a KV cache of {said}; perplexity is measured without one")
         if self.kv_fp8:
             record.note(
                 self.kind,
                 "config.json tells vLLM to keep its KV cache in FP8; plain transformers rounds keys and values so, and "
                 "llmslim computes without",
             )
->>>>>>> kv
 
 
 def write_setting(folder: Path, settings: KVSettings) -> None:
