@@ -2,8 +2,8 @@
 
 `full` is attended to by transformers' sdpa. METHOD-B has B bits everywhere; METHOD-K/V has K of keys and V of values;
 METHOD-autoB gives the keys and the values of each layer bits of their own, B in the mean, by their sensitivity on the
-first 2,048 tokens of WikiText-2 train, in windows of 1,024. `quanto` is transformers' QuantizedCache with that backend
-(optimum-quanto), which is not of this project's environment.
+first 2,048 tokens of WikiText-2 validation, in windows of 1,024. `quanto` is transformers' QuantizedCache with that
+backend (optimum-quanto), which is not of this project's environment.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def layer_bits(kind: str, options: Namespace) -> list[list[int]]:
 
         method, _, budget = kind.partition("-auto")
         model, tokenizer = demo("float32")
-        text = sample(f"{wikitext(options)}:train", tokenizer, 2, 1024)
+        text = sample(f"{wikitext(options)}:validation", tokenizer, 2, 1024)
         found = allocate_kv_bits(model, text.tokens, float(budget), method=method)
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(found.layer_bits))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from llmslim.evaluation.harness import fitting
 from llmslim.evaluation.lm import evaluate_tasks
 from llmslim.evaluation.paired import difference, spread, verdict
 from llmslim.evaluation.tasks import data_from, leaves, load_tasks
+from llmslim.kvcache.settings import KVSettings
 from llmslim.pipeline import compress
 from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Evaluation
@@ -111,6 +113,22 @@ def test_a_model_beside_itself_shows_no_loss(model: str, data: str) -> None:
     assert record["tasks"]["arc_easy"]["num_fewshot"] == 1
     assert record["verdict"] == "no measurable loss on arc_easy"
     assert record["average"] is None
+
+
+def test_a_quantized_cache_is_read_by_what_comes_later(
+    model: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmslim.evaluation.lm.KV_CHUNK", 8)
+    asked: dict[str, Any] = {"data": data, "limit": 4, "dtype": "float32"}
+    small: dict[str, Any] = {"group_size": 8, "window": 0, "sink": 0}
+    found = [
+        evaluate_tasks(model, ["lambada_openai"], kv_cache=settings, **asked)
+        for settings in (None, KVSettings.of(bits=16, **small), KVSettings.of(bits=2, **small))
+    ]
+    plain, whole, few = (one["tasks"]["lambada_openai"]["metrics"]["perplexity"]["value"] for one in found)
+    assert whole == pytest.approx(plain, rel=1e-4)
+    assert abs(few - plain) > 1e-3 * plain
+    assert "KV cache            2 bits (kivi), read in chunks" in tasks_text(found[2])
 
 
 def test_the_paired_error_by_hand() -> None:

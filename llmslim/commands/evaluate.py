@@ -36,12 +36,12 @@ ALONE = {  # which kinds a flag is for
     "chat_template": ("tasks",),
     "batch_size": ("tasks",),
     "save": ("tasks",),
-    "kv_bits": ("text",),
-    "kv_value_bits": ("text",),
-    "kv_method": ("text",),
-    "kv_budget": ("text",),
-    "kv_evict": ("text",),
-    "kv_keep": ("text",),
+    "kv_bits": ("text", "tasks"),
+    "kv_value_bits": ("text", "tasks"),
+    "kv_method": ("text", "tasks"),
+    "kv_budget": ("text", "tasks"),
+    "kv_evict": ("text", "tasks"),
+    "kv_keep": ("text", "tasks"),
 }
 
 
@@ -162,6 +162,7 @@ def _run_tasks(options: dict[str, Any]) -> None:
 
     check_save(options)
     given = {name: options[name] for name in ("limit", "num_fewshot", "batch_size") if name in options}
+    settings, budget = kv_settings(options)
     with progress_for() as progress:
         figures = evaluate_tasks(
             options["model"],
@@ -170,6 +171,8 @@ def _run_tasks(options: dict[str, Any]) -> None:
             data=options.get("data", ""),
             chat_template=options.get("chat_template", False),
             adapter=options.get("adapter"),
+            kv_cache=settings,
+            kv_budget=budget,
             revision=options.get("revision"),
             dtype=options.get("dtype"),
             device=device_of(options),
@@ -178,6 +181,19 @@ def _run_tasks(options: dict[str, Any]) -> None:
         )
     saved(options, "tasks", figures)
     tell(options, figures, tasks_text)
+
+
+def kv_text(figures: dict[str, Any]) -> list[str]:
+    """Lines about a quantized KV cache that the model had."""
+    if "kv_cache" not in figures:
+        return []
+    cache = figures["kv_cache"]
+    lines = [
+        f"KV cache            {cache['told']} bits ({cache['method']}), read in chunks of {cache['chunk']}"
+    ]
+    if cache["evict"]:
+        lines.append(f"tokens evicted      all but {cache['keep']:g} ({cache['evict']})")
+    return lines
 
 
 def tasks_text(figures: dict[str, Any]) -> str:
@@ -195,6 +211,7 @@ def tasks_text(figures: dict[str, Any]) -> str:
         mean = figures["average"]
         gap = 100 * mean["difference"], 100 * mean["difference_stderr"]
         lines.append(f"average difference of the first accuracies: {gap[0]:+.2f} ± {gap[1]:.2f} points")
+    lines += kv_text(figures)
     if "verdict" in figures:
         lines += ["", f"verdict: {figures['verdict']}"]
     return "\n".join(
@@ -298,13 +315,7 @@ def text_of(figures: dict[str, Any]) -> str:
             line("KL from the base", "kl", 4, unit=" nats per token"),
             line("top-1 agreement", "top1_agreement", 2, 100.0, " %"),
         ]
-    if "kv_cache" in figures:
-        cache = figures["kv_cache"]
-        lines.append(
-            f"KV cache            {cache['told']} bits ({cache['method']}), read in chunks of {cache['chunk']}"
-        )
-        if cache["evict"]:
-            lines.append(f"tokens evicted      all but {cache['keep']:g} ({cache['evict']})")
+    lines += kv_text(figures)
     lines += [
         "",
         f"protocol: {figures['protocol']}; exp of the mean over {figures['tokens']} predicted tokens;",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from llmslim.evaluation.perplexity import read_in_chunks
 from llmslim.memory import available_memory
 
 Progress = Callable[[int, int], None]
@@ -19,6 +20,8 @@ class Harness(HFLM):
 
     Args:
         batch_size: rows at a time; what fits when None.
+        chunk: tokens that a row is read in at a time, so that those after read the KV cache that the model makes; all
+            at once when None.
     """
 
     def __init__(
@@ -27,9 +30,10 @@ class Harness(HFLM):
         tokenizer: Any,
         batch_size: int | None,
         progress: Progress = lambda done, total: None,
+        chunk: int | None = None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto")
-        self._progress, self._done, self._asked = progress, 0, 0
+        self._progress, self._done, self._asked, self._chunk = progress, 0, 0, chunk
 
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
         length = self.max_length
@@ -47,7 +51,10 @@ class Harness(HFLM):
         return answers
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        logits = super()._model_call(inps, *args, **kwargs)
+        if self._chunk is None:
+            logits = super()._model_call(inps, *args, **kwargs)
+        else:
+            logits = read_in_chunks(self.model, inps, self._chunk)
         if self._asked:
             self._done += len(inps)  # at most: requests that share a context are run once
             self._progress(min(self._done, self._asked), self._asked)

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from llmslim.checkpoint.load import load_model
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.errors import UserError
 from llmslim.evaluation.paired import RESAMPLES, difference, significant, spread, verdict
 from llmslim.evaluation.perplexity import require_causal
-from llmslim.evaluation.run import check_adapter, resolve_dtype
+from llmslim.evaluation.run import KV_CHUNK, check_adapter, kv_figures, prepared, resolve_dtype
 from llmslim.evaluation.tasks import leaves, load_tasks
+from llmslim.kvcache.settings import KVSettings
 from llmslim.loaders.models import ModelFiles, default_device, find
 
 Progress = Callable[[str, int, int], None]
@@ -35,6 +35,8 @@ def evaluate_tasks(
     chat_template: bool = False,
     batch_size: int | None = None,
     adapter: str | None = None,
+    kv_cache: KVSettings | None = None,
+    kv_budget: float | None = None,
     revision: str | None = None,
     dtype: str | None = None,
     device: torch.device | None = None,
@@ -52,6 +54,9 @@ def evaluate_tasks(
         chat_template: ask as the user of a chat.
         batch_size: rows at a time; what fits into memory when None.
         adapter: folder of a peft adapter that the model (not the base) has beside its weights.
+        kv_cache: the model, not the base, reads `KV_CHUNK` tokens at a time, and those before from such a quantized KV
+            cache; what it generates reads it too.
+        kv_budget: mean bits that the layers of `kv_cache` get by their sensitivity on a built-in text.
         progress: called with the model, rows done and rows in all.
 
     Returns:
@@ -69,8 +74,8 @@ def evaluate_tasks(
         check_adapter(adapter, streamed=False)
     files, other = find(model, revision), find(base) if base is not None else None
     place = device or default_device()
-    sides = [(files, adapter)] + ([(other, None)] if other is not None else [])
-    for side, _ in sides:
+    sides = [files] + ([other] if other is not None else [])
+    for side in sides:
         require_causal(CheckpointReader(side).model_skeleton())
         if chat_template and not getattr(side.tokenizer(), "chat_template", None):
             raise UserError(f"The tokenizer of {side.spec} has no chat template: leave out --chat-template.")
@@ -82,16 +87,20 @@ def evaluate_tasks(
         "fewshot_as_multiturn": chat_template,
     }
     runs, batches = [], []
-    for side, beside in sides:
+    for side in sides:
         told = lambda done, total, side=side: progress(side.spec, done, total)  # noqa: E731
-        record, rows = answers(side, loaded, asked, batch_size, chosen, place, beside, told)
+        beside = (adapter, kv_cache, kv_budget) if side is files else ()
+        record, rows, used = answers(side, loaded, asked, batch_size, chosen, place, told, *beside)
         runs.append(record)
         batches += rows
+        kv_cache = used if side is files else kv_cache
     scores = {task.task_name: scored(task, *runs) for task in leaves(loaded)}
     scores |= {group: grouped(group, *runs) for group in runs[0].get("groups", {})}
     figures: dict[str, Any] = {"model": model, "base": base, "tasks": scores}
     if adapter is not None:
         figures["adapter"] = adapter
+    if kv_cache is not None:
+        figures["kv_cache"] = kv_figures(kv_cache)
     if base is not None:
         figures |= {"average": average(scores), "verdict": overall(scores)}
     shots = "as the task says" if num_fewshot is None else num_fewshot
@@ -114,22 +123,21 @@ def answers(
     batch_size: int | None,
     dtype: torch.dtype,
     device: torch.device,
-    adapter: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[dict[str, Any], list[int]]:
-    """lm-eval's record for one model, which is freed again, and the sizes of its batches."""
+    adapter: str | None = None,
+    kv_cache: KVSettings | None = None,
+    kv_budget: float | None = None,
+) -> tuple[dict[str, Any], list[int], KVSettings | None]:
+    """lm-eval's record for one model, which is freed again, the sizes of its batches, and its KV cache."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
     from llmslim.evaluation.harness import Harness
 
-    model = load_model(files, dtype, device)
-    if adapter is not None:
-        from llmslim.recovery.lora import with_adapter
-
-        model = with_adapter(model, adapter)
-    harness = Harness(model, files.tokenizer(), batch_size, progress)
+    model, kv_cache = prepared(files, dtype, device, adapter, kv_cache, kv_budget)
+    chunk = KV_CHUNK if kv_cache is not None else None
+    harness = Harness(model, files.tokenizer(), batch_size, progress, chunk)
     for task in leaves(loaded):
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # both models see the same examples
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its own bars
@@ -138,7 +146,7 @@ def answers(
     sizes = list(harness.batch_sizes.values()) or [batch_size or 1]
     del model, harness
     gc.collect()  # the next model takes its place
-    return record, sizes
+    return record, sizes, kv_cache
 
 
 def scored(task: Any, run: dict[str, Any], base: dict[str, Any] | None = None) -> dict[str, Any]:

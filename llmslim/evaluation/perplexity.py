@@ -99,13 +99,19 @@ def window_logits(model: PreTrainedModel, window: torch.Tensor, chunk: int | Non
             model makes; what a quantized cache costs shows there alone. None: all at once, without a cache.
     """
     if chunk is not None:
-        past, parts = None, []
-        for tokens in window.to(model.device).split(chunk):
-            out = model(input_ids=tokens[None], past_key_values=past, use_cache=True)
-            past = out.past_key_values
-            parts.append(out.logits[0])
-        return torch.cat(parts)
+        return read_in_chunks(model, window[None].to(model.device), chunk)[0]
     return model(input_ids=window[None].to(model.device), use_cache=False).logits[0]
+
+
+@torch.no_grad()
+def read_in_chunks(model: PreTrainedModel, tokens: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Logits [batch, seq, vocab] of tokens [batch, seq], read in chunks through the KV cache that the model makes."""
+    past, parts = None, []
+    for part in tokens.split(chunk, 1):
+        out = model(input_ids=part, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        parts.append(out.logits)
+    return torch.cat(parts, 1)
 
 
 def require_causal(model: PreTrainedModel) -> None:

@@ -83,8 +83,13 @@ def evaluate(
             files, other, tokens, chosen, device, progress, adapter, kv_cache, kv_budget
         )
     if kv_cache is not None:
-        figures["kv_cache"] = {**kv_cache.model_dump(), "told": told(kv_cache), "chunk": KV_CHUNK}
+        figures["kv_cache"] = kv_figures(kv_cache)
     return {**figures, **_flat(measured)}
+
+
+def kv_figures(settings: KVSettings) -> dict[str, Any]:
+    """What a report says of a quantized KV cache: its settings, the bits in words, and how it was read."""
+    return {**settings.model_dump(), "told": told(settings), "chunk": KV_CHUNK}
 
 
 def check_adapter(adapter: str, streamed: bool) -> None:
@@ -109,21 +114,34 @@ def _whole(
     kv_budget: float | None = None,
 ) -> tuple[PerplexityResult | Comparison, KVSettings | None]:
     """The figures, and the KV cache with the bits that were found."""
-    model, chunk = load_model(files, dtype, device), None
+    model, kv_cache = prepared(files, dtype, device, adapter, kv_cache, kv_budget)
+    chunk = KV_CHUNK if kv_cache is not None else None
+    if base is None:
+        return perplexity(model, text, progress, chunk), kv_cache
+    return compare(model, load_model(base, dtype, device), text, progress, chunk), kv_cache
+
+
+def prepared(
+    files: ModelFiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapter: str | None = None,
+    kv_cache: KVSettings | None = None,
+    kv_budget: float | None = None,
+) -> tuple[Any, KVSettings | None]:
+    """A model with what is put beside it: an adapter, a quantized KV cache with the bits that were found for it."""
+    model = load_model(files, dtype, device)
     if kv_cache is not None:
         from llmslim.kvcache.runtime.cache import attach
 
         if kv_budget is not None:
             kv_cache = within(kv_budget, model, files.tokenizer(), kv_cache)
         attach(model, kv_cache)
-        chunk = KV_CHUNK
-    if adapter is not None:
-        from llmslim.recovery.lora import with_adapter
+    if adapter is None:
+        return model, kv_cache
+    from llmslim.recovery.lora import with_adapter
 
-        model = with_adapter(model, adapter)
-    if base is None:
-        return perplexity(model, text, progress, chunk), kv_cache
-    return compare(model, load_model(base, dtype, device), text, progress, chunk), kv_cache
+    return with_adapter(model, adapter), kv_cache
 
 
 def _streamed(
