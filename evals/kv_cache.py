@@ -37,6 +37,7 @@ import render
 import variants
 from kv_kinds import CHUNK, cache_of, demo, wikitext
 from kv_needle import needle
+from kv_plots import curves, heat_maps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -315,11 +316,17 @@ def main() -> None:
     parser = variants.parser(__doc__ or "", "kv_cache")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quality-windows", type=int, default=4)
+    parser.add_argument("--plot", action="store_true", help="draw the results file, and stop")
     parser.add_argument("--one", help="measure this in this process, and print JSON")
     options = record.parse(parser)
     if options.one:
         what, _, kind = options.one.partition("/")
         print(json.dumps(WORKERS[what](kind, options)))
+        return
+    if options.plot:
+        result = json.loads(options.output.read_text("utf-8"))
+        curves(result, options.output.with_name("kv_cache.svg"))
+        heat_maps(result, options.output.with_name("kv_needle.svg"))
         return
     variants.each(options, NAMES, measure, render.kv_cache)
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kv_plots import rows_of
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 Result = dict[str, Any]
@@ -381,13 +383,56 @@ def kv_cache(result: Result) -> str:
         "MB of peak growth",
         "decode speed at 8,000",
     ]
-    same = [
+    said = [
         f"Greedy text with {name.partition('/')[2]}: {100 * row['equal_before_first']:.1f} % of the tokens of "
         f"{row['prompts']} prompts equal before the first that differs; {row['whole']} texts are equal as a whole."
         for name, row in rows.items()
         if name.startswith("text/")
     ]
-    return "\n\n".join([table(headings, lines), *same])
+    return "\n\n".join([table(headings, lines), *said, *kv_sentences(result)])
+
+
+def kv_sentences(result: Result) -> list[str]:
+    """Token by token, needles, and speed by length: a sentence each of what was measured of these."""
+    chunked = {kind: row.get("kl_by_position", []) for kind, row in rows_of(result, "quality").items()}
+    tokenwise = [
+        f"{kind} {row['kl']:.4f}" + "".join(f" ({kl:.4f})" for kl in chunked.get(kind, [])[-1:])
+        for kind, row in rows_of(result, "tokenwise").items()
+    ]
+    needles = [
+        f"{kind} {round(sum(map(sum, row['exact'])) * len(row['numbers']))}"
+        f" of {len(row['lengths']) * len(row['depths']) * len(row['numbers'])}"
+        for kind, row in rows_of(result, "needle").items()
+    ]
+    lengths = [
+        f"{kind} "
+        + ", ".join(f"{full / own:.2f}x" for full, own in zip(row["full_ms"], row["ms"], strict=True))
+        for kind, row in rows_of(result, "length").items()
+    ]
+    sentences = [
+        ("KL of the last 256 tokens, read one at a time (in brackets: in chunks of 128)", tokenwise),
+        ("Numbers found again in long texts", needles),
+        ("Decode speed at 1,000, 2,000, 4,000 and 8,000 tokens", lengths),
+    ]
+    return [f"{what}: {'; '.join(told)}." for what, told in sentences if told]
+
+
+PICTURES: dict[str, list[tuple[str, str, str]]] = {
+    "kv_cache": [
+        (
+            "kv_cache.svg",
+            "KL along a text, memory and decoding time by length, for each kind of KV cache",
+            "The same kinds of caches along a text, and by the length of what they hold.",
+        ),
+        (
+            "kv_needle.svg",
+            "how likely the digits of a number in a long text are, by depth and length, for each kind of KV cache",
+            "A number stands in a long text and is asked for at its end: how likely its digits are then, and how many "
+            "answers are exact.",
+        ),
+    ]
+}
+"""Results -> of each picture its file beside them, what it shows, and a sentence; drawn or not."""
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
@@ -430,6 +475,9 @@ def rendered(folder: Path) -> str:
         if path.exists():
             result = json.loads(path.read_text("utf-8"))
             parts.append(f"**{title}**\n\n{section(result)}\n\nMeasured on {where(result)}")
+            for file, shows, said in PICTURES.get(name, []):
+                if (folder / file).exists():
+                    parts.append(f"![{shows}](evals/results/{file})\n\n{said}")
     if (folder / "pareto.svg").exists():
         parts.append(f"**All so far: bytes on disk against perplexity, SmolLM2-135M**\n\n{PARETO}")
     return "\n\n".join(parts)

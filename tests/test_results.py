@@ -9,6 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "evals"))
 
+import kv_cache  # noqa: E402
+import kv_plots  # noqa: E402
 import pareto  # noqa: E402
 import render  # noqa: E402
 
@@ -132,3 +134,54 @@ def test_the_picture_shows_the_front_of_the_committed_results(tmp_path: Path):
         drawn = path.read_text("utf-8")
         for point in pareto.front(pareto.points(pareto.RESULTS)):
             assert f"<!-- {point.name}, {point.perplexity:.1f} -->" in drawn, f"run evals/pareto.py: {point}"
+
+
+def test_kv_caches_along_the_text_and_by_length(tmp_path: Path, project):
+    pytest.importorskip("matplotlib")
+    header = json.loads((tmp_path / "results" / "memory.json").read_text())
+    along = {"perplexity": 2.0, "kl": 0.3, "kl_by_position": [0.0, 0.25]}
+    length = {
+        "lengths": [10, 20],
+        "full_bytes": [8, 9],
+        "bytes": [2, 3],
+        "full_ms": [4.0, 9.0],
+        "ms": [2.0, 3.0],
+    }
+    grid = {
+        "lengths": [5],
+        "depths": [0.0, 1.0],
+        "numbers": [7, 8],
+        "exact": [[1.0, 0.5]],
+        "logprob": [[-0.1, -1]],
+    }
+    rows = {
+        "quality/full": {"perplexity": 2.0},
+        "quality/k-4": along,
+        "length/k-4": length,
+        "needle/k-4": grid,
+    }
+    rows["tokenwise/k-4"] = {"kl": 0.5}
+    result = {**header, "rows": [{"name": name, **row} for name, row in rows.items()]}
+    text = render.kv_cache(result)
+    assert "k-4 0.5000 (0.2500)." in text and "k-4 3 of 4." in text and "k-4 2.00x, 3.00x." in text
+
+    folder = tmp_path / "kv"
+    folder.mkdir()
+    (folder / "kv_cache.json").write_text(json.dumps(result))
+    assert "svg" not in render.rendered(folder)
+    kv_plots.curves(result, folder / "kv_cache.svg")
+    kv_plots.heat_maps(result, folder / "kv_needle.svg")
+    assert all("</svg>" in path.read_text("utf-8") for path in folder.glob("*.svg"))
+    assert "(evals/results/kv_cache.svg)" in (shown := render.rendered(folder)) and "kv_needle.svg)" in shown
+
+
+def test_differences_from_the_full_cache():
+    torch = pytest.importorskip("torch")
+    full, found = torch.randn(2, 6, 11).log_softmax(-1)
+    window = torch.randint(11, (6,))
+    kl, more = kv_cache.difference(found, full, window)
+    wanted = torch.nn.functional.kl_div(found, full, log_target=True, reduction="none").sum(-1)
+    assert torch.allclose(kl, wanted, atol=1e-6) and more.shape == (5,)
+    losses = [torch.nn.functional.cross_entropy(one[:-1], window[1:]) for one in (found, full)]
+    assert torch.allclose(more.mean(), losses[0] - losses[1], atol=1e-6)
+    assert kv_cache.along(torch.arange(512.0)) == [127.5, 383.5]

@@ -26,7 +26,6 @@ from llmslim.kvcache.allocation import (
 )
 from llmslim.kvcache.fp8 import ScaleCache, knows, scales
 from llmslim.kvcache.settings import KVSettings, head_sizes
-from llmslim.loaders.models import place
 from llmslim.step import BlockStep, StepRecord, Survey
 
 if TYPE_CHECKING:
@@ -179,7 +178,7 @@ class QuantizeCache(BlockStep):
         edit = ScaleCache(module=block.attention.name)
         edit.apply(stream.model)
         for name, scale in found.items():
-            place(stream.model, f"{edit.module}.{name}", scale.to(stream.device))
+            setattr(block.attention.module, name, scale.to(stream.device))
         record.edits.append(edit)
 
     def write_beside(self, folder: Path, record: StepRecord) -> None:
