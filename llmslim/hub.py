@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from llmslim.errors import UserError
+from llmslim.report.public import cutter, published
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -81,20 +82,20 @@ def push(
     folder = Path(folder)
     _check_name(repo_id)
     files = _verified_files(folder)
-    card = _card_for(folder, repo_id)
+    written = _written_for(folder, repo_id)
     api = _api(required=not dry_run)
     url = f"{_endpoint()}/{repo_id}"
     if api is None:
-        items = tuple(Item(path, file.stat().st_size, NEW) for path, file in files.items())
+        items = tuple(Item(path, _size(path, file, written), NEW) for path, file in files.items())
         return Upload(repo_id, url, items, None, compared=False)
     _refuse_secrets(files, str(api.token))
     with _said_plainly(repo_id):
         there = _state(api, repo_id)
-        items = _fates(files, card, there.files)
+        items = _fates(files, written, there.files)
         _refuse_foreign(repo_id, items, there, private, overwrite)
         if not dry_run:
-            _validate(card, folder)
-            commit = _upload(api, repo_id, files, card, items, there, private)
+            _validate(written["README.md"], folder)
+            commit = _upload(api, repo_id, files, written, items, there, private)
             return Upload(repo_id, url, items, commit, compared=True)
     return Upload(repo_id, url, items, None, compared=True)
 
@@ -178,15 +179,23 @@ def _check_file(folder: Path, path: str, told: dict[str, Any]) -> None:
         )
 
 
-def _card_for(folder: Path, repo_id: str) -> bytes:
-    """The card with the repository's name in its snippets."""
-    text = (folder / "README.md").read_text("utf-8", errors="replace")
-    problem = card_problem(text)
+def _written_for(folder: Path, repo_id: str) -> dict[str, bytes]:
+    """The card and the reports as they go up: without the paths of this machine; the card names the repository."""
+    report = json.loads((folder / "report.json").read_text("utf-8"))
+    cut = cutter(report)
+    card = cut((folder / "README.md").read_text("utf-8", errors="replace"))
+    problem = card_problem(card)
     if problem:
         raise UserError(
             f"The Hub would reject the card of {folder}: {problem}; mend the head of its README.md."
         )
-    return text.replace(PLACE, f'"{repo_id}"').replace(f"serve {PLACE[1:-1]}", f"serve {repo_id}").encode()
+    card = card.replace(PLACE, f'"{repo_id}"').replace(f"serve {PLACE[1:-1]}", f"serve {repo_id}")
+    pages = [name for name in ("report.md", "report.html") if (folder / name).is_file()]
+    return {
+        "README.md": card.encode(),
+        "report.json": (json.dumps(published(report), indent=2) + "\n").encode(),
+        **{name: cut((folder / name).read_text("utf-8")).encode() for name in pages},
+    }
 
 
 def card_problem(text: str) -> str | None:
@@ -305,13 +314,19 @@ def _state(api: HfApi, repo_id: str) -> _State:
     return _State(info.sha, files, bool(info.private))
 
 
-def _fates(files: dict[str, Path], card: bytes, there: dict[str, tuple[str, str]]) -> tuple[Item, ...]:
+def _size(path: str, file: Path, written: dict[str, bytes]) -> int:
+    return len(written[path]) if path in written else file.stat().st_size
+
+
+def _fates(
+    files: dict[str, Path], written: dict[str, bytes], there: dict[str, tuple[str, str]]
+) -> tuple[Item, ...]:
     items = []
     for path, file in files.items():
-        size = len(card) if path == "README.md" else file.stat().st_size
         kind, digest = there.get(path, ("", ""))
-        same = digest == _digest(kind, file, card if path == "README.md" else None)
-        items.append(Item(path, size, (SAME if same else REPLACED) if path in there else NEW))
+        same = digest == _digest(kind, file, written.get(path))
+        fate = (SAME if same else REPLACED) if path in there else NEW
+        items.append(Item(path, _size(path, file, written), fate))
     strangers = sorted(there.keys() - files.keys() - {MADE_BY_THE_HUB})
     return (*items, *(Item(path, 0, DELETED) for path in strangers))
 
@@ -362,7 +377,7 @@ def _upload(
     api: HfApi,
     repo_id: str,
     files: dict[str, Path],
-    card: bytes,
+    written: dict[str, bytes],
     items: tuple[Item, ...],
     there: _State,
     private: bool,
@@ -371,7 +386,7 @@ def _upload(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     operations: list[Any] = [
-        CommitOperationAdd(item.path, card if item.path == "README.md" else files[item.path])
+        CommitOperationAdd(item.path, written.get(item.path, files.get(item.path)))
         for item in items
         if item.fate in (NEW, REPLACED)
     ]

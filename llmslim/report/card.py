@@ -81,7 +81,7 @@ def model_card(
     """
     base = report["base"]["model"]
     sections = [
-        f"---\n{yaml.safe_dump(_front_matter(report, config, licensed), sort_keys=False)}---",
+        f"---\n{_yaml(_front_matter(report, config, licensed))}---",
         f"# {Path(base).name}, {figures.what_was_done(report)}",
         f"Made from [`{base}`](https://huggingface.co/{base})" if is_hub_id(base) else f"Made from `{base}`",
     ]
@@ -210,7 +210,7 @@ def _fallbacks(report: dict[str, Any]) -> str:
 
 
 def _repeat(report: dict[str, Any]) -> str:
-    recipe = yaml.safe_dump(report["recipe"], sort_keys=False)
+    recipe = _yaml(report["recipe"])
     text = ""
     if report["calibration"]:
         text = (
@@ -238,6 +238,11 @@ def _environment(report: dict[str, Any]) -> str:
         f"{machine['threads']} threads, computing in {machine['compute_dtype']}; Python {machine['python']}, "
         f"{versions}. All figures, with the error of every Linear, are in `report.json`; `report.html` draws them."
     )
+
+
+def _yaml(value: Any) -> str:
+    """As it reads best: no escapes, and no text (a path, say) broken over two lines."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=1_000)
 
 
 def _license(folder: Path) -> dict[str, Any]:

@@ -64,6 +64,8 @@ def _dataset(spec: str) -> dict[str, str]:
     path, _, rest = spec.partition(":")
     config, _, split = rest.partition(":")
     parts = Path(path).parts[-2:] if path not in ("", "builtin") else ("python documentation",)
+    if parts[0] == Path.home().name:  # of a user, not of a data set's owner: this goes up to the Hub
+        parts = parts[1:]
     name = "/".join(part for part in parts if part not in ("..", ".", "/")) or "text"
     made = {"name": name, "type": name.replace(" ", "-")}
     if config and path != "builtin":
