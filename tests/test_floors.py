@@ -59,8 +59,8 @@ ORDERED = {
     "pipeline": (
         "pipeline",
         "measure",
-        "report",
         "hub",
+        "report",
         "plan",
         "outlook",
         "survey",
