@@ -46,6 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 format="compressed-tensors",
             )
             assert result.report["verification"]["ok"] and result.report["format"] == "compressed-tensors"
+            assert any("in FP8" in note["what"] for note in result.report["notes"])
             folders[name] = Path(result.folder)
     return folders
 
@@ -140,10 +141,11 @@ def test_it_is_read_again_and_another_scheme_is_not(made: dict[str, Path]) -> No
 
 
 def test_where_it_has_no_place(made: dict[str, Path], tmp_path: Path) -> None:
-    gpt2 = save_tiny("gpt2", tmp_path / "gpt2")
+    gpt2, opt = (save_tiny(family, tmp_path / family) for family in ("gpt2", "opt"))
     for model, steps, form, says in (
         (find(str(made["packed"])).spec, [FP8], "auto", "already"),
-        (str(gpt2), [FP8], "auto", "kv_fp8 needs attention"),
+        (str(gpt2), [FP8], "auto", "h.0.attn is a GPT2Attention"),
+        (str(opt), [FP8], "auto", "number of KV heads"),
         (str(made["packed"].parent / "source"), [FP8], "llmslim", "'compressed-tensors' only"),
         (
             str(made["packed"].parent / "source"),

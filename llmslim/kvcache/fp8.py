@@ -38,9 +38,9 @@ class ScaleCache(Edit):
             attention.register_buffer(name, torch.empty(1, device="meta"))
 
 
-def knows(attention: nn.Module) -> bool:
-    """Whether compressed-tensors finds such a module, and so its scales, by its names."""
-    named = "attention" in type(attention).__name__.lower()
+def knows(attention: nn.Module, config: Any) -> bool:
+    """Whether compressed-tensors finds such a module, and so its scales, by names in it and in the decoder's config."""
+    named = "attention" in type(attention).__name__.lower() and hasattr(config, "num_key_value_heads")
     projected = any(hasattr(attention, name) for name in ("k_proj", "v_proj", "qkv_proj"))
     return named and projected and "past_key_values" in inspect.signature(attention.forward).parameters
 

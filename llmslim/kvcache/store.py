@@ -155,10 +155,11 @@ class QuantizeCache(BlockStep):
         for size in head_sizes(config):
             self.settings.channels(size)
         for attention in (block.attention for block in anatomy.blocks if self.kv_fp8):
-            if not knows(attention.module):
+            if not knows(attention.module, config.get_text_config(decoder=True)):
                 raise UserError(
-                    f"kv_cache: kv_fp8 needs attention that compressed-tensors finds, with k_proj and v_proj, and "
-                    f"{attention.name} is a {type(attention.module).__name__}: leave out kv_fp8."
+                    "kv_cache: kv_fp8 is for attention that compressed-tensors finds, by its k_proj and v_proj and the "
+                    f"config's number of KV heads, and {attention.name} is a {type(attention.module).__name__}: "
+                    "leave it out."
                 )
             if hasattr(attention.module, CACHE_SCALES[0]):
                 raise UserError(
@@ -181,14 +182,11 @@ class QuantizeCache(BlockStep):
             setattr(block.attention.module, name, scale.to(stream.device))
         record.edits.append(edit)
 
-    def write_beside(self, folder: Path, record: StepRecord) -> None:
-        settings = self.settings
-        if "bits" in record.survey:
-            settings = with_bits(settings, record.survey["bits"].tolist())
-        write_setting(folder, settings)
+    def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
+        """Tells what `write_beside` will write."""
+        bits = told(self._settled(record))
         record.note(
-            self.kind,
-            f"{FILE} asks for a KV cache of {told(settings)} bits; perplexity is measured without one",
+            self.kind, f"{FILE} asks for a KV cache of {bits} bits; perplexity is measured without one"
         )
         if self.kv_fp8:
             record.note(
@@ -196,6 +194,15 @@ class QuantizeCache(BlockStep):
                 "config.json tells vLLM to keep its KV cache in FP8; plain transformers rounds keys and values so, and "
                 "llmslim computes without",
             )
+
+    def write_beside(self, folder: Path, record: StepRecord) -> None:
+        write_setting(folder, self._settled(record))
+
+    def _settled(self, record: StepRecord) -> KVSettings:
+        """The settings, with the bits that a survey found."""
+        if "bits" not in record.survey:
+            return self.settings
+        return with_bits(self.settings, record.survey["bits"].tolist())
 
 
 def write_setting(folder: Path, settings: KVSettings) -> None:
