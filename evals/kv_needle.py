@@ -1,9 +1,8 @@
 """A needle in a haystack: is a number found again in a long text that a quantized KV cache holds?
 
-WikiText-2 test is the hay. "The magic number is 48213." stands in it at a depth (a share of the hay that comes before
-it, rounded to whole chunks), and the text ends in "The magic number is ", so small a question that SmolLM2-135M answers
-it with the full cache. It is read in chunks of 128 tokens, so that all but the newest 128 and the first 4 are read
-quantized. An answer is exact where each of its digits is the likeliest given those before: it is the greedy one.
+WikiText-2 test is the hay. "The magic number is 48213." stands in it at a depth (the share of the hay that comes before
+it), and the text ends in "The magic number is ", so small a question that SmolLM2-135M answers it with the full cache.
+It is read in chunks of at most 128 tokens, so that all but the newest 128 and the first 4 are read quantized. An answer is exact where each of its digits is the likeliest given those before: it is the greedy one.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def needle(kind: str, options: Namespace) -> dict[str, Any]:
                 text = hay[: length - len(fact) - len(question) - len(answer)]
                 before, cache = 0, cache_of(kind, model, options)
                 for column, depth in enumerate(DEPTHS):
-                    place = round(depth * (len(text) // CHUNK)) * CHUNK
+                    place = round(depth * len(text))
                     read(text[before:place], cache)  # what all deeper needles have before them is read once
                     before, own = place, copy.deepcopy(cache)
                     read(torch.cat([fact, text[place:], question[:-1]]), own)
