@@ -2,7 +2,8 @@
 
 WikiText-2 test is the hay. "The magic number is 48213." stands in it at a depth (the share of the hay that comes before
 it), and the text ends in "The magic number is ", so small a question that SmolLM2-135M answers it with the full cache.
-It is read in chunks of at most 128 tokens, so that all but the newest 128 and the first 4 are read quantized. An answer is exact where each of its digits is the likeliest given those before: it is the greedy one.
+It is read in chunks of at most 128 tokens, so that all but the newest 128 and the first 4 are read quantized. An answer
+is exact where each of its digits is the likeliest given those before: it is the greedy one.
 """
 
 from __future__ import annotations
