@@ -77,4 +77,4 @@ def _vllm(format_name: str, config: dict[str, Any]) -> str:
         return f"weights and inputs in 8 bits {DOCUMENTED}"
     if bits == {8} or format_name == "gptq":
         return f"on a GPU, {DOCUMENTED}; its CPU build takes 4 bits only"
-    return ""  # compressed-tensors with 3 bits: vLLM reads 4 and 8
+    return ""  # compressed-tensors with 3 bits: versions of vLLM differ, and none was tried
