@@ -386,7 +386,7 @@ def _upload(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     operations: list[Any] = [
-        CommitOperationAdd(item.path, written.get(item.path, files.get(item.path)))
+        CommitOperationAdd(item.path, written.get(item.path) or files[item.path])
         for item in items
         if item.fate in (NEW, REPLACED)
     ]

@@ -13,6 +13,7 @@ from llmslim.errors import UserError
 from llmslim.report import figures
 from llmslim.report.html import report_page
 from llmslim.report.index import model_index
+from llmslim.report.loading import auto_class, loading
 from llmslim.report.markdown import report_markdown
 from llmslim.report.schema import SCHEMA_VERSION, read_report
 from llmslim.report.waterfall import steps_plot
@@ -90,7 +91,7 @@ def model_card(
         "\n\n".join(
             [
                 *sections,
-                _loading(report["format"], config),
+                loading(report["format"], config),
                 _measurements(report),
                 *_steps(report, picture),
                 _fallbacks(report),
@@ -119,7 +120,7 @@ def _front_matter(report: dict[str, Any], config: dict[str, Any], licensed: dict
         relation = "quantized" if packed else "finetune"
         matter |= {"base_model": report["base"]["model"], "base_model_relation": relation}
     matter |= licensed
-    if _auto_class(config) == "AutoModelForCausalLM":
+    if auto_class(config) == "AutoModelForCausalLM":
         matter["pipeline_tag"] = "text-generation"
     widths = sorted({f"{row['bits']}-bit" for row in report["linears"] if "bits" in row})
     form = [] if report["format"] == "plain" else [report["format"]]
@@ -127,51 +128,6 @@ def _front_matter(report: dict[str, Any], config: dict[str, Any], licensed: dict
     if index := model_index(report, f"{Path(report['base']['model']).name}, {figures.what_was_done(report)}"):
         matter["model-index"] = index
     return matter
-
-
-def _auto_class(config: dict[str, Any]) -> str:
-    name = (config.get("architectures") or [""])[0]
-    for ending, auto in (
-        ("ForCausalLM", "AutoModelForCausalLM"),
-        ("LMHeadModel", "AutoModelForCausalLM"),
-        ("ForMaskedLM", "AutoModelForMaskedLM"),
-        ("ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
-        ("ForSequenceClassification", "AutoModelForSequenceClassification"),
-    ):
-        if name.endswith(ending):
-            return auto
-    return "AutoModel"
-
-
-def _loading(format_name: str, config: dict[str, Any]) -> str:
-    auto = _auto_class(config)
-    plugin = "import llmslim.plugin  # teaches transformers the format\n" if format_name == "llmslim" else ""
-    packed = (
-        ""
-        if format_name in ("plain", "bitsandbytes")
-        else ", which keeps the weights packed in memory and computes with them so"
-    )
-    needs = {
-        "plain": "It is a standard checkpoint; with plain transformers and whatever else reads those:",
-        "llmslim": "With transformers, after `pip install llmslim`:",
-        "compressed-tensors": "With plain transformers (`pip install compressed-tensors`), and with vLLM:",
-        "bitsandbytes": "With plain transformers (`pip install bitsandbytes`):",
-        "gptq": "With plain transformers (`pip install optimum gptqmodel`):",
-    }
-    return (
-        f"## Load it\n\nWith llmslim{packed}:\n\n"
-        '```python\nimport llmslim\n\nmodel, tokenizer = llmslim.load("FOLDER")\n```\n\n'
-        f"{needs[format_name]}\n\n"
-        f"```python\n{plugin}from transformers import {auto}, AutoTokenizer\n\n"
-        f'model = {auto}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
-        f"{_serving(format_name, auto)}"
-    )
-
-
-def _serving(format_name: str, auto: str) -> str:
-    if auto != "AutoModelForCausalLM" or format_name not in ("plain", "compressed-tensors", "gptq"):
-        return ""
-    return "\n\nServed by vLLM:\n\n```\nvllm serve FOLDER\n```"
 
 
 def _measurements(report: dict[str, Any]) -> str:

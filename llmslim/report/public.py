@@ -34,7 +34,7 @@ def cutter(report: dict[str, Any]) -> Callable[[str], str]:
     def cut(text: str) -> str:
         for form, name in forms.items():
             # whole: not the beginning of another name, not the end of a longer path
-            text = re.sub(rf"(?<![\w.]){re.escape(form)}(?![\w-])", lambda _, name=name: name, text)
+            text = re.sub(rf"(?<![\w.]){re.escape(form)}(?![\w-])", name.replace("\\", r"\\"), text)
         return below.sub(lambda match: _last(match[0]), text) if below else text
 
     return cut
