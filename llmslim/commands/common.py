@@ -169,9 +169,13 @@ def kv_attach(
         return
     from llmslim.kvcache.allocation import told, within
     from llmslim.kvcache.runtime.cache import attach
+    from llmslim.progress import progress_for
 
     if budget is not None:
-        settings = within(budget, model, tokenizer, settings)
+        with progress_for() as progress:
+            settings = within(
+                budget, model, tokenizer, settings, lambda done, total: progress("kv_cache", done, total)
+            )
         print(f"KV cache: {told(settings)} bits of keys/values, layer by layer.", file=sys.stderr)
     attach(model, settings)
 

@@ -135,7 +135,7 @@ def answers(
 
     from llmslim.evaluation.harness import Harness
 
-    model, kv_cache = prepared(files, dtype, device, adapter, kv_cache, kv_budget)
+    model, kv_cache = prepared(files, dtype, device, adapter, kv_cache, kv_budget, progress)
     chunk = KV_CHUNK if kv_cache is not None else None
     harness = Harness(model, files.tokenizer(), batch_size, progress, chunk)
     for task in leaves(loaded):

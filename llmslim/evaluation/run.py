@@ -114,7 +114,7 @@ def _whole(
     kv_budget: float | None = None,
 ) -> tuple[PerplexityResult | Comparison, KVSettings | None]:
     """The figures, and the KV cache with the bits that were found."""
-    model, kv_cache = prepared(files, dtype, device, adapter, kv_cache, kv_budget)
+    model, kv_cache = prepared(files, dtype, device, adapter, kv_cache, kv_budget, progress)
     chunk = KV_CHUNK if kv_cache is not None else None
     if base is None:
         return perplexity(model, text, progress, chunk), kv_cache
@@ -128,6 +128,7 @@ def prepared(
     adapter: str | None = None,
     kv_cache: KVSettings | None = None,
     kv_budget: float | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> tuple[Any, KVSettings | None]:
     """A model with what is put beside it: an adapter, a quantized KV cache with the bits that were found for it."""
     model = load_model(files, dtype, device)
@@ -135,7 +136,7 @@ def prepared(
         from llmslim.kvcache.runtime.cache import attach
 
         if kv_budget is not None:
-            kv_cache = within(kv_budget, model, files.tokenizer(), kv_cache)
+            kv_cache = within(kv_budget, model, files.tokenizer(), kv_cache, progress)
         attach(model, kv_cache)
     if adapter is None:
         return model, kv_cache

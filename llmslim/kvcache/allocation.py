@@ -51,11 +51,17 @@ def allocate_kv_bits(
     return with_bits(settings, shared_out(*measure(model, tokens, settings, progress), budget))
 
 
-def within(budget: float, model: PreTrainedModel, tokenizer: Any, settings: KVSettings) -> KVSettings:
+def within(
+    budget: float,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    settings: KVSettings,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> KVSettings:
     """The settings with bits of each layer, as `allocate_kv_bits` finds them on a built-in text."""
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     tokens = sample("builtin", tokenizer, 1, min(BUILTIN_TOKENS, most or BUILTIN_TOKENS), seed=0).tokens
-    return allocate_kv_bits(model, tokens, budget, settings=settings)
+    return allocate_kv_bits(model, tokens, budget, progress, settings=settings)
 
 
 def measured_windows(windows: int, seq_len: int) -> int:
