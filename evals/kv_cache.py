@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 CONTEXT, LENGTHS = 8000, (1000, 2000, 4000, 8000)
 WINDOW, STRETCH = 2048, 256  # of a text, and of what is told along it
 METHODS = ("kivi", "rotated", "token")
-AUTO = ("rotated-auto2.06", "kivi-auto3")
+AUTO = ("rotated-auto2.18", "kivi-auto3")
 KINDS = (
     "full",
     "kivi-8",
@@ -66,7 +66,7 @@ QUALITY = [
     "quanto-4",
     "quanto-2",
 ]
-FEW = ("kivi-4", "kivi-2", "rotated-4", "rotated-2", "rotated-auto2.06")
+FEW = ("kivi-4", "kivi-2", "rotated-4", "rotated-2", "rotated-auto2.18")
 NAMES = [
     *(f"quality/{kind}" for kind in QUALITY),
     *(f"tokenwise/{kind}" for kind in ("kivi-8", *FEW)),

@@ -17,6 +17,8 @@ Bits = Literal[2, 3, 4, 8, 16]
 WIDTH = 8
 """What a group and a head size must be multiples of: so many codes always fill whole bytes."""
 USUAL_GROUP = 64
+USUAL_BLOCK = {"kivi": USUAL_GROUP, "token": USUAL_GROUP, "rotated": 128}
+"""Tokens that are quantized together when no group size is given; rotated ones share no more than their mean."""
 
 
 class KVSettings(BaseModel):
@@ -27,8 +29,8 @@ class KVSettings(BaseModel):
         value_bits: those of values, where `bits` is for keys alone: keys lose more by few.
         method: `kivi`: keys per channel in groups of tokens, values per token in groups of channels; `token`: both
             per token; `rotated`: a random rotation of each head, then fixed levels for a Gaussian.
-        group_size: numbers that share a scale. None: 64, for channels the largest divisor of the head size up to
-            64. Tokens are quantized so many at a time.
+        group_size: numbers that share a scale, and tokens that are quantized at a time. None: 64, of channels the
+            largest divisor of the head size up to 64; rotated, which have a scale per token, 128 tokens at a time.
         window: the most recent tokens, which stay as they are; up to group_size - 1 older ones do too, until
             their group is whole.
         sink: the first tokens, which stay as they are in layers of full attention.
@@ -98,7 +100,7 @@ class KVSettings(BaseModel):
     @property
     def block(self) -> int:
         """Tokens that are quantized together."""
-        return self.group_size or USUAL_GROUP
+        return self.group_size or USUAL_BLOCK[self.method]
 
     def channels(self, head_dim: int) -> int:
         """Channels that share a scale where scales are per token.

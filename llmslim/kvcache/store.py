@@ -67,7 +67,7 @@ class QuantizeCache(BlockStep):
     kv_group_size: int | None = Field(
         None,
         ge=1,
-        description="numbers of the KV cache that share a scale; 64, or what fits the heads, when left out",
+        description="numbers of the KV cache that share a scale; 64, rotated 128, or what fits, when left out",
     )
     kv_window: int = Field(128, ge=0, description="recent tokens of the KV cache that stay as they are")
     kv_sink: int = Field(4, ge=0, description="first tokens of the KV cache that stay as they are")
