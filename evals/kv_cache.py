@@ -54,6 +54,7 @@ KINDS = (
     "rotated-4",
     "rotated-2",
     "rotated-3/2",
+    "pca-2",
     *AUTO,
     "quanto-4",
     "quanto-2",
@@ -62,11 +63,14 @@ QUALITY = [
     "full",
     *(f"{method}-{bits}" for bits in (8, 4, 3, 2) for method in METHODS),
     "rotated-3/2",
+    "pca-3",
+    "pca-2",
+    "pca-2@builtin",
     *AUTO,
     "quanto-4",
     "quanto-2",
 ]
-FEW = ("kivi-4", "kivi-2", "rotated-4", "rotated-2", "rotated-auto2.18")
+FEW = ("kivi-4", "kivi-2", "rotated-4", "rotated-2", "pca-2")
 NAMES = [
     *(f"quality/{kind}" for kind in QUALITY),
     *(f"tokenwise/{kind}" for kind in ("kivi-8", *FEW)),

@@ -2,7 +2,9 @@
 
 `full` is attended to by transformers' sdpa. METHOD-B has B bits everywhere; METHOD-K/V has K of keys and V of values;
 METHOD-autoB gives the keys and the values of each layer bits of their own, B in the mean, by their sensitivity on the
-first 2,048 tokens of WikiText-2 validation, in windows of 1,024. `quanto` is transformers' QuantizedCache with that
+first 2,048 tokens of WikiText-2 validation, in windows of 1,024. Components of `pca` are of the first 16,384 there, in
+windows of 2,048, with `@builtin` of what `--kv-method pca` takes by itself, 1,024 tokens of Python's documentation.
+`quanto` is transformers' QuantizedCache with that
 backend (optimum-quanto), which is not of this project's environment.
 """
 
@@ -26,8 +28,10 @@ def cache_of(kind: str, model: Any, options: Namespace) -> Any:
     from transformers.cache_utils import DynamicCache, QuantizedCache
 
     from llmslim.kvcache.runtime.cache import NAME, KVCache
+    from llmslim.kvcache.settings import KVSettings
 
     method, _, bits = kind.partition("-")
+    bits, _, text = bits.partition("@")
     model.set_attn_implementation("sdpa" if method in ("full", "quanto") else NAME)
     if method == "full":
         return DynamicCache(config=model.config)
@@ -37,7 +41,30 @@ def cache_of(kind: str, model: Any, options: Namespace) -> Any:
     if bits.startswith("auto"):
         return KVCache(model.config, method=method, bits=layer_bits(kind, options))
     keys, _, values = bits.partition("/")
-    return KVCache(model.config, method=method, bits=int(keys), value_bits=int(values or keys))
+    settings = KVSettings.of(method=method, bits=int(keys), value_bits=int(values or keys))
+    return KVCache(model.config, with_measured(settings, text, options) if method == "pca" else settings)
+
+
+def with_measured(settings: Any, text: str, options: Namespace) -> Any:
+    """The settings with the components of the keys, which stay in the work folder."""
+    from llmslim.kvcache.allocation import fitted
+    from llmslim.kvcache.components import fit_kv_components
+    from llmslim.kvcache.store import read_setting, write_setting
+    from llmslim.loaders.texts import sample
+
+    kept = Path(options.work) / f"components{text}"
+    if not kept.is_dir():
+        kept.mkdir(parents=True)
+        model, tokenizer = demo("float32")
+        if text:
+            found = fitted(settings, None, model, tokenizer)
+        else:
+            windows = sample(f"{wikitext(options)}:validation", tokenizer, 8, 2048).tokens
+            found = fit_kv_components(model, windows, settings=settings)
+        write_setting(kept, found)
+    stored = read_setting(kept)
+    assert stored is not None
+    return settings.model_copy(update={"components": stored.components})
 
 
 def layer_bits(kind: str, options: Namespace) -> list[list[int]]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmslim.hub import push
     from llmslim.inspection import inspect
     from llmslim.kvcache.allocation import allocate_kv_bits
+    from llmslim.kvcache.components import fit_kv_components
     from llmslim.kvcache.runtime.cache import KVCache, kv_cache
     from llmslim.pipeline import Result, compress
     from llmslim.quantization.gptq import GPTQ
@@ -34,6 +35,7 @@ _HOMES = {
     "KVCache": "llmslim.kvcache.runtime.cache",
     "kv_cache": "llmslim.kvcache.runtime.cache",
     "allocate_kv_bits": "llmslim.kvcache.allocation",
+    "fit_kv_components": "llmslim.kvcache.components",
     "Result": "llmslim.pipeline",
     "compress": "llmslim.pipeline",
     "Calibration": "llmslim.recipe",
@@ -56,6 +58,7 @@ __all__ = [  # noqa: RUF022 - in the order of a first reading
     "RTN",
     "kv_cache",
     "allocate_kv_bits",
+    "fit_kv_components",
     "KVCache",
     "Anatomy",
     "UserError",

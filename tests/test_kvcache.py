@@ -11,7 +11,7 @@ import torch
 
 import llmslim
 from llmslim.errors import UserError
-from llmslim.kvcache import codec, planes
+from llmslim.kvcache import basis, codec, planes
 from llmslim.kvcache.runtime import native
 from llmslim.kvcache.runtime.attention import attend, attention, read
 from llmslim.kvcache.runtime.cache import KVCache, kv_cache
@@ -25,6 +25,9 @@ SMALL = {"group_size": 8, "window": 5, "sink": 3}
 """Settings under which texts of some forty tokens are mostly quantized."""
 
 
+METHODS = ["kivi", "token", "rotated", "pca"]
+
+
 @pytest.fixture(scope="module")
 def models() -> dict[str, Any]:
     return {family: tiny_model(family) for family in DECODERS}
@@ -36,10 +39,21 @@ def padded(model: Any, seq: int = 24) -> dict[str, torch.Tensor]:
     return inputs
 
 
+def settings_of(method: str, dim: int, heads: int = 2, **fields: Any) -> KVSettings:
+    """Of one layer; the components of `pca` fall in size from 1 to a hundredth, in any directions."""
+    if method == "pca":
+        made = torch.Generator().manual_seed(dim)
+        turn = torch.linalg.qr(torch.randn(heads, dim, dim, generator=made))[0]
+        sizes = torch.logspace(0, -2, dim) * torch.tensor([1.0, 3.0]).repeat(heads)[:heads, None]
+        sizes[1:] = sizes[1:].sqrt()  # heads of their own
+        fields["components"] = (turn * sizes[:, None],)
+    return KVSettings.of(method=method, **fields)
+
+
 def filled(bits: int, method: str = "kivi", dim: int = 16, value_dim: int = 16, **fields: Any) -> KVLayer:
     """A layer of two sequences, two heads and 60 tokens, with some taken back out of its packed part."""
     torch.manual_seed(0)
-    layer = KVLayer(KVSettings(bits=bits, method=method, **(SMALL | fields)), lambda: True)  # type: ignore[arg-type]
+    layer = KVLayer(settings_of(method, dim, bits=bits, **(SMALL | fields)), lambda: True)
     layer.update(torch.randn(2, 2, 60, dim), torch.randn(2, 2, 60, value_dim))
     layer.crop(-20)
     return layer
@@ -164,12 +178,12 @@ def test_the_searched_range_is_never_worse_than_the_whole(bits: int) -> None:
 
 @pytest.mark.parametrize("dim", [16, 24])
 def test_the_rotation_is_one_and_its_error_that_of_the_levels(dim: int) -> None:
-    turn = codec.rotation(dim)
+    turn = basis.rotation(dim)
     torch.testing.assert_close(turn @ turn.T, torch.eye(dim), rtol=0, atol=1e-5)
     # the mean squared errors of Lloyd's levels for a Gaussian (Max 1960): of 2 and 4 bits
     x = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
     for bits, error in ((2, 0.1175), (4, 0.009497)):
-        levels = codec.gaussian_levels(bits)
+        levels = basis.gaussian_levels(bits)
         near = levels[torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)]
         assert float((near - x).square().mean()) == pytest.approx(error, rel=0.02)
 
@@ -178,10 +192,10 @@ def test_a_rotated_block_leaves_its_mean_out_where_that_is_nearer() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 1, 64, 64) + 5 * torch.randn(64)
     x[:, :, [7, 40]] = 0.1 * torch.randn(2, 64)  # unlike the others
-    one = codec.Rotated(64, 2, 64, True, torch.device("cpu"))
+    one = basis.Rotated(64, 2, 64, True, torch.device("cpu"))
     codes, size, mean = one.encode(x)
     assert torch.signbit(size).nonzero()[:, -1].tolist() == [7, 40]
-    torch.testing.assert_close(mean[0, 0, 0].float(), (x[0, 0].mean(0) @ one.rotation), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(mean[0, 0, 0].float(), (x[0, 0].mean(0) @ one.basis), rtol=1e-2, atol=1e-2)
     error = (one.decode((codes, size, mean)) - x)[0, 0].square().mean(-1)
     rest = x[0, 0] - x[0, 0].mean(0)
     rest[[7, 40]] = x[0, 0, [7, 40]]
@@ -190,7 +204,7 @@ def test_a_rotated_block_leaves_its_mean_out_where_that_is_nearer() -> None:
     assert error.mean() < 0.1 * 0.1175 * x.square().mean()  # without the mean it would be of all
 
 
-@pytest.mark.parametrize("method", ["kivi", "token", "rotated"])
+@pytest.mark.parametrize("method", METHODS)
 def test_more_bits_are_nearer(method: str) -> None:
     errors = []
     for bits in (2, 3, 4, 8):
@@ -226,11 +240,11 @@ def test_a_token_is_quantized_once_and_stays_so() -> None:
     assert len(layer.pages) == 2  # the first was cut, and another begun behind it
 
 
-@pytest.mark.parametrize("method", ["kivi", "token", "rotated"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_long_prompt_is_quantized_part_by_part_to_the_same(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = KVSettings.of(bits=2, method=method, group_size=8, window=0, sink=0)
+    settings = settings_of(method, 16, bits=2, group_size=8, window=0, sink=0)
     keys, values = torch.randn(2, 1, 2, 80, 16)
     views = []
     for at_once in (80, 24):
@@ -253,7 +267,7 @@ def test_bytes_promised_are_bytes_held() -> None:
 # ---- attention ----
 
 
-@pytest.mark.parametrize("method", ["kivi", "token", "rotated"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
 def test_reading_packed_is_writing_out_then_attending(bits: int, method: str) -> None:
     layer = filled(bits, method, 16, 24)
@@ -269,7 +283,7 @@ def test_reading_packed_is_writing_out_then_attending(bits: int, method: str) ->
 
 @pytest.mark.skipif(native.library() is None, reason="the C library is not built")
 @pytest.mark.parametrize("dims", [(16, 24, 8), (64, 64, None), (80, 80, None), (32, 64, 32)])
-@pytest.mark.parametrize("method", ["kivi", "token", "rotated"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 4), (8, 8), (4, 2)])
 def test_the_c_code_is_the_same_attention(
     bits: tuple[int, int], method: str, dims: tuple[int, int, int | None]
@@ -277,7 +291,8 @@ def test_the_c_code_is_the_same_attention(
     key_dim, value_dim, group = dims
     for dtype, softcap, masked in ((torch.float32, None, True), (torch.bfloat16, 5.0, False)):
         torch.manual_seed(0)
-        settings = KVSettings.of(bits=bits[0], value_bits=bits[1], method=method, group_size=group, window=20)
+        sizes = {"bits": bits[0], "value_bits": bits[1], "group_size": group, "window": 20}
+        settings = settings_of(method, key_dim, **sizes)
         layer = KVLayer(settings, lambda: True)
         layer.update(
             torch.randn(2, 2, 230, key_dim, dtype=dtype), torch.randn(2, 2, 230, value_dim, dtype=dtype)

@@ -14,7 +14,7 @@ from llmslim.errors import UserError
 from llmslim.evaluation.divergence import Comparison, compare
 from llmslim.evaluation.perplexity import PerplexityResult, perplexity, require_causal
 from llmslim.evaluation.stream import streamed_scores
-from llmslim.kvcache.allocation import told, within
+from llmslim.kvcache.allocation import fitted, told
 from llmslim.kvcache.settings import KVSettings
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find
 from llmslim.loaders.texts import TextSample, sample
@@ -130,13 +130,12 @@ def prepared(
     kv_budget: float | None = None,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Any, KVSettings | None]:
-    """A model with what is put beside it: an adapter, a quantized KV cache with the bits that were found for it."""
+    """A model with what is put beside it: an adapter, a quantized KV cache with what was measured for it."""
     model = load_model(files, dtype, device)
     if kv_cache is not None:
         from llmslim.kvcache.runtime.cache import attach
 
-        if kv_budget is not None:
-            kv_cache = within(kv_budget, model, files.tokenizer(), kv_cache, progress)
+        kv_cache = fitted(kv_cache, kv_budget, model, files.tokenizer(), progress)
         attach(model, kv_cache)
     if adapter is None:
         return model, kv_cache

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmslim.errors import UserError
+from llmslim.kvcache.components import fit_kv_components
 from llmslim.kvcache.settings import KVSettings
 from llmslim.loaders.texts import sample
 
@@ -51,17 +52,26 @@ def allocate_kv_bits(
     return with_bits(settings, shared_out(*measure(model, tokens, settings, progress), budget))
 
 
-def within(
-    budget: float,
+def fitted(
+    settings: KVSettings,
+    budget: float | None,
     model: PreTrainedModel,
     tokenizer: Any,
-    settings: KVSettings,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> KVSettings:
-    """The settings with bits of each layer, as `allocate_kv_bits` finds them on a built-in text."""
+    """The settings with all that must be measured before a cache can be made, on a built-in text.
+
+    That are the components of keys, of method `pca`, and the bits of each layer, where there is a budget of them.
+    """
+    if settings.method != "pca" and budget is None:
+        return settings
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     tokens = sample("builtin", tokenizer, 1, min(BUILTIN_TOKENS, most or BUILTIN_TOKENS), seed=0).tokens
-    return allocate_kv_bits(model, tokens, budget, progress, settings=settings)
+    if settings.method == "pca":
+        settings = fit_kv_components(model, tokens, progress, settings=settings)
+    if budget is not None:
+        settings = allocate_kv_bits(model, tokens, budget, progress, settings=settings)
+    return settings
 
 
 def measured_windows(windows: int, seq_len: int) -> int:
@@ -71,12 +81,8 @@ def measured_windows(windows: int, seq_len: int) -> int:
 
 def with_bits(settings: KVSettings, bits: Sequence[int | Sequence[int]]) -> KVSettings:
     """The same settings with these bits of each layer, or bits of its keys and its values."""
-    fields = {
-        name: value
-        for name, value in settings.model_dump(exclude_unset=True).items()
-        if name not in ("bits", "value_bits")
-    }
-    return KVSettings.of(**{**fields, "layer_bits": list(bits)})
+    kept = {name: getattr(settings, name) for name in settings.model_fields_set - {"bits", "value_bits"}}
+    return KVSettings.of(**{**kept, "layer_bits": list(bits)})
 
 
 def check_budget(budget: float) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+Parts = tuple[Tensor, ...]
+
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 """Widths of the planes that codes of so many bits are stored in, lowest bits first."""
 
 
@@ -43,3 +45,8 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         shift += width
     assert codes is not None
     return codes
+
+
+def half(x: Tensor) -> Tensor:
+    """In float16, with what is too large for it as the largest."""
+    return x.clamp(-65504, 65504).to(torch.float16)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from torch import Tensor
 
 from llmslim.errors import UserError
 from llmslim.step import explain
@@ -17,7 +18,7 @@ Bits = Literal[2, 3, 4, 8, 16]
 WIDTH = 8
 """What a group and a head size must be multiples of: so many codes always fill whole bytes."""
 USUAL_GROUP = 64
-USUAL_BLOCK = {"kivi": USUAL_GROUP, "token": USUAL_GROUP, "rotated": 128}
+USUAL_BLOCK = {"kivi": USUAL_GROUP, "token": USUAL_GROUP, "rotated": 128, "pca": 128}
 """Tokens that are quantized together when no group size is given; rotated ones share no more than their mean."""
 
 
@@ -28,7 +29,8 @@ class KVSettings(BaseModel):
         bits: per stored number, of 2, 3, 4, 8; 16 stores them as they are (to test the plumbing with).
         value_bits: those of values, where `bits` is for keys alone: keys lose more by few.
         method: `kivi`: keys per channel in groups of tokens, values per token in groups of channels; `token`: both
-            per token; `rotated`: a random rotation of each head, then fixed levels for a Gaussian.
+            per token; `rotated`: a random rotation of each head, then fixed levels for a Gaussian; `pca`: the same
+            with keys in their principal components, of which the larger get more bits.
         group_size: numbers that share a scale, and tokens that are quantized at a time. None: 64, of channels the
             largest divisor of the head size up to 64; rotated, which have a scale per token, 128 tokens at a time.
         window: the most recent tokens, which stay as they are; up to group_size - 1 older ones do too, until
@@ -38,6 +40,8 @@ class KVSettings(BaseModel):
         evict: which tokens older than the window layers of full attention drop for good (`kvcache.runtime.eviction`):
             `streaming`: the oldest; `knorm`: keys of large norm; `snapkv`: those that recent queries attend to
             least.
+        components: of `pca`, of each attention layer the basis of its keys, float32 [KV heads, head_dim, head_dim],
+            as `kvcache.components.fit_kv_components` measures it. No part of what is written as JSON.
         keep: the share of them that stays, above 0 and below 1; goes with `evict`.
     """
 
@@ -45,13 +49,21 @@ class KVSettings(BaseModel):
 
     bits: Bits = 4
     value_bits: Bits | None = None
-    method: Literal["kivi", "token", "rotated"] = "kivi"
+    method: Literal["kivi", "token", "rotated", "pca"] = "kivi"
     group_size: int | None = Field(default=None, ge=1)
     window: int = Field(default=128, ge=0)
     sink: int = Field(default=4, ge=0)
     layer_bits: tuple[Bits | tuple[Bits, Bits], ...] = ()
     evict: Literal["streaming", "knorm", "snapkv"] | None = None
     keep: float | None = Field(default=None, gt=0, lt=1)
+    components: tuple[Any, ...] = Field(default=(), exclude=True, repr=False)
+
+    @field_validator("components")
+    @classmethod
+    def _are_tensors(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not all(isinstance(one, Tensor) for one in value):
+            raise ValueError("components are tensors, not part of a file of settings")
+        return value
 
     @model_validator(mode="after")
     def _together(self) -> KVSettings:
@@ -76,12 +88,13 @@ class KVSettings(BaseModel):
             raise UserError(explain(error, "kv_cache", cls)) from error
 
     def of_layer(self, index: int) -> KVSettings:
-        """Those of one attention layer, which have no `layer_bits`."""
-        if not self.layer_bits:
-            return self
-        bits = self.layer_bits[index]
-        keys, values = bits if isinstance(bits, tuple) else (bits, bits)
-        return self.model_copy(update={"bits": keys, "value_bits": values, "layer_bits": ()})
+        """Those of one attention layer: no `layer_bits`, and no `components` but its own."""
+        own: dict[str, Any] = {"components": self.components[index : index + 1]}
+        if self.layer_bits:
+            bits = self.layer_bits[index]
+            keys, values = bits if isinstance(bits, tuple) else (bits, bits)
+            own |= {"bits": keys, "value_bits": values, "layer_bits": ()}
+        return self.model_copy(update=own)
 
     @property
     def of_values(self) -> int:
@@ -118,7 +131,7 @@ class KVSettings(BaseModel):
         fitting = [n for n in range(1, head_dim + 1) if head_dim % n == 0 and n % WIDTH == 0]
         if self.group_size is None:
             return max((n for n in fitting if n <= USUAL_GROUP), default=head_dim)
-        if self.method == "rotated" or not packs or self.group_size in fitting:
+        if self.method in ("rotated", "pca") or not packs or self.group_size in fitting:
             return self.group_size
         raise UserError(
             f"kv_cache: groups of {self.group_size} do not divide the {head_dim} channels of a head; "

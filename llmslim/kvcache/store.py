@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmslim.anatomy import Anatomy
@@ -24,6 +26,7 @@ from llmslim.kvcache.allocation import (
     told,
     with_bits,
 )
+from llmslim.kvcache.components import measure_components, with_components
 from llmslim.kvcache.fp8 import ScaleCache, knows, scales
 from llmslim.kvcache.settings import KVSettings, head_sizes
 from llmslim.step import BlockStep, StepRecord, Survey
@@ -34,13 +37,16 @@ if TYPE_CHECKING:
 USUAL_LAYERS = 30
 """Layers of a model, for a plan that knows its weights alone."""
 FILE, KEY = "generation_config.json", "llmslim_kv_cache"
+COMPONENTS = "kv_components.safetensors"
+"""Beside it, of method `pca`: the components of the keys of each attention layer, by its number."""
 
 
 class QuantizeCache(BlockStep):
     """Keys and values of past tokens in few bits when the model generates; the weights stay as they are.
 
-    Kinds: `kivi` (arXiv 2402.02750), `token`, and `rotated` (TurboQuant, arXiv 2504.19874). With `kv_bits` auto the
-    keys and the values of each layer get bits of their own: the least summed KL divergence that `kv_budget` allows, by
+    Kinds: `kivi` (arXiv 2402.02750), `token`, `rotated` (TurboQuant, arXiv 2504.19874), and `pca`, which is for 2 and 3
+    bits: keys in their principal components, measured on the calibration text, of which the larger get more bits (in
+    kind KVTC, arXiv 2511.01815), stored beside the setting in kv_components.safetensors. With `kv_bits` auto the keys and the values of each layer get bits of their own: the least summed KL divergence that `kv_budget` allows, by
     what 2 bits cost in one of them at a time. With `kv_evict` tokens older than the window are dropped for good: the
     oldest (StreamingLLM, arXiv 2309.17453), keys of large norm (arXiv 2406.11430), or those that recent queries attend
     to least (SnapKV, arXiv 2404.14469; in kind H2O, arXiv 2306.14048). The setting goes into generation_config.json,
@@ -61,13 +67,15 @@ class QuantizeCache(BlockStep):
     kv_budget: float | None = Field(
         None, description="mean bits that the layers share by measured sensitivity; for kv_bits auto"
     )
-    kv_method: Literal["kivi", "token", "rotated"] = Field(
-        "kivi", description="keys per channel and values per token, both per token, or both rotated"
+    kv_method: Literal["kivi", "token", "rotated", "pca"] = Field(
+        "kivi",
+        description="keys per channel and values per token, both per token, both rotated, or keys in their principal "
+        "components and values rotated",
     )
     kv_group_size: int | None = Field(
         None,
         ge=1,
-        description="numbers of the KV cache that share a scale; 64, rotated 128, or what fits, when left out",
+        description="numbers of the KV cache that share a scale; 64, rotated and pca 128, or what fits, when left out",
     )
     kv_window: int = Field(128, ge=0, description="recent tokens of the KV cache that stay as they are")
     kv_sink: int = Field(4, ge=0, description="first tokens of the KV cache that stay as they are")
@@ -119,7 +127,7 @@ class QuantizeCache(BlockStep):
 
     @property
     def needs_calibration(self) -> bool:
-        return self.kv_bits == "auto" or self.kv_fp8
+        return self.needs_survey or self.kv_fp8
 
     @property
     def streams_calibration(self) -> bool:
@@ -127,22 +135,32 @@ class QuantizeCache(BlockStep):
 
     @property
     def needs_survey(self) -> bool:
-        return self.kv_bits == "auto"
+        return self.kv_bits == "auto" or self.kv_method == "pca"
 
     @property
     def survey_copies(self) -> int:
         return int(self.needs_survey)
 
     def survey_work(self, tokens: int, window: int) -> float:
+        work = 2.0 * tokens if self.kv_method == "pca" else 0.0  # a pass
+        if self.kv_bits != "auto":
+            return work
         windows = measured_windows(tokens // window, window)
-        return 2.0 * windows * window * 2 * USUAL_LAYERS  # keys and values of each layer; a pass costs 2
+        return work + 2.0 * windows * window * 2 * USUAL_LAYERS  # a pass for keys and values of each layer
 
     def survey(self, look: Survey) -> dict[str, Tensor]:
-        """`bits` of the keys and values of each layer; `damage` and `sizes` as `allocation.measure` has them."""
-        assert self.kv_budget is not None
-        damage, sizes = measure(look.loaded(), look.tokens, self.settings, look.progressed)
-        bits = shared_out(damage, sizes, self.kv_budget)
-        return {"bits": torch.tensor(bits), "damage": damage, "sizes": sizes}
+        """`bits` of the keys and values of each layer, where they are auto, with `damage` and `sizes` as
+        `allocation.measure` has them; `components.0`, ... of the keys of each layer, of method `pca`."""
+        settings, model, found = self.settings, look.loaded(), {}
+        if settings.method == "pca":
+            components = measure_components(model, look.tokens, settings, look.progressed)
+            found = {f"components.{number}": one for number, one in enumerate(components)}
+            settings = with_components(settings, components)
+        if self.kv_budget is not None:
+            damage, sizes = measure(model, look.tokens, settings, look.progressed)
+            bits = torch.tensor(shared_out(damage, sizes, self.kv_budget))
+            found |= {"bits": bits, "damage": damage, "sizes": sizes}
+        return found
 
     def check(self, anatomy: Anatomy) -> None:
         config = anatomy.model.config
@@ -199,16 +217,21 @@ class QuantizeCache(BlockStep):
         write_setting(folder, self._settled(record))
 
     def _settled(self, record: StepRecord) -> KVSettings:
-        """The settings, with the bits that a survey found."""
-        if "bits" not in record.survey:
-            return self.settings
-        return with_bits(self.settings, record.survey["bits"].tolist())
+        """The settings, with what a survey found."""
+        found, settings = record.survey, self.settings
+        components = [found[f"components.{i}"] for i in range(len(found)) if f"components.{i}" in found]
+        if components:
+            settings = with_components(settings, components)
+        return with_bits(settings, found["bits"].tolist()) if "bits" in found else settings
 
 
 def write_setting(folder: Path, settings: KVSettings) -> None:
-    """Put the setting into the generation config of a checkpoint."""
+    """Put the setting into the generation config of a checkpoint, and its components beside it."""
     path = folder / FILE
     stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if settings.components:
+        tensors = {str(number): one.cpu().contiguous() for number, one in enumerate(settings.components)}
+        save_file(tensors, folder / COMPONENTS)
     path.write_text(
         json.dumps({**stored, KEY: settings.model_dump(exclude_unset=True)}, indent=2) + "\n", "utf-8"
     )
@@ -235,6 +258,32 @@ def read_setting(folder: Path) -> KVSettings | None:
             f"{path}: {KEY} is {setting!r}, which is no setting of a KV cache: take the line out."
         )
     try:
-        return KVSettings.of(**{str(name): value for name, value in setting.items()})
+        settings = KVSettings.of(**{str(name): value for name, value in setting.items()})
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    return with_components(settings, _components(folder)) if settings.method == "pca" else settings
+
+
+def _components(folder: Path) -> list[Tensor]:
+    """What `write_setting` put beside the setting."""
+    path = folder / COMPONENTS
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be read, which the KV cache of method pca needs: {str(error).splitlines()[0]}"
+        ) from error
+    found = [tensors.get(str(number)) for number in range(len(tensors))]
+    if not all(
+        one is not None
+        and one.dtype == torch.float32
+        and one.dim() == 3
+        and one.shape[1] == one.shape[2]
+        and bool(torch.isfinite(one).all())
+        for one in found
+    ):
+        raise UserError(
+            f"{path} has other tensors than the components of layers 0, 1, ...: it is damaged; make it again with "
+            "quantize --method kv_cache."
+        )
+    return [one for one in found if one is not None]

@@ -1,7 +1,7 @@
 /* One query per sequence over a packed KV cache: plain C, called through ctypes (see ../runtime/native.py).
  *
  * Keys of a block of T tokens lie channel by channel, [D, T * bits / 8]; values token by token, [T, D * bits / 8];
- * how a row is packed is in ../planes.py. A block is expanded to float32 in a tile that stays in the nearest cache,
+ * how a row is packed is in ../planes.py. Keys in components have rows of T * width / 8, width each one's own. A block is expanded to float32 in a tile that stays in the nearest cache,
  * once for all queries of the heads that share it, and goes through one running softmax: with `top` the greatest
  * score so far, a block of scores s adds exp(s - top) to `total` and exp(s - top) v to `out`.
  *

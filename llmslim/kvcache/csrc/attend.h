@@ -21,6 +21,8 @@ typedef struct {
     const uint8_t *codes;
     const uint16_t *scale, *low;               /* rotated: the sizes and the means */
     const float *levels;                       /* rotated: what the codes mean */
+    const uint8_t *widths;                     /* bits of each component, [heads, D]; NULL: all alike. The levels of w
+                                                  bits then begin at 16 w, and those of 8 at 80 */
 } Store;
 
 typedef struct {

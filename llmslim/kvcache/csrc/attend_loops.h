@@ -101,6 +101,7 @@ INLINE int is_wide(int64_t n, int bits) {
 INLINE Ints codes_of(const uint8_t *row, int64_t n, const int bits, int64_t i, int64_t j) {
     if (bits == 8) return load_bytes(row + j);
     if (bits == 4) return (load_bytes(row + j) >> (int)(4 * i)) & 15;
+    if (bits == 1) return (load_bytes(row + j) >> (int)i) & 1;
     Ints low = (load_bytes(row + j) >> (int)(2 * i)) & 3;
     if (bits == 2) return low;
     const uint8_t *high = row + n / 4;
@@ -166,26 +167,35 @@ INLINE void times(const float *x, float y, int64_t n, float *out) {
 /* The call with `bits` known when it is compiled. */
 #define BY_BITS(bits, call) \
     switch (bits) { \
+    case 1: { const int B = 1; call; } break; \
     case 2: { const int B = 2; call; } break; \
     case 3: { const int B = 3; call; } break; \
     case 4: { const int B = 4; call; } break; \
     default: { const int B = 8; call; } \
     }
 
-/* keys [D, T] of one block */
+/* keys [D, T] of one block in another basis, of one head of the cache; each row has bits of its own, or none */
+INLINE void expand_turned_keys(const Shape *s, Store from, int64_t at, int64_t head, const int shuffles,
+                               const Scratch *x) {
+    const int64_t T = s->block, D = s->key_dim;
+    const uint8_t *packed = from.codes + at * D * T * s->key_bits / 8;
+    float *with_mean = x->scale + up(T), *means = x->low + up(T);
+    expand_sizes(from.scale + at * T, T, x->scale, with_mean);
+    expand_halves(from.low + at * D, D, means);
+    for (int64_t d = 0; d < D; d++) {
+        const int64_t bits = from.widths ? from.widths[head * D + d] : s->key_bits;
+        const float *levels = from.levels + (from.widths ? (bits < 8 ? 16 * bits : 80) : 0);
+        times(with_mean, means[d], T, bits ? x->low : x->keys + d * T);
+        if (!bits) continue;
+        BY_BITS(bits, expand(packed, T, B, levels, x->scale, x->low, 0, x->codes, shuffles, x->keys + d * T))
+        packed += T * bits / 8;
+    }
+}
+
+/* the same of other kinds */
 INLINE void expand_keys(const Shape *s, Store from, int64_t at, const int bits, const int shuffles, const Scratch *x) {
     const int64_t T = s->block, D = s->key_dim, row = T * bits / 8;
     const uint8_t *packed = from.codes + at * D * row;
-    if (s->key_kind == ROTATED) {
-        float *with_mean = x->scale + up(T), *means = x->low + up(T);
-        expand_sizes(from.scale + at * T, T, x->scale, with_mean);
-        expand_halves(from.low + at * D, D, means);
-        for (int64_t d = 0; d < D; d++) {
-            times(with_mean, means[d], T, x->low);
-            expand(packed + d * row, T, bits, from.levels, x->scale, x->low, 0, x->codes, shuffles, x->keys + d * T);
-        }
-        return;
-    }
     const int64_t scales = s->key_kind == PER_CHANNEL ? D : D / s->key_group * T;
     expand_halves(from.scale + at * scales, scales, x->scale);
     expand_halves(from.low + at * scales, scales, x->low);
@@ -325,7 +335,8 @@ INLINE void packed_head(const Shape *s, Store keys, Store values, int64_t blocks
     for (int64_t i = 0; i < blocks; i++) {
         const int64_t left = tokens - i * T, valid = left < T ? left : T;
         int any = 0;
-        BY_BITS(s->key_bits, expand_keys(s, keys, head * blocks + i, B, shuffles, x))
+        if (s->key_kind == ROTATED) expand_turned_keys(s, keys, head * blocks + i, head % s->heads, shuffles, x);
+        else BY_BITS(s->key_bits, expand_keys(s, keys, head * blocks + i, B, shuffles, x))
         for (int64_t r = 0; r < s->queries; r += ROWS)
             BY_ROWS(s->queries - r, scores_of(query + r * D, D, x->keys, T, R, x->score + r * padded, padded))
         for (int64_t r = 0; r < s->queries; r++)

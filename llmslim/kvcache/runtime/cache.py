@@ -46,6 +46,8 @@ class KVCache(Cache):
                 f"kv_cache: layer_bits are for {len(settings.layer_bits)} attention layers, and this model has "
                 f"{len(ours)}: measure them for this model."
             )
+        if settings.method == "pca":
+            check_components(text, settings, len(ours))
         if settings.evict and all(layers[i].is_sliding for i in ours):
             raise UserError("kv_cache: evict has nothing to do, since every layer has a sliding window.")
         for number, index in enumerate(ours):
@@ -75,6 +77,21 @@ def check_heads(config: PreTrainedConfig, settings: KVSettings) -> None:
     """Refuse bits and groups that do not fit the head size that the config tells."""
     for size in head_sizes(config):
         settings.check(size)
+
+
+def check_components(config: PreTrainedConfig, settings: KVSettings, layers: int) -> None:
+    """Refuse components of keys that are not there, or of another model."""
+    if not settings.components:
+        raise UserError(
+            "kv_cache: method = pca stores keys in their principal components, which are measured on a text first: "
+            "llmslim.fit_kv_components(model, tokens, bits=2) gives the settings."
+        )
+    found, sizes = {one.shape[-1] for one in settings.components}, head_sizes(config)
+    if len(settings.components) != layers or (sizes and found != set(sizes)):
+        raise UserError(
+            f"kv_cache: the components are of {len(settings.components)} layers with heads of {sorted(found)} channels, "
+            f"and this model has {layers} with {sizes}: measure them for this model."
+        )
 
 
 def can_read_packed(model: PreTrainedModel) -> str:

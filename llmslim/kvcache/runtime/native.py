@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmslim.kvcache.codec import Codec, PerChannel, PerToken, Raw, Rotated
+from llmslim.kvcache.basis import Components, Rotated
+from llmslim.kvcache.codec import Codec, PerChannel, PerToken, Raw
 from llmslim.kvcache.runtime.layer import Page, Pair, View
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1}
 """The C code's number for the type of the keys and values that are kept as they are."""
 
-KINDS = {PerChannel: 1, PerToken: 2, Rotated: 3}
+KINDS = {PerChannel: 1, PerToken: 2, Rotated: 3, Components: 3}
+IN_A_BASIS = (Rotated, Components)
 
 WORTH_A_THREAD = 1 << 16
 """Multiply-adds below which one thread does it all."""
@@ -48,9 +50,9 @@ class Shape(ctypes.Structure):
 
 
 class Store(ctypes.Structure):
-    """Pointers to what a codec made of keys or values, and to the levels of a rotated one."""
+    """Pointers to what a codec made of keys or values, to the levels in another basis, and to the bits of components."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scale", "low", "levels")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scale", "low", "levels", "widths")]
 
 
 class State(ctypes.Structure):
@@ -117,12 +119,12 @@ def attend(
 
     start = view.sink[0].shape[2] if view.sink else 0
     if view.pages:
-        turned = rows @ key_codec.rotation if isinstance(key_codec, Rotated) else rows
+        turned = rows @ key_codec.basis if isinstance(key_codec, IN_A_BASIS) else rows
         for page in view.pages:
             _packed(shape, state(turned, start), view, page)
             start += page.tokens
         if isinstance(value_codec, Rotated):
-            out = out @ value_codec.rotation.T
+            out = out @ value_codec.basis.T
     if view.sink:
         _plain(shape, state(rows, 0), view.sink)
     if keys.shape[2]:
@@ -148,8 +150,9 @@ def _packed(shape: Shape, state: State, view: View, page: Page) -> None:
 
 
 def _store(codec: Codec, parts: list[Tensor]) -> Store:
-    levels = codec.padded_levels.data_ptr() if isinstance(codec, Rotated) else None
-    return Store(*[part.data_ptr() for part in parts], levels)
+    levels = codec.padded_levels.data_ptr() if isinstance(codec, IN_A_BASIS) else None
+    widths = codec.widths.data_ptr() if isinstance(codec, Components) else None
+    return Store(*[part.data_ptr() for part in parts], levels, widths)
 
 
 def _plain(shape: Shape, state: State, pair: Pair) -> None:
