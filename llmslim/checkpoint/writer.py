@@ -24,6 +24,7 @@ from llmslim.loaders.safetensors_io import concatenate, file_bytes, write_in_ord
 
 SHARD_BYTES = 5 * 10**9
 _METADATA = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
+_FOLDERS = ("additional_chat_templates", "kv_cache")
 _NOT_COPIED = ("config.json", "report.json", "quantize_config.json", "adapter_config.json")
 
 
@@ -159,9 +160,9 @@ def copy_metadata(source: Path, folder: Path) -> None:
     for path in sorted(chosen):
         if path.name not in _NOT_COPIED and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
-    templates = source / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)
+    for name in _FOLDERS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -37,20 +37,21 @@ if TYPE_CHECKING:
 USUAL_LAYERS = 30
 """Layers of a model, for a plan that knows its weights alone."""
 FILE, KEY = "generation_config.json", "llmslim_kv_cache"
-COMPONENTS = "kv_components.safetensors"
+COMPONENTS = "kv_cache/components.safetensors"
 """Beside it, of method `pca`: the components of the keys of each attention layer, by its number."""
 
 
 class QuantizeCache(BlockStep):
     """Keys and values of past tokens in few bits when the model generates; the weights stay as they are.
 
-    Kinds: `kivi` (arXiv 2402.02750), `token`, `rotated` (TurboQuant, arXiv 2504.19874), and `pca`, which is for 2 and 3
-    bits: keys in their principal components, measured on the calibration text, of which the larger get more bits (in
-    kind KVTC, arXiv 2511.01815), stored beside the setting in kv_components.safetensors. With `kv_bits` auto the keys and the values of each layer get bits of their own: the least summed KL divergence that `kv_budget` allows, by
-    what 2 bits cost in one of them at a time. With `kv_evict` tokens older than the window are dropped for good: the
-    oldest (StreamingLLM, arXiv 2309.17453), keys of large norm (arXiv 2406.11430), or those that recent queries attend
-    to least (SnapKV, arXiv 2404.14469; in kind H2O, arXiv 2306.14048). The setting goes into generation_config.json,
-    where `llmslim.load` and `llmslim generate` find it; other libraries pass it over. For vLLM, `kv_fp8` stores in a
+    Kinds: `kivi` (arXiv 2402.02750), `token`, `rotated` (TurboQuant, arXiv 2504.19874); `pca`, for 2 or 3 bits: keys
+    in their principal components, measured on the calibration text, of which the larger get more bits (in kind KVTC,
+    arXiv 2511.01815); they are stored in kv_cache/components.safetensors. With `kv_bits` auto the keys and the
+    values of each layer get bits of their own: the least summed KL divergence that `kv_budget` allows, by what 2
+    bits cost in one of them at a time. With `kv_evict` tokens older than the window are dropped for good: the oldest
+    (StreamingLLM, arXiv 2309.17453), keys of large norm (arXiv 2406.11430), or those recent queries attend to least
+    (SnapKV, arXiv 2404.14469; in kind H2O, arXiv 2306.14048). The setting goes into generation_config.json, where
+    `llmslim.load` and `llmslim generate` find it; other libraries pass it over. For vLLM, `kv_fp8` stores in a
     compressed-tensors checkpoint that the cache is FP8 there, with scales by the greatest key and value of the
     calibration text.
     """
@@ -230,6 +231,7 @@ def write_setting(folder: Path, settings: KVSettings) -> None:
     path = folder / FILE
     stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if settings.components:
+        (folder / COMPONENTS).parent.mkdir(exist_ok=True)
         tensors = {str(number): one.cpu().contiguous() for number, one in enumerate(settings.components)}
         save_file(tensors, folder / COMPONENTS)
     path.write_text(

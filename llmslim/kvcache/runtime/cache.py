@@ -89,7 +89,7 @@ def check_components(config: PreTrainedConfig, settings: KVSettings, layers: int
     found, sizes = {one.shape[-1] for one in settings.components}, head_sizes(config)
     if len(settings.components) != layers or (sizes and found != set(sizes)):
         raise UserError(
-            f"kv_cache: the components are of {len(settings.components)} layers with heads of {sorted(found)} channels, "
+            f"kv_cache: components are of {len(settings.components)} layers with heads of {sorted(found)} channels, "
             f"and this model has {layers} with {sizes}: measure them for this model."
         )
 

@@ -50,7 +50,7 @@ class Shape(ctypes.Structure):
 
 
 class Store(ctypes.Structure):
-    """Pointers to what a codec made of keys or values, to the levels in another basis, and to the bits of components."""
+    """Pointers to what a codec made of keys or values, to levels in another basis, and to the bits of components."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scale", "low", "levels", "widths")]
 
