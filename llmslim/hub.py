@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from llmslim.errors import UserError
+from llmslim.loaders.digest import sha256_of
 from llmslim.report.public import cutter, published
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def file_record(folder: Path) -> dict[str, dict[str, Any]]:
         path = file.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in path.split("/"))
         if file.is_file() and not hidden and path not in (*WRITTEN_LAST, "progress.json"):
-            found[path] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            found[path] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     return found
 
 
@@ -173,7 +174,7 @@ def _check_file(folder: Path, path: str, told: dict[str, Any]) -> None:
         raise UserError(
             f"{path} of {folder} was verified and is gone: make the checkpoint again before it goes up."
         )
-    if file.stat().st_size != told["bytes"] or _sha256(file) != told["sha256"]:
+    if file.stat().st_size != told["bytes"] or sha256_of(file) != told["sha256"]:
         raise UserError(
             f"{path} of {folder} is not the file that was verified, it changed since: make the checkpoint again."
         )
@@ -246,14 +247,6 @@ def _refuse_secrets(files: dict[str, Path], token: str) -> None:
     for path, file in files.items():
         if file.suffix != ".safetensors" and token.encode() in file.read_bytes():
             raise UserError(f"{path} holds your Hub token, so it does not go up: take it out and run again.")
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 # --- the repository -----------------------------------------------------------------------------------------
@@ -334,7 +327,7 @@ def _fates(
 def _digest(kind: str, file: Path, content: bytes | None) -> str:
     """The hash that the Hub tells of a content: SHA-256 of large files, git's own of others."""
     if kind == "sha256":
-        return _sha256(file) if content is None else hashlib.sha256(content).hexdigest()
+        return sha256_of(file) if content is None else hashlib.sha256(content).hexdigest()
     if kind != "blob":
         return ""
     content = file.read_bytes() if content is None else content

@@ -131,6 +131,38 @@ def test_a_quantized_cache_is_read_by_what_comes_later(
     assert "KV cache            2 bits (kivi), read in chunks" in tasks_text(found[2])
 
 
+def test_kept_answers_are_not_asked_again(
+    model: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmslim.evaluation.harness import Harness
+
+    rows = []
+    run = Harness._model_call
+    monkeypatch.setattr(
+        Harness, "_model_call", lambda self, x, *a, **k: rows.append(len(x)) or run(self, x, *a, **k)
+    )
+
+    def scores(limit: int) -> tuple[Any, int]:
+        rows.clear()
+        found = evaluate_tasks(
+            model, THREE, data=data, limit=limit, dtype="float32", batch_size=4, keep_answers=tmp_path
+        )
+        return found["tasks"], sum(rows)
+
+    first, asked = scores(4)
+    (file,) = tmp_path.iterdir()
+    assert asked and scores(4) == (first, 0)
+    plain = evaluate_tasks(model, THREE, data=data, limit=4, dtype="float32", batch_size=4)
+    assert plain["tasks"] == first
+    _, more = scores(6)  # the first four of six are there
+    assert 0 < more < asked
+    file.write_text(file.read_text()[:-9])  # a line that a kill cut off
+    assert scores(6)[1] == 1
+    other = str(save_tiny("llama", tmp_path / "other", seed=5))
+    evaluate_tasks(other, THREE, data=data, limit=4, dtype="float32", batch_size=4, keep_answers=tmp_path)
+    assert len(list(tmp_path.glob("answers-*.jsonl"))) == 2  # of other weights, answers of their own
+
+
 def test_the_paired_error_by_hand() -> None:
     result, base = [1, 0, 0, 1, 0, 1], [1, 1, 0, 1, 1, 0]
     gap, stderr = difference(result, base)
@@ -214,7 +246,7 @@ def test_what_cannot_be_asked_is_refused_before_weights(
     monkeypatch.setattr(
         tasks_module, "everything", lambda: TaskManager(include_path=few, include_defaults=False)
     )
-    monkeypatch.setattr("llmslim.evaluation.lm.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("llmslim.evaluation.run.load_model", lambda *_: pytest.fail("weights were loaded"))
     assert main(["evaluate", model, *words, "--data", data]) == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from llmslim.commands.common import (
@@ -35,6 +36,7 @@ ALONE = {  # which kinds a flag is for
     "num_fewshot": ("tasks",),
     "chat_template": ("tasks",),
     "batch_size": ("tasks",),
+    "keep_answers": ("tasks",),
     "save": ("tasks",),
     "kv_bits": ("text", "tasks"),
     "kv_value_bits": ("text", "tasks"),
@@ -112,6 +114,11 @@ def parser(prog: str) -> Parser:
     lm.add_argument(
         "--batch-size", type=int, metavar="N", help="sequences at a time (default: what fits into memory)"
     )
+    lm.add_argument(
+        "--keep-answers",
+        metavar="FOLDER",
+        help="keep each model's answers there: after a kill, or beside another model, none is asked for twice",
+    )
     add_save(lm)
     add_kv_cache(made)
     glue = made.add_argument_group("scores of a classifier on GLUE")
@@ -173,6 +180,7 @@ def _run_tasks(options: dict[str, Any]) -> None:
             adapter=options.get("adapter"),
             kv_cache=settings,
             kv_budget=budget,
+            keep_answers=Path(options["keep_answers"]) if "keep_answers" in options else None,
             revision=options.get("revision"),
             dtype=options.get("dtype"),
             device=device_of(options),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from llmslim.evaluation.kept import Kept
 from llmslim.evaluation.perplexity import read_in_chunks
 from llmslim.memory import available_memory
 
@@ -31,9 +32,30 @@ class Harness(HFLM):
         batch_size: int | None,
         progress: Progress = lambda done, total: None,
         chunk: int | None = None,
+        kept: Kept | None = None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto")
+        self._kept = kept
+        if kept is not None:
+            self.set_cache_hook(kept)  # type: ignore[arg-type]
         self._progress, self._done, self._asked, self._chunk = progress, 0, 0, chunk
+
+    def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._answered("loglikelihood", super().loglikelihood, requests)
+
+    def loglikelihood_rolling(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._answered("loglikelihood_rolling", super().loglikelihood_rolling, requests)
+
+    def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._answered("generate_until", super().generate_until, requests)
+
+    def _answered(self, kind: str, ask: Callable[..., Any], requests: Any) -> Any:
+        """Requests that are kept are not asked; the bars of lm-eval are not shown."""
+
+        def quietly(some: list[Any]) -> Any:
+            return ask(some, disable_tqdm=True)
+
+        return quietly(requests) if self._kept is None else self._kept.asked(kind, requests, quietly)
 
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
         length = self.max_length

@@ -8,12 +8,14 @@ import hashlib
 import io
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.errors import UserError
+from llmslim.evaluation.kept import Kept, kept_in
 from llmslim.evaluation.paired import RESAMPLES, difference, significant, spread, verdict
 from llmslim.evaluation.perplexity import require_causal
 from llmslim.evaluation.run import KV_CHUNK, check_adapter, kv_figures, prepared, resolve_dtype
@@ -37,6 +39,7 @@ def evaluate_tasks(
     adapter: str | None = None,
     kv_cache: KVSettings | None = None,
     kv_budget: float | None = None,
+    keep_answers: Path | None = None,
     revision: str | None = None,
     dtype: str | None = None,
     device: torch.device | None = None,
@@ -57,6 +60,8 @@ def evaluate_tasks(
         kv_cache: the model, not the base, reads `KV_CHUNK` tokens at a time, and those before from such a quantized KV
             cache; what it generates reads it too.
         kv_budget: mean bits that the layers of `kv_cache` get by their sensitivity on a built-in text.
+        keep_answers: folder in which the answers of each model stay: what is there, from a run that was killed or from
+            another comparison with the same base, is not asked again.
         progress: called with the model, rows done and rows in all.
 
     Returns:
@@ -90,7 +95,10 @@ def evaluate_tasks(
     for side in sides:
         told = lambda done, total, side=side: progress(side.spec, done, total)  # noqa: E731
         beside = (adapter, kv_cache, kv_budget) if side is files else ()
-        record, rows, used = answers(side, loaded, asked, batch_size, chosen, place, told, *beside)
+        kept = None
+        if keep_answers is not None:
+            kept = kept_in(keep_answers, side.folder, chosen, place.type, chat_template, *beside)
+        record, rows, used = answers(side, loaded, asked, batch_size, chosen, place, told, kept, *beside)
         runs.append(record)
         batches += rows
         kv_cache = used if side is files else kv_cache
@@ -124,6 +132,7 @@ def answers(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    kept: Kept | None = None,
     adapter: str | None = None,
     kv_cache: KVSettings | None = None,
     kv_budget: float | None = None,
@@ -137,7 +146,7 @@ def answers(
 
     model, kv_cache = prepared(files, dtype, device, adapter, kv_cache, kv_budget, progress)
     chunk = KV_CHUNK if kv_cache is not None else None
-    harness = Harness(model, files.tokenizer(), batch_size, progress, chunk)
+    harness = Harness(model, files.tokenizer(), batch_size, progress, chunk, kept)
     for task in leaves(loaded):
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # both models see the same examples
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its own bars
