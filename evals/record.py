@@ -112,17 +112,23 @@ def commit() -> str:
 def opened(options: Namespace) -> dict[str, Any]:
     """The results file to go on with, or a new one.
 
-    A file of another machine or thread count is not continued: its rows would not compare.
+    Rows of another machine stay, and say which it was; a file of another seed or thread count is not continued.
     """
     header = {"machine": machine(), "threads": options.threads, "seed": options.seed}
     result: dict[str, Any] = {"rows": []}
     if options.output.exists():
         result = json.loads(options.output.read_text())
-        differs = [key for key, value in header.items() if result.get(key) != value]
+        differs = [key for key in ("threads", "seed") if result.get(key) != header[key]]
         if differs:
             sys.exit(
                 f"{options.output} was measured with another {' and '.join(differs)}: give --output FILE."
             )
+        if result["machine"] != header["machine"]:
+            for row in result["rows"]:
+                row.setdefault("machine", result["machine"])
+    for row in result["rows"]:
+        if row.get("machine") == header["machine"]:
+            del row["machine"]
     return {
         "command": command_line(),
         **header,

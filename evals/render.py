@@ -28,16 +28,27 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def where(result: Result) -> str:
-    """The machine, versions and day that a table's figures come from."""
-    machine, versions = result["machine"], result["versions"]
-    kind = (
-        "AVX512-BF16" if machine["avx512_bf16"] else "AVX2, no AVX512-BF16" if machine["avx2"] else "no AVX2"
-    )
+    """The machine, versions and day that a table's figures come from, and which rows are from another machine."""
+    versions = result["versions"]
     threads = "one thread" if result["threads"] == 1 else f"{result['threads']} threads"
     packages = ", ".join(
         f"{name} {versions[name]}" for name in ("llmslim", "torch", "transformers") if name in versions
     )
-    return f"{machine['cpu']} ({kind}), {threads}; {packages}; {result['date'][:10]}. `{result['command']}`"
+    told = f"{named(result['machine'])}, {threads}; {packages}; {result['date'][:10]}. `{result['command']}`"
+    others: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        if "machine" in row:
+            others.setdefault(named(row["machine"]), []).append(row["name"])
+    for machine, names in others.items():
+        told += f"\n\nOn {machine}, which is faster or slower: {', '.join(names)}."
+    return told
+
+
+def named(machine: dict[str, Any]) -> str:
+    kind = (
+        "AVX512-BF16" if machine["avx512_bf16"] else "AVX2, no AVX512-BF16" if machine["avx2"] else "no AVX2"
+    )
+    return f"{machine['cpu']} ({kind})"
 
 
 def quantization(result: Result) -> str:
