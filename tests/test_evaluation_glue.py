@@ -119,7 +119,7 @@ def test_the_command_scores_several_tasks(bert: Path, data: str, capsys: pytest.
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--glue", "sst3"], "Unknown GLUE task 'sst3', did you mean 'sst2'?"),
+        (["--glue", "sst3"], "Unknown GLUE task 'sst3' (did you mean 'sst2'?"),
         (["--glue", ""], "Which GLUE tasks?"),
         (
             ["--glue", "mnli"],

@@ -18,8 +18,9 @@ from llmslim.errors import UserError
 from llmslim.evaluation.damage import Damage
 from llmslim.evaluation.scores import TokenScores
 from llmslim.report.answers import answers, increase
-from llmslim.report.compare import compare, comparison_page, frontier, text_plot
+from llmslim.report.compare import compare, comparison_page
 from llmslim.report.html import report_page
+from llmslim.report.pareto import frontier
 from llmslim.report.schema import SCHEMA_VERSION, read_report
 from llmslim.report.svg import Point, columns, scatter
 from tests.test_report import REPORTS, full_report
@@ -143,6 +144,11 @@ def test_every_kind_of_report_makes_a_page(name: str) -> None:
     assert "Before and after" in text
     if name == "encoder":
         assert "not measured" in text and "is an encoder" in text
+        assert "--save" not in text  # it has no such scores to add
+    else:
+        assert "llmslim benchmark FOLDER --base demo --save" in text
+    if name == "full":
+        assert "900 MB of memory when run became 450 MB." in text
 
 
 def spoiled(value: Any) -> Any:
@@ -190,11 +196,11 @@ def test_the_cost_is_told_with_its_interval() -> None:
 
 
 def test_the_line_of_the_best_claims_nothing_between_them() -> None:
-    falling = scatter([Point(1, 5, "a"), Point(2, 3, "b")], "bytes", "loss", [0, 1])
-    rising = scatter([Point(1, 3, "a"), Point(2, 5, "b")], "speed", "loss", [0, 1])
-    assert re.search(r'frontier" d="M[\d. ]+H[\d.]+V', falling) and re.search(
-        r'frontier" d="M[\d. ]+V[\d.]+H', rising
-    )
+    """With less than the bytes of the right one only the left one will do; of speeds it is the other way round."""
+    points = [Point(1, 5, "a"), Point(2, 3, "b")]
+    bytes_, speed = (scatter(points, "x", "y", [0, 1], more_is_better=more) for more in (False, True))
+    assert re.search(r'frontier" d="M[\d. ]+H[\d.]+V', bytes_)
+    assert re.search(r'frontier" d="M[\d. ]+V[\d.]+H', speed)
 
 
 def test_columns_go_up_and_down_from_zero() -> None:
@@ -231,7 +237,9 @@ def test_compare_runs(runs: dict[str, Path], tmp_path: Path, capsys: pytest.Capt
     out = capsys.readouterr().out
     assert "4bit\u00a0*" in out and "perplexity" in out and "A base" in out
     found = Elements(page.read_text())
-    assert "8bit" in found.text and [tag for tag, _ in found.tags].count("svg") == 1  # no speed was measured
+    assert (
+        "8bit" in found.text and [tag for tag, _ in found.tags].count("svg") == 2
+    )  # perplexity and KL; no speed was measured
     result = compare([runs["4bit"], runs["8bit"]])
     assert [run.name for run in result.runs] == ["base", "4bit", "8bit"] and not result.caveats
     assert result.runs[1].bytes < result.runs[2].bytes < result.runs[0].bytes
@@ -253,7 +261,75 @@ def test_what_is_not_alike_is_said(tmp_path: Path) -> None:
     assert len(found.caveats) == 3 and [run.name for run in found.runs] == ["one", "other"]  # no base of both
     assert all("cannot be compared" in caveat for caveat in found.caveats)
     page = Elements(comparison_page(found))
-    assert "Not alike" in page.text and [tag for tag, _ in page.tags].count("svg") == 2
+    assert "Not alike" in page.text and [tag for tag, _ in page.tags].count("svg") == 4
+
+
+def scored(folder: Path, bytes_on_disk: float, **tasks: float) -> Path:
+    """A run of full_report with scores, each 0.1 below the base's."""
+    report = full_report()
+    report["size"]["result"]["bytes_on_disk"] = bytes_on_disk
+    found = {
+        name: {
+            "questions": 500,
+            "main": "acc",
+            "metrics": {
+                "acc": {
+                    "value": value,
+                    "stderr": 0.02,
+                    "base": value + 0.1,
+                    "base_stderr": 0.02,
+                    "share": True,
+                }
+            },
+        }
+        for name, value in tasks.items()
+    }
+    report["tasks"] = {"tasks": found, "protocol": "the first 500"} if found else None
+    return written(folder, report)
+
+
+def test_scores_on_tasks_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mean is of the tasks that all scored runs have; a high score is good."""
+    folders = [
+        scored(tmp_path / "small", 50e6, piqa=0.5, arc_easy=0.4),
+        scored(tmp_path / "middle", 60e6, piqa=0.4, arc_easy=0.3, boolq=0.9),
+        scored(tmp_path / "large", 70e6, piqa=0.6, arc_easy=0.6),
+        scored(tmp_path / "unscored", 40e6),
+    ]
+    found = compare(folders, quality="tasks")
+    means = [run.mean_score for run in found.runs]
+    assert means[:4] == pytest.approx([0.55, 0.45, 0.35, 0.6]) and means[4] is None  # the base in front
+    assert {found.runs[index].name for index in found.best} == {"small", "large"}
+    headings, rows = found.tasks
+    assert headings == ["run", "piqa", "arc_easy", "boolq", "mean"]
+    assert rows[2] == ("middle", "0.400 ± 0.020", "0.300 ± 0.020", "0.900 ± 0.020", "0.350")
+    assert rows[0][3] == "1.000 ± 0.020"  # of the base, from the one run that asked it
+    assert rows[4] == ("unscored", "-", "-", "-", "-")
+    page = Elements(comparison_page(found))
+    assert "Mean task score against MB on disk: left and up is better." in page.text
+    words = ["compare", *map(str, folders), "--against", "decode", "--quality", "tasks"]
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert "scores on tasks" in out and "mean task score, against decode, tokens/s" in out
+
+
+def test_encoders_are_compared_by_their_scores(tmp_path: Path) -> None:
+    folders = []
+    for name, score in (("one", 0.81), ("other", 0.85)):
+        glue = {"tasks": {"mrpc": {"score": score, "metrics": {}}}}
+        folders.append(written(tmp_path / name, REPORTS["encoder"]() | {"glue": glue}))
+    found = compare(folders)
+    assert found.quality == "tasks" and "mean task score" in found.picture
+    assert found.tasks == (["run", "mrpc"], [("base", "-"), ("one", "0.810"), ("other\u00a0*", "0.850")])
+
+
+def test_other_questions_are_not_alike(tmp_path: Path) -> None:
+    one, other = scored(tmp_path / "one", 5e6, piqa=0.5), scored(tmp_path / "other", 6e6, piqa=0.5)
+    report = read_report(other)
+    report["tasks"]["protocol"] = "all"
+    (other / "report.json").write_text(json.dumps(report))
+    (caveat,) = compare([one, other]).caveats
+    assert "questions of the tasks differ" in caveat
 
 
 def test_reports_of_other_versions_and_of_encoders(tmp_path: Path) -> None:
@@ -262,7 +338,7 @@ def test_reports_of_other_versions_and_of_encoders(tmp_path: Path) -> None:
     assert "verification" in read_report(written(tmp_path / "old", old))
     found = compare([tmp_path / "old", written(tmp_path / "bare", REPORTS["bare"]())])
     assert all(run.perplexity is None for run in found.runs) and not found.best
-    assert "No picture" in text_plot(found) and "-" in found.runs[0].cells(False)
+    assert "No picture" in found.picture and "-" in found.runs[0].cells(False)
     Elements(comparison_page(found))
 
 
@@ -288,6 +364,8 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (stranger / "report.json").write_text("{")
     assert "is damaged" in refusal(good, stranger)
     other = written(tmp_path / "other", full_report())
+    assert cli.main(["compare", str(good), str(other), "--quality", "speed"]) == 2
+    assert "'speed' is no axis of a comparison: give one of perplexity, kl, tasks." in capsys.readouterr().err
     assert cli.main(["compare", str(good), str(other), "--html", str(tmp_path / "no/x.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
 

@@ -156,7 +156,7 @@ def data_from(folder: str) -> Iterator[None]:
             here = None
         elif here is not None and not here.is_dir():
             raise UserError(
-                f"There is no folder {here} for the data set {path}: it would have the Hub's files."
+                f"--data holds no data set {path}: put its files of the Hub into the folder {here}."
             )
         try:
             if here is not None:  # the cache of `datasets` does not tell two folders of one name apart

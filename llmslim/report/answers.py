@@ -69,7 +69,8 @@ def _gained(report: dict[str, Any]) -> Answer:
     sizes = f"{base['bytes_on_disk'] / 1e6:,.1f} MB on disk became {result['bytes_on_disk'] / 1e6:,.1f} MB."
     bits = f"{base['bits_per_weight']:.2f} bits per weight became {result['bits_per_weight']:.2f}."
     short = f"{smaller:.2f}x smaller" if smaller >= 1 else f"{1 / smaller:.2f}x larger"
-    return Answer("What did I gain?", short, (sizes, bits, figures.verdict(report)), smaller > 1)
+    lines = (sizes, bits, figures.memory(report), figures.verdict(report))
+    return Answer("What did I gain?", short, lines, smaller > 1)
 
 
 def _cost(report: dict[str, Any]) -> Answer:
