@@ -413,6 +413,7 @@ def test_figures_measured_later_are_kept(runs: dict[str, Path], tmp_path: Path) 
     text = Elements((folder / "report.html").read_text()).text.replace("\u00a0", " ")
     for words in ("arc_easy (acc)", "0.600 ± 0.050", "-10.0 ± 2.0 points", "On tasks: worse on arc_easy."):
         assert words in text
+    assert "In turns with the base: decoding is 2.00x the base's." in answers(report)[0].lines
     for words in ("decode, batch 1, prompt 32", "2.00x", "within noise", "20.0 MB"):
         assert words in text
     assert "## Scores on tasks" in (folder / "report.md").read_text()
