@@ -96,7 +96,7 @@ def _unmeasured(report: dict[str, Any], verb: str, options: str = "") -> str:
     """How to add what this run has not; of models that are not causal there is nothing to add."""
     if "skipped" in (report["quality"] or {}):
         return ""
-    return f"Not measured: `llmslim {verb} FOLDER {options}--base {report['base']['spec']} --save` adds it."
+    return f"Not measured. To add it: llmslim {verb} FOLDER {options}--base {report['base']['spec']} --save"
 
 
 def _positions(details: dict[str, Any]) -> str:
