@@ -95,7 +95,9 @@ def manager_of(names: Sequence[str]) -> Any:
     manager = everything()
     unknown = next((name for name in wanted if name not in manager.task_index), None)
     if unknown is not None:
-        raise UserError(f"lm-eval has no task {unknown!r}{_nearest(unknown, manager.all_tasks)}.")
+        raise UserError(
+            f"lm-eval has no task {unknown!r}{_nearest(unknown, manager.all_tasks)}; `lm-eval ls tasks` prints all."
+        )
     return manager
 
 
