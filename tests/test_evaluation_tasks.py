@@ -240,7 +240,7 @@ def test_without_a_network_the_folder_is_named(model: str, monkeypatch: pytest.M
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
-        UserError, match="cannot be had: Couldn't reach 'baber/piqa' on the Hub. With --data FOLDER it is"
+        UserError, match="cannot be had: Couldn't reach 'baber/piqa' on the Hub; with --data FOLDER it is"
     ):
         load_tasks(["piqa"])
     assert datasets.load_dataset is unreachable

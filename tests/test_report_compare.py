@@ -149,6 +149,8 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "update llmslim" in refusal(good, newer)
     stranger = written(tmp_path / "stranger", {"results": []})
     assert "no report of llmslim" in refusal(good, stranger)
+    odd = written(tmp_path / "odd", full_report() | {"schema_version": "2"})
+    assert "its schema_version is '2', not a number from 1 to 2" in refusal(good, odd)
     lacking = copy.deepcopy(full_report())
     del lacking["size"]
     assert "lacks size" in refusal(good, written(tmp_path / "lacking", lacking))

@@ -167,7 +167,7 @@ def data_from(folder: str) -> Iterator[None]:
         except Exception as error:  # whatever the libraries, the network or the file system say
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise UserError(
-                f"The data set {path}{f' ({name})' if name else ''} cannot be had: {reason}. With --data FOLDER it "
+                f"The data set {path}{f' ({name})' if name else ''} cannot be had: {reason}; with --data FOLDER it "
                 f"is read from FOLDER/{path} in the Hub's layout."
             ) from error
 

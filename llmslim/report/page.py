@@ -41,7 +41,7 @@ code{font:.88em ui-monospace,monospace}
 @media print{:root{--ink:#000;--dim:#444;--paper:#fff;--card:#f4f4f4;--line:#bbb;--c0:#3a6ea5;--c1:#c8772e;--c2:#4f8f5b;
 --c3:#a04a7f;--good:#1a7f37;--bad:#b3261e}body{font-size:10.5pt;max-width:none;padding:0}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}figure,tr,.card,.pair{break-inside:avoid}
-h2{break-after:avoid}.scroll{overflow:visible}
+h2{break-after:avoid;margin-top:1.2rem}.scroll{overflow:visible}th,td{padding:.12rem .4rem}table,pre{font-size:9pt}
 .cards{grid-template-columns:repeat(3,1fr)}.card .big{font-size:1.25rem}}
 """
 
