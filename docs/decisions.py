@@ -239,10 +239,32 @@ def encoders() -> str:
     return "\n".join(text)
 
 
+def caches() -> str:
+    """Long contexts: what the KV cache takes and what fewer bits of it cost."""
+    found = results("kv_cache")
+    text = [
+        "| your case | take | MB of cache at 8,000 tokens | perplexity at 2,048 | decode at 8,000 |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for kind, situation, take in (
+        ("kivi-4", "The choice to begin with", "`--kv-bits 4`; stored: `configs/long-context.yaml`"),
+        ("kivi-8", "Nothing may be lost", "`--kv-bits 8`"),
+        ("rotated-auto2.3", "Few bits", "`--kv-bits auto --kv-budget 2.3 --kv-method rotated`"),
+        ("rotated-2", "The fewest", "`--kv-bits 2 --kv-method rotated`"),
+        ("full", "the cache as it is, in 16 bits", ""),
+    ):
+        quality, held = found[f"quality/{kind}"]["perplexity"], found[f"memory/{kind}"]["cache_bytes"]
+        ratio = found.get(f"speed/{kind}", {}).get("ratio")
+        speed = "" if ratio is None else f"{ratio:.1f}x"
+        text.append(f"| {situation} | {take} | {held / 1e6:.0f} | {quality:.2f} | {speed} |")
+    return "\n".join(text)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "bytes": lambda: choices(BYTES, "recipes"),
     "plain": lambda: choices(PLAIN, "pruning"),
     "speeds": speeds,
+    "caches": caches,
     "memory": memory,
     "encoders": encoders,
 }

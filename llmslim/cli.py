@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmslim.errors import UserError
-from llmslim.flags import Parser, did_you_mean
+from llmslim.errors import UserError, nearest
+from llmslim.flags import Parser
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _dispatch(argv: list[str]) -> None:
         return
     name, known = argv[0], verbs()
     if name not in known:
-        raise UserError(f"Unknown command {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}.")
+        raise UserError(f"Unknown command {name!r}{nearest(name, known)}; there are {', '.join(known)}.")
     quiet(verbose="-v" in argv or "--verbose" in argv)
     parser = known[name].parser(f"llmslim {name}")
     parser.add_argument("-v", "--verbose", action="store_true", help="show the libraries' logs and warnings")

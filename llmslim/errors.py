@@ -14,6 +14,6 @@ class UserError(ValueError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """', did you mean X?' when something known is close to the word, for a message."""
+    """' (did you mean X?)' when something known is close to the word, for a message."""
     close = difflib.get_close_matches(word, list(known), 1)
-    return f", did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""

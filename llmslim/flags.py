@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from llmslim.errors import UserError
+from llmslim.errors import UserError, nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,8 +43,8 @@ class Parser(argparse.ArgumentParser):
             option = word.split("=")[0]
             if option.startswith("-"):
                 raise UserError(
-                    f"Unknown option {option}{did_you_mean(option, self.options())} "
-                    f"(`{self.prog} --help` lists all)."
+                    f"Unknown option {option}{nearest(option, self.options())}; "
+                    f"`{self.prog} --help` lists all."
                 )
         if unknown:
             raise UserError(f"{unknown[0]!r} is one word too many: `{self.usage_line()}`.")
@@ -179,11 +179,3 @@ def default_text(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return "" if value is None or value in ((), {}, "") else str(value)
-
-
-def did_you_mean(word: str, known: Any) -> str:
-    """', did you mean X?' when something known is close to the word, else nothing."""
-    import difflib
-
-    close = difflib.get_close_matches(word, list(known), 1, cutoff=0.5)
-    return f", did you mean {close[0]}?" if close else ""

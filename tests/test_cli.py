@@ -264,10 +264,10 @@ def test_threads_are_set_for_the_run_and_its_children(
 
 QUANTIZE = ["quantize", "demo", "--method", "rtn", "--output", "out"]
 BAD = {
-    "misspelt verb": (["quantise", "demo"], "did you mean quantize?"),
-    "misspelt option": ([*QUANTIZE, "--bit", "3"], "Unknown option --bit, did you mean --bits?"),
-    "abbreviation": ([*QUANTIZE, "--embeddings", "8"], "did you mean --embeddings-bits?"),
-    "misspelt method": (["quantize", "demo", "--method", "gtpq"], "did you mean gptq?"),
+    "misspelt verb": (["quantise", "demo"], "did you mean 'quantize'?"),
+    "misspelt option": ([*QUANTIZE, "--bit", "3"], "Unknown option --bit (did you mean '--bits'?)"),
+    "abbreviation": ([*QUANTIZE, "--embeddings", "8"], "did you mean '--embeddings-bits'?"),
+    "misspelt method": (["quantize", "demo", "--method", "gtpq"], "did you mean 'gptq'?"),
     "no method": (["quantize", "demo"], "--method autoround or bnb or gptq or kv_cache or qat or rtn"),
     "no output": (["quantize", "demo", "--method", "rtn"], "--output FOLDER"),
     "no model": (["inspect"], "required: MODEL"),
@@ -336,7 +336,7 @@ def test_a_bad_recipe(text: str, said: str, tmp_path: Path, capsys: pytest.Captu
     ("override", "said"),
     [
         ("rtn.bits=3", "the recipe has no 'rtn'; what can be changed is gptq, steps, calibration"),
-        ("gtpq.bits=3", "the recipe has no 'gtpq', did you mean 'gptq'?"),
+        ("gtpq.bits=3", "the recipe has no 'gtpq' (did you mean 'gptq'?"),
         ("sede=3", "did you mean 'seed'?"),
         ("gptq.bit=3", "did you mean 'bits'?"),
         ("gptq.bits=[3", "'[3' is not a value"),

@@ -79,8 +79,8 @@ def test_what_needs_dense_weights_is_refused_after_quantizing(
 @pytest.mark.parametrize(
     ("steps", "said"),
     [
-        ([PRUNE, {"gtpq": {}}], "Unknown step 'gtpq', did you mean 'gptq'?"),
-        ([PRUNE, {"gptq": {"bit": 4}}], "Unknown option 'bit' for gptq, did you mean 'bits'?"),
+        ([PRUNE, {"gtpq": {}}], "Unknown step 'gtpq' (did you mean 'gptq'?"),
+        ([PRUNE, {"gptq": {"bit": 4}}], "Unknown option 'bit' for gptq (did you mean 'bits'?"),
         ([PRUNE, {"gptq": {"bits": 9}}], "gptq: bits = 9"),
         ([PRUNE, {**FOUR_BIT, **EIGHT_BIT}], "A step of a recipe is one name"),
         ([PRUNE, 4], "A step of a recipe is one name"),

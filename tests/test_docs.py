@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ import llmslim
 from llmslim import cli
 from llmslim.edit import EDITS
 from llmslim.step import STEPS, StepRecord, load_steps
+from tests import fake_hub
 from tests.tiny import example_inputs, save_tiny, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,29 +236,43 @@ def test_the_error_sentences_are_the_programs_own() -> None:
 # --- the notebook -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("verified_here")
-def test_the_notebook_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Cell by cell on a tiny model with short texts; its push is a dry run, here without a token."""
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    monkeypatch.chdir(tmp_path)
-    notebook = json.loads(page("from-model-to-hub.ipynb"))
-    assert notebook["nbformat"] == 4 and {cell["cell_type"] for cell in notebook["cells"]} == {
-        "markdown",
-        "code",
-    }
-    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert all(not cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
-    names: dict[str, Any] = {}
-    exec(cells[0], names)
-    model = save_tiny("llama", tmp_path / "model", num_hidden_layers=1)
-    changed = {"MODEL": str(model), "NUM_SAMPLES": 2, "SEQ_LEN": 32, "WINDOWS": 2, "SPEED": False}
-    assert changed.keys() <= names.keys()
-    names.update(changed)
+PUSHED = """
+import json, sys
+from unittest.mock import patch
+from llmslim import pipeline
+from llmslim.checkpoint.verify import verify
+cells, changed, names = json.loads(sys.argv[1]), json.loads(sys.argv[2]), {}
+exec(cells[0], names)
+assert changed.keys() <= names.keys() and names["PUSH"] is False
+names.update(changed)
+with patch.object(pipeline, "verify_in_fresh_process", verify):
     for number, cell in enumerate(cells[1:], 1):
         exec(compile(cell, f"cell {number}", "exec"), names)
-    assert Path("out/notebook-8bit/report.html").is_file()
-    assert names["upload"].commit is None and not names["upload"].compared
-    assert {item.path for item in names["upload"].items} >= {"config.json", "README.md", "report.html"}
-    assert "would go to https://huggingface.co/ann/smollm2-4bit" in capsys.readouterr().out
+assert names["upload"].commit is None  # that one was dry
+"""
+
+
+def test_the_notebook_runs_and_pushes(tmp_path: Path) -> None:
+    """Cell by cell on a tiny model with short texts, to a small Hub on this machine and back."""
+    notebook = json.loads(page("from-model-to-hub.ipynb"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert notebook["nbformat"] == 4 and not any(cell["outputs"] for cell in code)
+    model = save_tiny("llama", tmp_path / "model", num_hidden_layers=1)
+    changed = {
+        "MODEL": str(model),
+        "NUM_SAMPLES": 2,
+        "SEQ_LEN": 32,
+        "WINDOWS": 2,
+        "SPEED": False,
+        "PUSH": True,
+    }
+    cells = json.dumps(["".join(cell["source"]) for cell in code])
+    with fake_hub.running() as hub:
+        asked = {**os.environ, "PYTHONPATH": str(ROOT), **hub.environment("hf_annwrites", tmp_path / "home")}
+        command = [sys.executable, "-c", PUSHED, cells, json.dumps(changed)]
+        ran = subprocess.run(command, capture_output=True, text=True, env=asked, cwd=tmp_path)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        (repository,) = hub.repos.values()
+    assert {"config.json", "README.md", "report.html", "model.safetensors"} <= repository.files.keys()
+    assert repository.private and f"pushed to {hub.url}/ann/smollm2-4bit" in ran.stdout
+    assert (tmp_path / "out/notebook-8bit/report.html").is_file()

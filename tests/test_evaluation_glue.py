@@ -119,14 +119,14 @@ def test_the_command_scores_several_tasks(bert: Path, data: str, capsys: pytest.
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--glue", "sst3"], "Unknown GLUE task 'sst3', did you mean 'sst2'?"),
+        (["--glue", "sst3"], "Unknown GLUE task 'sst3' (did you mean 'sst2'?"),
         (["--glue", ""], "Which GLUE tasks?"),
         (
             ["--glue", "mnli"],
             "needs a classification head of 3 labels, and BertForSequenceClassification has",
         ),
         (["--glue", "sst2", "--data", "nowhere"], "No GLUE data for sst2: there is no folder"),
-        (["--glue", "rte"], "With --data FOLDER they are read from FOLDER/nyu-mll/glue"),
+        (["--glue", "rte"], "with --data FOLDER they are read from FOLDER/nyu-mll/glue"),
         (["--glue", "sst2", "--subset", "0"], "subset 0 is too few"),
         (["--glue", "sst2", "--windows", "3"], "--windows is about perplexity"),
         (["--subset", "3"], "--subset is about the scores of a classifier on GLUE"),

@@ -21,7 +21,7 @@ from llmslim.commands.evaluate import tasks_text
 from llmslim.errors import UserError
 from llmslim.evaluation import tasks as tasks_module
 from llmslim.evaluation.harness import fitting
-from llmslim.evaluation.lm import evaluate_tasks
+from llmslim.evaluation.lm import evaluate_tasks, overall
 from llmslim.evaluation.paired import difference, spread, verdict
 from llmslim.evaluation.tasks import data_from, leaves, load_tasks
 from llmslim.kvcache.settings import KVSettings
@@ -111,7 +111,7 @@ def test_a_packed_model_beside_its_base(
 def test_a_model_beside_itself_shows_no_loss(model: str, data: str) -> None:
     record = evaluate_tasks(model, ["arc_easy"], base=model, data=data, limit=6, num_fewshot=1)
     assert record["tasks"]["arc_easy"]["num_fewshot"] == 1
-    assert record["verdict"] == "no measurable loss on arc_easy"
+    assert record["verdict"] == "no measurable loss on arc_easy (6 questions)"
     assert record["average"] is None
 
 
@@ -184,8 +184,20 @@ def test_the_verdict_in_words() -> None:
     assert verdict(-0.019, 0.008, 500) == "-1.9 ± 0.8 points"
     assert verdict(-0.004, 0.008, 500) == "no measurable loss (-0.4 ± 0.8 points)"
     assert verdict(-0.004, 0.008, 20) == "no measurable loss (-0.4 ± 0.8 points, of 20 questions)"
+    assert verdict(-0.025, 0.067, 40) == "too few questions to tell (-2.5 ± 6.7 points, of 40 questions)"
     assert verdict(0.2, None, 1) == "too few questions to tell"
     assert spread(0.312, 0.12, share=False) == "+0.312 ± 0.12"
+
+
+def test_no_loss_is_claimed_where_chance_would_hide_one() -> None:
+    def task(gap: float, stderr: float, questions: int) -> dict[str, Any]:
+        main = {"difference": gap, "difference_stderr": stderr, "share": True}
+        return {"questions": questions, "main": "acc", "metrics": {"acc": main}}
+
+    found = {"a": task(-0.02, 0.008, 500), "b": task(-0.004, 0.008, 500), "c": task(-0.02, 0.067, 40)}
+    assert overall(found) == (
+        "a -2.0 ± 0.8 points; no measurable loss on b; too few questions to tell on c (40 questions)"
+    )
 
 
 def test_rows_follow_the_memory(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +236,7 @@ def test_a_group_is_its_tasks(data: str, monkeypatch: pytest.MonkeyPatch) -> Non
         (["--tasks", ""], "Which tasks?"),
         (["--tasks", "none/of.yaml"], "No task definition at none/of.yaml."),
         (["--tasks", "arc_challenge"], "cannot be had: BuilderConfig 'ARC-Challenge' not found"),
-        (["--tasks", "hellaswag"], "Rowan/hellaswag for the data set Rowan/hellaswag"),
+        (["--tasks", "hellaswag"], "--data holds no data set Rowan/hellaswag: put its files"),
         (["--tasks", "piqa", "--num-fewshot", "2"], "takes its few-shot examples from a split"),
         (["--tasks", "piqa", "--limit", "0"], "limit 0 is too few"),
         (["--tasks", "piqa", "--batch-size", "0"], "batch_size 0 is too few"),
@@ -246,7 +258,7 @@ def test_what_cannot_be_asked_is_refused_before_weights(
     monkeypatch.setattr(
         tasks_module, "everything", lambda: TaskManager(include_path=few, include_defaults=False)
     )
-    monkeypatch.setattr("llmslim.evaluation.run.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("llmslim.evaluation.lm.prepared", lambda *_: pytest.fail("weights were loaded"))
     assert main(["evaluate", model, *words, "--data", data]) == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
@@ -260,7 +272,7 @@ def test_without_a_network_the_folder_is_named(model: str, monkeypatch: pytest.M
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
-        UserError, match="cannot be had: Couldn't reach 'baber/piqa' on the Hub. With --data FOLDER it is"
+        UserError, match="cannot be had: Couldn't reach 'baber/piqa' on the Hub; with --data FOLDER it is"
     ):
         load_tasks(["piqa"])
     assert datasets.load_dataset is unreachable
@@ -268,7 +280,7 @@ def test_without_a_network_the_folder_is_named(model: str, monkeypatch: pytest.M
 
 def test_a_recipe_has_its_result_asked(model: str, data: str, tmp_path: Path, verified_here: None) -> None:
     asked = {"windows": 1, "seq_len": 32, "speed": False, "tasks": ("piqa",), "tasks_limit": 4}
-    with pytest.raises(UserError, match="There is no folder"):  # before anything is computed
+    with pytest.raises(UserError, match="--data holds no data set"):  # before anything is computed
         compress(
             model,
             [RTN()],

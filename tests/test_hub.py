@@ -16,8 +16,8 @@ import pytest
 import yaml
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from llmslim.hub import card_problem
 from llmslim.report.card import _license
+from llmslim.report.head import card_problem
 from llmslim.report.index import model_index
 from tests import fake_hub
 from tests.test_report import full_report

@@ -163,4 +163,4 @@ def test_finetune_builds_one_too_and_what_a_student_is_not_is_refused(
     assert cli.main([*words.split(), "--student-layers", "9", "--plan"]) == 2
     assert "layers 9 makes no smaller student" in capsys.readouterr().err
     assert cli.main([*words.split(), "--student-layer", "2", "--plan"]) == 2
-    assert "did you mean --student-layers?" in capsys.readouterr().err
+    assert "did you mean '--student-layers'?" in capsys.readouterr().err

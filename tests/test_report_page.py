@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -14,11 +12,10 @@ import pytest
 import torch
 
 from llmslim import cli
-from llmslim.errors import UserError
 from llmslim.evaluation.damage import Damage
 from llmslim.evaluation.scores import TokenScores
 from llmslim.report.answers import answers, increase
-from llmslim.report.compare import compare, comparison_page, frontier, text_plot
+from llmslim.report.compare import compare
 from llmslim.report.html import report_page
 from llmslim.report.schema import SCHEMA_VERSION, read_report
 from llmslim.report.svg import Point, columns, scatter
@@ -143,6 +140,11 @@ def test_every_kind_of_report_makes_a_page(name: str) -> None:
     assert "Before and after" in text
     if name == "encoder":
         assert "not measured" in text and "is an encoder" in text
+        assert "--save" not in text  # it has no such scores to add
+    else:
+        assert "llmslim benchmark FOLDER --base demo --save" in text
+    if name == "full":
+        assert "900 MB of memory when run became 450 MB." in text
 
 
 def spoiled(value: Any) -> Any:
@@ -190,11 +192,11 @@ def test_the_cost_is_told_with_its_interval() -> None:
 
 
 def test_the_line_of_the_best_claims_nothing_between_them() -> None:
-    falling = scatter([Point(1, 5, "a"), Point(2, 3, "b")], "bytes", "loss", [0, 1])
-    rising = scatter([Point(1, 3, "a"), Point(2, 5, "b")], "speed", "loss", [0, 1])
-    assert re.search(r'frontier" d="M[\d. ]+H[\d.]+V', falling) and re.search(
-        r'frontier" d="M[\d. ]+V[\d.]+H', rising
-    )
+    """With less than the bytes of the right one only the left one will do; of speeds it is the other way round."""
+    points = [Point(1, 5, "a"), Point(2, 3, "b")]
+    bytes_, speed = (scatter(points, "x", "y", [0, 1], more_is_better=more) for more in (False, True))
+    assert re.search(r'frontier" d="M[\d. ]+H[\d.]+V', bytes_)
+    assert re.search(r'frontier" d="M[\d. ]+V[\d.]+H', speed)
 
 
 def test_columns_go_up_and_down_from_zero() -> None:
@@ -204,92 +206,19 @@ def test_columns_go_up_and_down_from_zero() -> None:
     assert top + up == pytest.approx(zero, abs=0.2) and up == pytest.approx(2 * down, abs=0.3)
 
 
-# --- compare ------------------------------------------------------------------------------------------------
-
-
-def test_the_frontier_is_what_no_other_beats() -> None:
-    """Against the definition, on random points with ties."""
-    generator = torch.Generator().manual_seed(3)
-    points = [tuple(map(float, row)) for row in torch.randint(0, 8, (40, 2), generator=generator)]
-
-    def beaten(a: tuple[float, ...], sign: float) -> bool:
-        return any(
-            sign * b[0] <= sign * a[0] and b[1] <= a[1] and (b[0], b[1]) != (a[0], a[1]) for b in points
-        )
-
-    for more_is_better in (False, True):
-        expected = {a for a in points if not beaten(a, -1.0 if more_is_better else 1.0)}
-        found = frontier(points, more_is_better)
-        assert {points[index] for index in found} == expected and len(found) == len(expected)
-        assert [points[i][0] for i in found] == sorted(points[i][0] for i in found)
-    assert frontier([(1.0, None), (None, 1.0), (2.0, float("inf")), (3.0, 3.0)]) == [3]
-
-
 def test_compare_runs(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "compared.html"
     assert cli.main(["compare", str(runs["4bit"]), str(runs["8bit"]), "--html", str(page)]) == 0
     out = capsys.readouterr().out
     assert "4bit\u00a0*" in out and "perplexity" in out and "A base" in out
     found = Elements(page.read_text())
-    assert "8bit" in found.text and [tag for tag, _ in found.tags].count("svg") == 1  # no speed was measured
+    assert (
+        "8bit" in found.text and [tag for tag, _ in found.tags].count("svg") == 2
+    )  # perplexity and KL; no speed was measured
     result = compare([runs["4bit"], runs["8bit"]])
     assert [run.name for run in result.runs] == ["base", "4bit", "8bit"] and not result.caveats
     assert result.runs[1].bytes < result.runs[2].bytes < result.runs[0].bytes
     assert result.runs[1].kl > result.runs[2].kl  # type: ignore[operator]
-
-
-def written(folder: Path, report: dict[str, Any]) -> Path:
-    folder.mkdir()
-    (folder / "report.json").write_text(json.dumps(report))
-    return folder
-
-
-def test_what_is_not_alike_is_said(tmp_path: Path) -> None:
-    one, other = full_report(), full_report()
-    other["base"]["model"] = "another"
-    other["quality"]["perplexity"]["protocol"] = "another text"
-    other["environment"]["threads"] = 8
-    found = compare([written(tmp_path / "one", one), written(tmp_path / "other", other)])
-    assert len(found.caveats) == 3 and [run.name for run in found.runs] == ["one", "other"]  # no base of both
-    assert all("cannot be compared" in caveat for caveat in found.caveats)
-    page = Elements(comparison_page(found))
-    assert "Not alike" in page.text and [tag for tag, _ in page.tags].count("svg") == 2
-
-
-def test_reports_of_other_versions_and_of_encoders(tmp_path: Path) -> None:
-    """An older report lacks what came later; of what was not measured there is a dash, and no picture."""
-    old = REPORTS["encoder"]() | {"schema_version": 1}
-    assert "verification" in read_report(written(tmp_path / "old", old))
-    found = compare([tmp_path / "old", written(tmp_path / "bare", REPORTS["bare"]())])
-    assert all(run.perplexity is None for run in found.runs) and not found.best
-    assert "No picture" in text_plot(found) and "-" in found.runs[0].cells(False)
-    Elements(comparison_page(found))
-
-
-def refusal(*folders: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        compare(folders)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good = written(tmp_path / "good", full_report())
-    assert "two runs or more" in refusal(good)
-    assert "twice" in refusal(good, good)
-    assert "is no run" in refusal(good, tmp_path) and "is no run" in refusal(good, tmp_path / "missing")
-    newer = written(tmp_path / "newer", full_report() | {"schema_version": SCHEMA_VERSION + 1})
-    assert "update llmslim" in refusal(good, newer)
-    stranger = written(tmp_path / "stranger", {"results": []})
-    assert "no report of llmslim" in refusal(good, stranger)
-    lacking = copy.deepcopy(full_report())
-    del lacking["size"]
-    assert "lacks size" in refusal(good, written(tmp_path / "lacking", lacking))
-    (stranger / "report.json").write_text("{")
-    assert "is damaged" in refusal(good, stranger)
-    other = written(tmp_path / "other", full_report())
-    assert cli.main(["compare", str(good), str(other), "--html", str(tmp_path / "no/x.html")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
 
 
 # --- figures measured later ---------------------------------------------------------------------------------
@@ -335,6 +264,7 @@ def test_figures_measured_later_are_kept(runs: dict[str, Path], tmp_path: Path) 
     text = Elements((folder / "report.html").read_text()).text.replace("\u00a0", " ")
     for words in ("arc_easy (acc)", "0.600 ± 0.050", "-10.0 ± 2.0 points", "On tasks: worse on arc_easy."):
         assert words in text
+    assert "In turns with the base: decoding is 2.00x the base's." in answers(report)[0].lines
     for words in ("decode, batch 1, prompt 32", "2.00x", "within noise", "20.0 MB"):
         assert words in text
     assert "## Scores on tasks" in (folder / "report.md").read_text()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmslim.commands.common import MODEL, add_device, add_model, device_of, show
-from llmslim.errors import UserError
-from llmslim.flags import Parser, add_field, default_text, did_you_mean, merged
+from llmslim.errors import UserError, nearest
+from llmslim.flags import Parser, add_field, default_text, merged
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -253,9 +253,7 @@ def _method(typed: str | None, methods: dict[str, type[Step]]) -> str:
         return next(iter(methods))
     if typed is None:
         raise UserError(f"Which method? Give --method {' or '.join(methods)}; --help says what each does.")
-    raise UserError(
-        f"Unknown method {typed!r}{did_you_mean(typed, methods)}; there are {', '.join(methods)}."
-    )
+    raise UserError(f"Unknown method {typed!r}{nearest(typed, methods)}; there are {', '.join(methods)}.")
 
 
 def _refuse_foreign(fields: dict[str, Any], kind: str, methods: dict[str, type[Step]]) -> None:

@@ -16,7 +16,16 @@ import torch
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.errors import UserError
 from llmslim.evaluation.kept import Kept, kept_in
-from llmslim.evaluation.paired import RESAMPLES, difference, significant, spread, verdict
+from llmslim.evaluation.paired import (
+    FEW,
+    RESAMPLES,
+    TOO_FEW,
+    difference,
+    significant,
+    spread,
+    telling,
+    verdict,
+)
 from llmslim.evaluation.perplexity import require_causal
 from llmslim.evaluation.run import KV_CHUNK, check_adapter, kv_figures, prepared, resolve_dtype
 from llmslim.evaluation.tasks import leaves, load_tasks
@@ -273,17 +282,15 @@ def overall(scores: dict[str, Any]) -> str:
     """One sentence on all tasks: where the model differs from its base beyond chance."""
     mains = _mains(scores)
     if not mains:
-        return "too few questions to tell"
-    moved = {
-        name: main
-        for name, main in mains.items()
-        if significant(main["difference"], main["difference_stderr"])
-    }
-    parts = [
-        f"{name} {spread(main['difference'], main['difference_stderr'], main['share'])}"
-        for name, main in moved.items()
-    ]
-    alike = [name for name in mains if name not in moved]
-    if alike:
-        parts.append(f"no measurable loss on {', '.join(alike)}")
-    return "; ".join(parts)
+        return TOO_FEW
+    moved: list[str] = []
+    alike: dict[str, list[str]] = {"no measurable loss": [], TOO_FEW: []}
+    for name, main in mains.items():
+        told = (main["difference"], main["difference_stderr"], main["share"])
+        count = scores[name].get("questions", FEW)
+        label = name if count >= FEW else f"{name} ({count} questions)"
+        if significant(*told[:2]):
+            moved.append(f"{label} {spread(*told)}")
+        else:
+            alike["no measurable loss" if telling(*told) else TOO_FEW].append(label)
+    return "; ".join([*moved, *(f"{said} on {', '.join(names)}" for said, names in alike.items() if names)])

@@ -10,6 +10,8 @@ import numpy as np
 RESAMPLES = 1000
 NORMAL_95 = 1.96  # standard errors: 95 % of a normal distribution lie within
 FEW = 100  # questions, below which a verdict says how few they were
+TOO_FEW = "too few questions to tell"
+TELLING = 0.05  # of a share: where a loss as large may hide behind chance, nothing is said of it
 
 Aggregate = Callable[[list[Any]], float]
 
@@ -48,17 +50,24 @@ def significant(gap: float, stderr: float | None) -> bool:
     return stderr is not None and abs(gap) > NORMAL_95 * stderr
 
 
+def telling(gap: float, stderr: float, share: bool = True) -> bool:
+    """Whether the 95 % interval leaves out a loss that would matter; of what is no share no one knows which would."""
+    return not share or gap - NORMAL_95 * stderr > -TELLING
+
+
 def verdict(gap: float, stderr: float | None, questions: int, share: bool = True) -> str:
-    """The difference in words: "no measurable loss (-0.4 ± 0.8 points)", or "-1.9 ± 0.8 points".
+    """The difference in words: "no measurable loss (-0.4 ± 0.8 points)", "-1.9 ± 0.8 points", or that nothing tells.
 
     Args:
         share: the figure is a share of 1, told in points of 100; else it is told as it is.
     """
     if stderr is None:
-        return "too few questions to tell"
+        return TOO_FEW
     few = f", of {questions} questions" if questions < FEW else ""
     told = spread(gap, stderr, share)
-    return f"{told}{few}" if significant(gap, stderr) else f"no measurable loss ({told}{few})"
+    if significant(gap, stderr):
+        return f"{told}{few}"
+    return f"{'no measurable loss' if telling(gap, stderr, share) else TOO_FEW} ({told}{few})"
 
 
 def spread(gap: float, stderr: float, share: bool = True) -> str:

@@ -95,7 +95,9 @@ def manager_of(names: Sequence[str]) -> Any:
     manager = everything()
     unknown = next((name for name in wanted if name not in manager.task_index), None)
     if unknown is not None:
-        raise UserError(f"lm-eval has no task {unknown!r}{_nearest(unknown, manager.all_tasks)}.")
+        raise UserError(
+            f"lm-eval has no task {unknown!r}{_nearest(unknown, manager.all_tasks)}; `lm-eval ls tasks` prints all."
+        )
     return manager
 
 
@@ -156,7 +158,7 @@ def data_from(folder: str) -> Iterator[None]:
             here = None
         elif here is not None and not here.is_dir():
             raise UserError(
-                f"There is no folder {here} for the data set {path}: it would have the Hub's files."
+                f"--data holds no data set {path}: put its files of the Hub into the folder {here}."
             )
         try:
             if here is not None:  # the cache of `datasets` does not tell two folders of one name apart
@@ -165,7 +167,7 @@ def data_from(folder: str) -> Iterator[None]:
         except Exception as error:  # whatever the libraries, the network or the file system say
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise UserError(
-                f"The data set {path}{f' ({name})' if name else ''} cannot be had: {reason}. With --data FOLDER it "
+                f"The data set {path}{f' ({name})' if name else ''} cannot be had: {reason}; with --data FOLDER it "
                 f"is read from FOLDER/{path} in the Hub's layout."
             ) from error
 

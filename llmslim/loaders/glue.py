@@ -115,9 +115,9 @@ def _records(task: Task, split: str, folder: str) -> Iterable[dict[str, Any]]:
     try:
         return records(f"{name}:{task.name}:{split}")
     except UserError as error:
+        reason = str(error).split(": give ")[0].rstrip(".")  # not what else could be given as a text
         raise UserError(
-            f"No GLUE data for {task.name}: {str(error).rstrip('.')}. With --data FOLDER they are read from "
-            f"FOLDER/{DATASET}."
+            f"No GLUE data for {task.name}: {reason}; with --data FOLDER they are read from FOLDER/{DATASET}."
         ) from error
 
 

@@ -69,7 +69,14 @@ def _gained(report: dict[str, Any]) -> Answer:
     sizes = f"{base['bytes_on_disk'] / 1e6:,.1f} MB on disk became {result['bytes_on_disk'] / 1e6:,.1f} MB."
     bits = f"{base['bits_per_weight']:.2f} bits per weight became {result['bits_per_weight']:.2f}."
     short = f"{smaller:.2f}x smaller" if smaller >= 1 else f"{1 / smaller:.2f}x larger"
-    return Answer("What did I gain?", short, (sizes, bits, figures.verdict(report)), smaller > 1)
+    lines = (sizes, bits, figures.memory(report), _speed(report))
+    return Answer("What did I gain?", short, lines, smaller > 1)
+
+
+def _speed(report: dict[str, Any]) -> str:
+    """What `benchmark --save` found, base and result in turns; else what the run measured once at its end."""
+    kept = (report.get("benchmark") or {}).get("verdict", "").rstrip(".")
+    return f"In turns with the base: {kept}." if kept else figures.verdict(report)
 
 
 def _cost(report: dict[str, Any]) -> Answer:

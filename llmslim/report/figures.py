@@ -40,13 +40,16 @@ def _glue(scores: dict[str, Any]) -> list[Row]:
 
 
 def _tasks(record: dict[str, Any]) -> list[Row]:
-    """The main metric of each task, and the paired difference in words."""
-    found = {name: task["metrics"].get(task["main"]) for name, task in record.get("tasks", {}).items()}
-    return [
-        Row(name, f"{main['base']:.3f}", f"{main['value']:.3f}", main.get("verdict", ""))
-        for name, main in found.items()
-        if main
-    ]
+    """The main metric of each task, and the paired difference; its verdict stands with the scores."""
+    from llmslim.evaluation.paired import spread
+
+    made = []
+    for name, task in record.get("tasks", {}).items():
+        if main := task["metrics"].get(task["main"]):
+            told = (main.get("difference"), main.get("difference_stderr"), main.get("share", True))
+            change = "" if told[1] is None else spread(*told)
+            made.append(Row(name, f"{main['base']:.3f}", f"{main['value']:.3f}", change))
+    return made
 
 
 def what_was_done(report: dict[str, Any]) -> str:
@@ -100,7 +103,7 @@ def steps(report: dict[str, Any]) -> list[StepLine]:
     return lines
 
 
-TASK_HEADINGS = ("task", "questions", "base", "result", "difference")
+TASK_HEADINGS = ("task", "base", "result", "difference")
 
 
 def tasks(report: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -115,7 +118,8 @@ def tasks(report: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}" for value, stderr in sides
         ]
         gap = found.get("verdict") or f"{found['difference']:+.3f}"
-        rows.append((f"{name} ({record['main']})", f"{record.get('questions', '')}", *told, gap))
+        asked = f", {record['questions']} questions" if "questions" in record else ""
+        rows.append((f"{name} ({record['main']}){asked}", *told, gap))
     return rows
 
 
@@ -218,6 +222,12 @@ def verdict(report: dict[str, Any]) -> str:
             "install llmslim with pip where there is a C compiler."
         )
     return f"On this machine {' and '.join(said)}.{reason}"
+
+
+def memory(report: dict[str, Any]) -> str:
+    """In one sentence, what a fresh process takes to run either; empty when that was not measured."""
+    base, result = (_figure(report["speed"], side, "peak_memory_mb") for side in ("base", "result"))
+    return f"{base:,.0f} MB of memory when run became {result:,.0f} MB." if base and result else ""
 
 
 def worst_linears(report: dict[str, Any], count: int = 3) -> list[tuple[str, float]]:

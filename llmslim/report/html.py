@@ -76,18 +76,27 @@ def _scores(report: dict[str, Any]) -> list[str]:
     told = (
         f"{report['tasks']['protocol']}. ± is the standard error; differences are paired by question."
         if rows
-        else ""
+        else _unmeasured(report, "evaluate", "--tasks arc_easy,piqa ")
     )
-    return [table(figures.TASK_HEADINGS, rows, (1, 2, 3)), paragraph(told, "dim")]
+    return [table(figures.TASK_HEADINGS, rows, (1, 2)), paragraph(told, "dim")]
 
 
 def _lengths(report: dict[str, Any]) -> list[str]:
     rows = figures.lengths(report)
     verdict = report["benchmark"]["verdict"].rstrip(".") if rows else ""
     told = (
-        f"In one sentence: {verdict}. Medians of fresh processes in turns; speeds in tokens." if rows else ""
+        f"In one sentence: {verdict}. Medians of fresh processes in turns; speeds in tokens."
+        if rows
+        else _unmeasured(report, "benchmark")
     )
     return [table(figures.SPEED_HEADINGS, rows, (1, 2, 3)), paragraph(told, "dim")]
+
+
+def _unmeasured(report: dict[str, Any], verb: str, options: str = "") -> str:
+    """How to add what this run has not; of models that are not causal there is nothing to add."""
+    if "skipped" in (report["quality"] or {}):
+        return ""
+    return f"Not measured. To add it: llmslim {verb} FOLDER {options}--base {report['base']['spec']} --save"
 
 
 def _positions(details: dict[str, Any]) -> str:
@@ -131,7 +140,7 @@ def _tokens(details: dict[str, Any]) -> str:
     if not rows:
         return ""
     cells = "".join(
-        f"<tr><td>{escape(visible(row['before']))}<mark>{escape(visible(row['token']))}</mark></td>"
+        f'<tr><td class="t">{escape(visible(row["before"]))}<mark>{escape(visible(row["token"]))}</mark></td>'
         f'<td class="n">{row["base_probability"]:.2%}</td><td class="n">{row["probability"]:.2%}</td>'
         f"<td><code>{escape(visible(row['base_likeliest']))}</code></td>"
         f"<td><code>{escape(visible(row['likeliest']))}</code></td></tr>"
@@ -163,7 +172,7 @@ def samples(report: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _layers(report: dict[str, Any]) -> str:
     found = blocks(report)
     if not found:
-        return ""
+        return paragraph("Not measured: no step of this run compared outputs on a text.", "dim")
     drawing = columns(
         [str(number) for number, _ in found], [value for _, value in found], "block", "relative error"
     )

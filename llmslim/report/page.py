@@ -22,7 +22,7 @@ h1{font-size:1.45rem;line-height:1.25;margin:.2rem 0}h2{font-size:1.15rem;margin
 .card p{margin:.15rem 0;font-size:.92rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.92rem}
 th,td{padding:.32rem .5rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;overflow-wrap:normal}
-th{color:var(--dim);font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums}
+.t{overflow-wrap:anywhere}th{color:var(--dim);font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem}
 figure{margin:0}svg{width:100%;max-width:36rem;height:auto;display:block}
 svg text{font:11px system-ui,sans-serif;fill:var(--dim)}
@@ -41,7 +41,7 @@ code{font:.88em ui-monospace,monospace}
 @media print{:root{--ink:#000;--dim:#444;--paper:#fff;--card:#f4f4f4;--line:#bbb;--c0:#3a6ea5;--c1:#c8772e;--c2:#4f8f5b;
 --c3:#a04a7f;--good:#1a7f37;--bad:#b3261e}body{font-size:10.5pt;max-width:none;padding:0}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}figure,tr,.card,.pair{break-inside:avoid}
-h2{break-after:avoid}.scroll{overflow:visible}
+h2{break-after:avoid;margin-top:1.2rem}.scroll{overflow:visible}th,td{padding:.12rem .4rem}table,pre{font-size:9pt}
 .cards{grid-template-columns:repeat(3,1fr)}.card .big{font-size:1.25rem}}
 """
 
@@ -76,7 +76,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: Seque
 
     def row(cells: Sequence[str], tag: str) -> str:
         made = (
-            f'<{tag} class="n">{escape(_kept(cell))}</{tag}>'
+            f'<{tag} class="n">{escape(cell if tag == "th" else _kept(cell))}</{tag}>'
             if index in numbers
             else f"<{tag}>{escape(cell)}</{tag}>"
             for index, cell in enumerate(cells)
@@ -101,7 +101,7 @@ def figure(drawing: str, caption: str) -> str:
 def card(title: str, big: str, lines: Sequence[str], style: str = "") -> str:
     """One of the answers of the first screen."""
     told = "".join(paragraph(line) for line in lines if line)
-    heading = f"<h2>{escape(title)}</h2>"
+    heading, big = f"<h2>{escape(title)}</h2>", big.replace(" %", "\u00a0%")
     return f'<div class="card">{heading}<div{_class(f"big {style}".strip())}>{escape(big)}</div>{told}</div>'
 
 

@@ -29,7 +29,10 @@ def read_report(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: it is no JSON. Run again.") from error
     version = report.get("schema_version") if isinstance(report, dict) else None
     if not isinstance(version, int) or version < 1:
-        raise UserError(f"{path} is no report of llmslim: it has no schema_version.")
+        raise UserError(
+            f"{path} is no report of llmslim: its schema_version is {version!r}, not a number from 1 to "
+            f"{SCHEMA_VERSION}."
+        )
     if version > SCHEMA_VERSION:
         raise UserError(
             f"{path} has schema {version} and this llmslim reads up to {SCHEMA_VERSION}: update llmslim to read it."

@@ -50,9 +50,19 @@ def columns(labels: Sequence[str], values: Sequence[float], x_title: str, y_titl
 
 
 def scatter(
-    points: Sequence[Point], x_title: str, y_title: str, frontier: Sequence[int] = (), log_y: bool = False
+    points: Sequence[Point],
+    x_title: str,
+    y_title: str,
+    frontier: Sequence[int] = (),
+    log_y: bool = False,
+    more_is_better: bool = False,
 ) -> str:
-    """Points with their labels; those of `frontier` (indices, in order of x) are joined by a stepped line."""
+    """Points with their labels; those of `frontier` (indices, in order of x) are joined by a stepped line.
+
+    Args:
+        more_is_better: of x. Between two points of the line nothing better is claimed than the one that does: the left
+            one where less is better, else the right one.
+    """
     shown = [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
     if not shown:
         return ""
@@ -66,17 +76,16 @@ def scatter(
     marks = _y_axis(low_y, high_y, y_title, log_y)
     path = [at(points[index]) for index in frontier if points[index] in shown]
     if len(path) > 1:
-        # between two points the worse y holds: that of the left one where y falls to the right, else the right one's
-        corner = "H{0:.1f}V{1:.1f}" if path[-1][1] > path[0][1] else "V{1:.1f}H{0:.1f}"
+        corner = "V{1:.1f}H{0:.1f}" if more_is_better else "H{0:.1f}V{1:.1f}"
         steps = f"M{path[0][0]:.1f} {path[0][1]:.1f}" + "".join(corner.format(x, y) for x, y in path[1:])
         marks.append(f'<path class="frontier" d="{steps}"/>')
     taken: list[tuple[float, float]] = []
     for point in shown:
         x, y = at(point)
         end = x > WIDTH * 0.62
-        place = y - 6
+        place, step = y - 6, -11 if y > HEIGHT / 2 else 11
         while any(abs(place - other) < 11 and abs(x - near) < 130 for near, other in taken):
-            place += 11  # beside a label that is there already
+            place += step  # beside a label that is there already, and away from the axes
         taken.append((x, place))
         marks.append(
             f'<circle class="{escape(point.style)}" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{escape(point.label)}: '
