@@ -249,8 +249,8 @@ def caches() -> str:
     for kind, situation, take in (
         ("kivi-4", "The choice to begin with", "`--kv-bits 4`; stored: `configs/long-context.yaml`"),
         ("kivi-8", "Nothing may be lost", "`--kv-bits 8`"),
-        ("rotated-auto2.3", "Few bits", "`--kv-bits auto --kv-budget 2.3 --kv-method rotated`"),
-        ("rotated-2", "The fewest", "`--kv-bits 2 --kv-method rotated`"),
+        ("pca-2", "The fewest bits", "`--kv-bits 2 --kv-method pca`, which measures the keys first"),
+        ("rotated-2", "The same, with nothing measured", "`--kv-bits 2 --kv-method rotated`"),
         ("full", "the cache as it is, in 16 bits", ""),
     ):
         quality, held = found[f"quality/{kind}"]["perplexity"], found[f"memory/{kind}"]["cache_bytes"]

@@ -12,7 +12,8 @@
 - needle/KIND: whether a number is found again in a long text, by length and depth; see kv_needle.py.
 - memory/KIND: a fresh process fills a cache of 8,000 tokens with random keys and values, layer by layer, and decodes
   16 tokens in bfloat16: bytes that the cache holds, and how far that raised the peak of the process's memory.
-- speed/KIND: one process decodes 8 tokens at 8,000 with each of the full and the quantized cache, in turns; medians.
+- speed/KIND: one process decodes 8 tokens at 8,000 with each of the full and the quantized cache, in turns; medians. In
+  bfloat16, or in float32 where the CPU has no bfloat16, which is what `llmslim.load` takes there.
 - length/KIND: bytes and median milliseconds per token at 1,000, 2,000, 4,000 and 8,000 tokens, as in speed/KIND.
 - text/kivi-8: 20 prompts of WikiText-2 in one padded batch, 256 tokens each, greedy, float32: how many are as with the
   full cache before the first that differs.
@@ -223,17 +224,23 @@ def resident(what: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024 / 1e6
 
 
+def fast() -> str:
+    """The type that this CPU computes in fastest."""
+    return "bfloat16" if record.machine()["avx512_bf16"] else "float32"
+
+
 def speed(kind: str, options: Namespace) -> dict[str, Any]:
     """Milliseconds per token with the full cache and with this one."""
-    model, _ = demo("bfloat16")
+    model, _ = demo(fast())
     caches = {name: filled(name, model, CONTEXT, options) for name in ("full", kind)}
     ms = decoded(model, caches, options)
-    return {"full_ms": ms["full"], "ms": ms[kind], "ratio": ms["full"] / ms[kind], "rounds": options.rounds}
+    ratio = ms["full"] / ms[kind]
+    return {"full_ms": ms["full"], "ms": ms[kind], "ratio": ratio, "rounds": options.rounds, "dtype": fast()}
 
 
 def length(kind: str, options: Namespace) -> dict[str, Any]:
     """Bytes and milliseconds per token of the full cache and of this one, at each of LENGTHS."""
-    model, _ = demo("bfloat16")
+    model, _ = demo(fast())
     figures: dict[str, list[Any]] = {"full_bytes": [], "bytes": [], "full_ms": [], "ms": []}
     for tokens in LENGTHS:
         caches = {name: filled(name, model, tokens, options) for name in ("full", kind)}
@@ -241,7 +248,7 @@ def length(kind: str, options: Namespace) -> dict[str, Any]:
         ms = decoded(model, caches, options)
         for name, found in zip(figures, (held["full"], held[kind], ms["full"], ms[kind]), strict=True):
             figures[name].append(found)
-    return {"lengths": LENGTHS, **figures, "rounds": options.rounds}
+    return {"lengths": LENGTHS, **figures, "rounds": options.rounds, "dtype": fast()}
 
 
 def decoded(model: Any, caches: dict[str, Any], options: Namespace) -> dict[str, float]:

@@ -3,8 +3,8 @@
     python evals/lm.py [--limit 500] [--variants base 'configs/*4bit']    --list names the variants
 
 By `llmslim evaluate --tasks` (lm-eval, zero-shot, the first questions of each task) in the type that the machine is
-fast at; the base answers anew beside every variant, so that both go the same way. Perplexity and the making of the
-variants as in recipes.py.
+fast at; the base answers once, in the same way, and its answers stay in the work folder beside those of the variants.
+Perplexity and the making of the variants as in recipes.py.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def measure(name: str, options: Namespace) -> dict[str, Any]:
     row = variants.measure(name, steps, options, keep=folder)
     model = str(folder) if steps else options.model
     words = ["--tasks", ",".join(TASKS), "--limit", str(options.limit), "--json"]
+    words += ["--keep-answers", str(options.work / "answers")]
     words += ["--data", options.data] if options.data else []
     words += ["--vs", options.model] if steps else []
     done = record.run(record.llmslim("evaluate", model, *words))

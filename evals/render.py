@@ -420,10 +420,11 @@ def kv_sentences(result: Result) -> list[str]:
         + ", ".join(f"{full / own:.2f}x" for full, own in zip(row["full_ms"], row["ms"], strict=True))
         for kind, row in rows_of(result, "length").items()
     ]
+    types = "".join(sorted({f", in {row['dtype']}" for row in rows_of(result, "length").values() if "dtype" in row}))
     sentences = [
         ("KL of the last 256 tokens, read one at a time (in brackets: in chunks of 128)", tokenwise),
         ("Numbers found again in long texts", needles),
-        ("Decode speed at 1,000, 2,000, 4,000 and 8,000 tokens", lengths),
+        (f"Decode speed at 1,000, 2,000, 4,000 and 8,000 tokens{types}", lengths),
     ]
     return [f"{what}: {'; '.join(told)}." for what, told in sentences if told]
 
