@@ -5,7 +5,7 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-enum { LANES = 16, ROWS = 4 };                 /* ROWS: queries that share a load of the tile */
+enum { WIDEST = 32, ROWS = 4 };                /* floats that any loop takes at a time; queries that share a load */
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 enum { PER_CHANNEL = 1, PER_TOKEN = 2, ROTATED = 3 };
 
@@ -33,13 +33,13 @@ typedef struct {
 
 /* ---- memory of a thread ---- */
 
-INLINE int64_t up(int64_t n) { return (n + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
+INLINE int64_t up(int64_t n) { return (n + WIDEST - 1) / WIDEST * WIDEST; }
 
 typedef struct { float *keys, *values, *score, *out, *scale, *low; uint8_t *codes; void *memory; } Scratch;
 
 INLINE Scratch allocate(const Shape *s) {
     const int64_t T = s->block, D = s->key_dim > s->value_dim ? s->key_dim : s->value_dim, wide = T > D ? T : D;
-    const int64_t tile = T * D + 4 * LANES, out = s->queries * up(s->value_dim), score = s->queries * up(T);
+    const int64_t tile = T * D + 2 * WIDEST, out = s->queries * up(s->value_dim), score = s->queries * up(T);
     const int64_t scales = T * D / 8 + 2 * up(wide);   /* no group has less than 8 codes; two rows when rotated */
     Scratch x;
     /* what lanes read beyond the last row of a tile must be numbers */

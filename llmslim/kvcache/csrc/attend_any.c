@@ -1,3 +1,3 @@
 #define MACHINE(name) name##_any
-#define SIZE 0   /* bits of its registers; 0: not known */
+#define SIZE 128   /* bits of the registers that any machine has */
 #include "attend_loops.h"

@@ -1,7 +1,7 @@
-/* The loops, 16 floats at a time, which the compiler puts in what registers there are. A file for each machine
- * includes them after it has chosen the machine: the compiler cuts wide vectors to the machine's before it inlines. */
+/* The loops, with vectors as wide as the machine's registers: of wider ones GCC makes poor code. A file for each machine
+ * includes them after it has chosen the machine. */
 #include "attend.h"
-#if SIZE
+#if SIZE > 128
 #include <immintrin.h>
 #endif
 
@@ -9,36 +9,20 @@
 #pragma GCC diagnostic ignored "-Wpsabi"       /* no wide vector is passed: all that takes one is inlined */
 #endif
 
-typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
+enum { LANES = SIZE / 32 };
+typedef float Floats __attribute__((vector_size(SIZE / 8), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(SIZE / 8), aligned(4), may_alias));
 
-/* 16 bytes or shorts as lanes of 32 bits: by hand, since the compiler takes them one by one. */
+/* Bytes or shorts as lanes of 32 bits: by hand, since the compiler takes them one by one. */
 #if SIZE == 512
 INLINE Ints load_bytes(const uint8_t *at) { return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at)); }
 INLINE Ints load_shorts(const uint16_t *at) { return (Ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)); }
 #elif SIZE == 256
-typedef union { __m256i half[2]; Ints whole; } Both;
-INLINE Ints load_bytes(const uint8_t *at) {
-    __m128i x = _mm_loadu_si128((const __m128i *)at);
-    Both both = {{_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))}};
-    return both.whole;
-}
-INLINE Ints load_shorts(const uint16_t *at) {
-    Both both = {{_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at)),
-                  _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(at + 8)))}};
-    return both.whole;
-}
+INLINE Ints load_bytes(const uint8_t *at) { return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at)); }
+INLINE Ints load_shorts(const uint16_t *at) { return (Ints)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at)); }
 #else
-INLINE Ints load_bytes(const uint8_t *at) {
-    Ints x;
-    for (int i = 0; i < LANES; i++) x[i] = at[i];
-    return x;
-}
-INLINE Ints load_shorts(const uint16_t *at) {
-    Ints x;
-    for (int i = 0; i < LANES; i++) x[i] = at[i];
-    return x;
-}
+INLINE Ints load_bytes(const uint8_t *at) { return (Ints){at[0], at[1], at[2], at[3]}; }
+INLINE Ints load_shorts(const uint16_t *at) { return (Ints){at[0], at[1], at[2], at[3]}; }
 #endif
 
 /* ---- numbers ---- */
@@ -94,7 +78,7 @@ INLINE void unpack(const uint8_t *row, int64_t n, int bits, uint8_t *codes) {
 
 /* Whether every run of a row is whole lanes. */
 INLINE int is_wide(int64_t n, int bits) {
-    return bits == 3 ? n == 64 || n % 128 == 0 : n % (LANES * 8 / bits) == 0;
+    return bits == 3 ? n == 64 || n % (LANES * 8) == 0 : n % (LANES * 8 / bits) == 0;
 }
 
 /* Codes j .. j + 15 of run i of a wide row: as lanes of 32 bits. */
@@ -107,14 +91,28 @@ INLINE Ints codes_of(const uint8_t *row, int64_t n, const int bits, int64_t i, i
     const uint8_t *high = row + n / 4;
     const int64_t k = n / 8;
     if (k >= LANES) return low | ((load_bytes(high + j % k) >> (int)(2 * i + j / k)) & 1) << 2;
+#if SIZE == 512
     uint8_t twice[LANES];                      /* 8 bytes have the high bits of 16 codes twice over */
     memcpy(twice, high, 8), memcpy(twice + 8, high, 8);
     const Ints half = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
     return low | ((load_bytes(twice) >> ((int)(2 * i) + half)) & 1) << 2;
+#else
+    __builtin_unreachable();                   /* the row would not be wide */
+#endif
 }
 
-INLINE Floats level_of(const float *levels, Ints codes, const int bits, const int shuffles) {
-    if (shuffles && bits <= 4) return __builtin_shuffle(load(levels), codes);
+/* The levels of codes; tables of up to 4 bits have 16 entries and stay in registers. */
+INLINE Floats level_of(const float *levels, Ints codes, const int bits) {
+#if SIZE == 512
+    if (bits <= 4) return __builtin_shuffle(load(levels), codes);
+#elif SIZE == 256
+    if (bits <= 4) {
+        Floats x = (Floats)_mm256_permutevar8x32_ps((__m256)load(levels), (__m256i)codes);
+        if (bits < 4) return x;
+        Floats y = (Floats)_mm256_permutevar8x32_ps((__m256)load(levels + 8), (__m256i)codes);
+        return (Floats)_mm256_blendv_ps((__m256)x, (__m256)y, (__m256)(codes << 28));   /* by bit 3 */
+    }
+#endif
     Floats x;
     for (int i = 0; i < LANES; i++) x[i] = levels[codes[i]];
     return x;
@@ -123,14 +121,14 @@ INLINE Floats level_of(const float *levels, Ints codes, const int bits, const in
 /* A row of n codes -> floats: low + scale * code, or low + scale * levels[code]. Scale and low are one for `group`
  * codes, or with group 0 one for each code; of levels, low is always one for each code. */
 INLINE void expand(const uint8_t *row, int64_t n, const int bits, const float *levels, const float *scale,
-                   const float *low, int64_t group, uint8_t *codes, const int shuffles, float *out) {
+                   const float *low, int64_t group, uint8_t *codes, float *out) {
     if (is_wide(n, bits) && group % LANES == 0) {
         const int64_t runs = bits == 3 ? 4 : 8 / bits, m = n / runs;
         for (int64_t i = 0, at = 0; i < runs; i++)
             for (int64_t j = 0; j < m; j += LANES, at += LANES) {
                 Ints code = codes_of(row, n, bits, i, j);
                 const int64_t g = group && group < n ? at / group : 0;
-                Floats x = levels ? level_of(levels, code, bits, shuffles) : __builtin_convertvector(code, Floats);
+                Floats x = levels ? level_of(levels, code, bits) : __builtin_convertvector(code, Floats);
                 x = group ? x * scale[g] : x * load(scale + at);
                 store(out + at, levels || !group ? x + load(low + at) : x + low[g]);
             }
@@ -175,7 +173,7 @@ INLINE void times(const float *x, float y, int64_t n, float *out) {
     }
 
 /* keys [D, T] of one block in another basis, of one head of the cache; each row has bits of its own, or none */
-INLINE void expand_turned_keys(const Shape *s, Store from, int64_t at, int64_t head, const int shuffles,
+INLINE void expand_turned_keys(const Shape *s, Store from, int64_t at, int64_t head,
                                const Scratch *x) {
     const int64_t T = s->block, D = s->key_dim;
     const uint8_t *packed = from.codes + at * D * T * s->key_bits / 8;
@@ -187,13 +185,13 @@ INLINE void expand_turned_keys(const Shape *s, Store from, int64_t at, int64_t h
         const float *levels = from.levels + (from.widths ? (bits < 8 ? 16 * bits : 80) : 0);
         times(with_mean, means[d], T, bits ? x->low : x->keys + d * T);
         if (!bits) continue;
-        BY_BITS(bits, expand(packed, T, B, levels, x->scale, x->low, 0, x->codes, shuffles, x->keys + d * T))
+        BY_BITS(bits, expand(packed, T, B, levels, x->scale, x->low, 0, x->codes, x->keys + d * T))
         packed += T * bits / 8;
     }
 }
 
 /* the same of other kinds */
-INLINE void expand_keys(const Shape *s, Store from, int64_t at, const int bits, const int shuffles, const Scratch *x) {
+INLINE void expand_keys(const Shape *s, Store from, int64_t at, const int bits, const Scratch *x) {
     const int64_t T = s->block, D = s->key_dim, row = T * bits / 8;
     const uint8_t *packed = from.codes + at * D * row;
     const int64_t scales = s->key_kind == PER_CHANNEL ? D : D / s->key_group * T;
@@ -202,12 +200,12 @@ INLINE void expand_keys(const Shape *s, Store from, int64_t at, const int bits, 
     for (int64_t d = 0; d < D; d++) {
         const int64_t first = s->key_kind == PER_CHANNEL ? d : d / s->key_group * T;
         expand(packed + d * row, T, bits, NULL, x->scale + first, x->low + first,
-               s->key_kind == PER_CHANNEL ? up(T) : 0, x->codes, shuffles, x->keys + d * T);
+               s->key_kind == PER_CHANNEL ? up(T) : 0, x->codes, x->keys + d * T);
     }
 }
 
 /* values [T, D] of one block */
-INLINE void expand_values(const Shape *s, Store from, int64_t at, const int bits, const int shuffles,
+INLINE void expand_values(const Shape *s, Store from, int64_t at, const int bits,
                           const Scratch *x) {
     const int64_t T = s->block, D = s->value_dim, row = D * bits / 8;
     const uint8_t *packed = from.codes + at * T * row;
@@ -217,7 +215,7 @@ INLINE void expand_values(const Shape *s, Store from, int64_t at, const int bits
         expand_halves(from.low + at * D, D, means);
         for (int64_t t = 0; t < T; t++) {
             times(means, with_mean[t], D, x->low);
-            expand(packed + t * row, D, bits, from.levels, x->scale + t, x->low, up(D), x->codes, shuffles,
+            expand(packed + t * row, D, bits, from.levels, x->scale + t, x->low, up(D), x->codes,
                    x->values + t * D);
         }
         return;
@@ -226,7 +224,7 @@ INLINE void expand_values(const Shape *s, Store from, int64_t at, const int bits
     expand_halves(from.scale + at * T * groups, T * groups, x->scale);
     expand_halves(from.low + at * T * groups, T * groups, x->low);
     for (int64_t t = 0; t < T; t++)
-        expand(packed + t * row, D, bits, NULL, x->scale + t * groups, x->low + t * groups, group, x->codes, shuffles,
+        expand(packed + t * row, D, bits, NULL, x->scale + t * groups, x->low + t * groups, group, x->codes,
                x->values + t * D);
 }
 
@@ -327,7 +325,7 @@ INLINE void take_out(const Shape *s, const State *state, int64_t head, float *ou
     }
 
 INLINE void packed_head(const Shape *s, Store keys, Store values, int64_t blocks, int64_t tokens, const State *state,
-                        int64_t head, const int shuffles, const Scratch *x) {
+                        int64_t head, const Scratch *x) {
     const int64_t T = s->block, D = s->key_dim, V = s->value_dim, padded = up(T), width = up(V);
     const uint8_t *mask = state->mask ? state->mask + head / s->heads * s->mask_stride : NULL;
     const float *query = state->query + head * s->queries * D;
@@ -335,8 +333,8 @@ INLINE void packed_head(const Shape *s, Store keys, Store values, int64_t blocks
     for (int64_t i = 0; i < blocks; i++) {
         const int64_t left = tokens - i * T, valid = left < T ? left : T;
         int any = 0;
-        if (s->key_kind == ROTATED) expand_turned_keys(s, keys, head * blocks + i, head % s->heads, shuffles, x);
-        else BY_BITS(s->key_bits, expand_keys(s, keys, head * blocks + i, B, shuffles, x))
+        if (s->key_kind == ROTATED) expand_turned_keys(s, keys, head * blocks + i, head % s->heads, x);
+        else BY_BITS(s->key_bits, expand_keys(s, keys, head * blocks + i, B, x))
         for (int64_t r = 0; r < s->queries; r += ROWS)
             BY_ROWS(s->queries - r, scores_of(query + r * D, D, x->keys, T, R, x->score + r * padded, padded))
         for (int64_t r = 0; r < s->queries; r++)
@@ -344,7 +342,7 @@ INLINE void packed_head(const Shape *s, Store keys, Store values, int64_t blocks
                          state->top + head * s->queries + r, state->total + head * s->queries + r,
                          x->out + r * width, V);
         if (!any) continue;
-        BY_BITS(s->value_bits, expand_values(s, values, head * blocks + i, B, shuffles, x))
+        BY_BITS(s->value_bits, expand_values(s, values, head * blocks + i, B, x))
         for (int64_t r = 0; r < s->queries; r += ROWS)
             BY_ROWS(s->queries - r, add_values(x->score + r * padded, padded, x->values, T, V, V, R,
                                                x->out + r * width, width))
@@ -394,7 +392,7 @@ INLINE void plain_head(const Shape *s, const char *keys, int64_t key_step, const
     take_out(s, state, head, x->out, 1);
 }
 
-PACKED(MACHINE(packed)) { packed_head(s, keys, values, blocks, tokens, state, head, SIZE == 512, x); }
+PACKED(MACHINE(packed)) { packed_head(s, keys, values, blocks, tokens, state, head, x); }
 
 PLAIN(MACHINE(plain)) {
     if (kind == FLOAT32) plain_head(s, keys, key_step, values, value_step, FLOAT32, tokens, state, head, x);
