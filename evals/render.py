@@ -420,7 +420,9 @@ def kv_sentences(result: Result) -> list[str]:
         + ", ".join(f"{full / own:.2f}x" for full, own in zip(row["full_ms"], row["ms"], strict=True))
         for kind, row in rows_of(result, "length").items()
     ]
-    types = "".join(sorted({f", in {row['dtype']}" for row in rows_of(result, "length").values() if "dtype" in row}))
+    types = "".join(
+        sorted({f", in {row['dtype']}" for row in rows_of(result, "length").values() if "dtype" in row})
+    )
     sentences = [
         ("KL of the last 256 tokens, read one at a time (in brackets: in chunks of 128)", tokenwise),
         ("Numbers found again in long texts", needles),

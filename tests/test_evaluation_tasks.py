@@ -161,6 +161,11 @@ def test_kept_answers_are_not_asked_again(
     other = str(save_tiny("llama", tmp_path / "other", seed=5))
     evaluate_tasks(other, THREE, data=data, limit=4, dtype="float32", batch_size=4, keep_answers=tmp_path)
     assert len(list(tmp_path.glob("answers-*.jsonl"))) == 2  # of other weights, answers of their own
+    rows.clear()
+    shared = {"data": data, "limit": 4, "dtype": "float32", "batch_size": 4, "keep_answers": tmp_path}
+    assert (
+        evaluate_tasks(other, THREE, base=model, **shared)["verdict"] and not rows
+    )  # nor as the base of another
 
 
 def test_the_paired_error_by_hand() -> None:

@@ -103,7 +103,7 @@ def evaluate_tasks(
     runs, batches = [], []
     for side in sides:
         told = lambda done, total, side=side: progress(side.spec, done, total)  # noqa: E731
-        beside = (adapter, kv_cache, kv_budget) if side is files else ()
+        beside = (adapter, kv_cache, kv_budget) if side is files else (None, None, None)
         kept = None
         if keep_answers is not None:
             kept = kept_in(keep_answers, side.folder, chosen, place.type, chat_template, *beside)
