@@ -31,7 +31,7 @@ class Kept:
 
     def add_partial(self, kind: str, question: Any, answer: Any) -> None:
         """Called by lm-eval with every answer as it comes."""
-        key = _digest(json.dumps([kind, question], default=str).encode())
+        key = _key(kind, question)
         if key in self.answers:
             return
         self.answers[key] = answer
@@ -43,7 +43,7 @@ class Kept:
         """Answers to requests (lm-eval's, with `args`), of which those that are not here are asked."""
         if kind == "generate_until" and any(request.args[1].get("do_sample") for request in requests):
             return ask(list(requests))
-        keys = [_digest(json.dumps([kind, request.args], default=str).encode()) for request in requests]
+        keys = [_key(kind, request.args) for request in requests]
         new = [request for key, request in zip(keys, requests, strict=True) if key not in self.answers]
         for request, answer in zip(new, ask(new) if new else [], strict=True):
             self.add_partial(kind, request.args, answer)
@@ -60,5 +60,5 @@ def kept_in(folder: Path, model: Path, *how: object) -> Kept:
     return Kept(folder / f"answers-{digest.hexdigest()[:24]}.jsonl")
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:32]
+def _key(kind: str, question: Any) -> str:
+    return hashlib.sha256(json.dumps([kind, question], default=str).encode()).hexdigest()[:32]
