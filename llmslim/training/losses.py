@@ -1,21 +1,58 @@
 """Losses as pure functions of logits, hidden states and embeddings of samples.
 
-Those of logits are chunked over tokens, so that no second copy of all logits is made.
+Those of logits are taken over a few tokens at a time, with their gradient: distributions stay in the CPU's cache, and
+none is made twice.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 Divergence = Literal["forward", "reverse", "js"]
 
-CHUNK = 256  # tokens whose distributions are held at a time
+CHUNK = 32  # tokens whose distributions are held at a time: 6 MB each of 49k tokens, which caches hold
+
+
+class _Summed(torch.autograd.Function):
+    """The sum of a loss over rows of logits, a chunk at a time; its gradient is found on the way.
+
+    The gradient takes the logits' memory once more until the backward pass; graphs of distributions, or the second
+    computing of them that checkpoints cost, would take a multiple. One backward pass only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Callable[..., Tensor], rows: Tensor, *targets: Tensor) -> Tensor:
+        total = rows.new_zeros((), dtype=torch.float32)
+        ctx.gradient = torch.empty_like(rows) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(rows), CHUNK):
+            some, *wanted = (tensor[start : start + CHUNK] for tensor in (rows, *targets))
+            if ctx.gradient is None:
+                total += loss(some, *wanted)
+                continue
+            with torch.enable_grad():
+                leaf = some.detach().requires_grad_()
+                value = loss(leaf, *wanted)
+            ctx.gradient[start : start + CHUNK] = torch.autograd.grad(value, leaf)[0]
+            total += value.detach()
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Any:
+        gradient, ctx.gradient = ctx.gradient, None
+        return None, gradient.mul_(outer[0]), *[None] * (len(ctx.needs_input_grad) - 2)
+
+
+def _summed(loss: Callable[..., Tensor], rows: Tensor, *targets: Tensor) -> Tensor:
+    """loss(rows, *targets), which is a sum over rows [tokens, vocabulary]; gradients flow to the rows."""
+    total: Tensor = _Summed.apply(loss, rows, *targets)  # type: ignore[no-untyped-call]
+    return total
 
 
 def divergence(
@@ -41,10 +78,8 @@ def divergence(
     """
     rows = student.reshape(-1, student.shape[-1])
     targets = teacher.detach().reshape(-1, teacher.shape[-1])
-    total = rows.new_zeros((), dtype=torch.float32)
-    for some, target in zip(rows.split(CHUNK), targets.split(CHUNK), strict=True):
-        total = total + checkpoint(_divergence, some, target, temperature, kind, beta, use_reentrant=False)
-    return total * (temperature**2 / len(rows))
+    how = partial(_divergence, temperature=temperature, kind=kind, beta=beta)
+    return _summed(how, rows, targets) * (temperature**2 / len(rows))
 
 
 def _divergence(
@@ -100,12 +135,8 @@ def coarse_divergence(
     kept = ids.reshape(len(rows), -1)
     known = log_probs if tail is None else torch.cat([log_probs, tail.unsqueeze(-1)], -1)
     targets = F.log_softmax(known.detach().float(), -1).reshape(len(rows), -1)
-    total = rows.new_zeros((), dtype=torch.float32)
-    for some, chosen, p in zip(rows.split(CHUNK), kept.split(CHUNK), targets.split(CHUNK), strict=True):
-        total = total + checkpoint(
-            _coarse, some, chosen, p, tail is not None, temperature, kind, beta, use_reentrant=False
-        )
-    return total * (temperature**2 / len(rows))
+    how = partial(_coarse, tail=tail is not None, temperature=temperature, kind=kind, beta=beta)
+    return _summed(how, rows, kept, targets) * (temperature**2 / len(rows))
 
 
 def _coarse(
@@ -133,10 +164,7 @@ def next_token(logits: Tensor, tokens: Tensor) -> Tensor:
     """Mean -log p of each next token, in nats; logits [batch, seq, vocabulary], tokens int64 [batch, seq]."""
     rows = logits[:, :-1].reshape(-1, logits.shape[-1])
     targets = tokens[:, 1:].reshape(-1)
-    total = rows.new_zeros((), dtype=torch.float32)
-    for some, target in zip(rows.split(CHUNK), targets.split(CHUNK), strict=True):
-        total = total + checkpoint(_cross_entropy, some, target, use_reentrant=False)
-    return total / len(rows)
+    return _summed(_cross_entropy, rows, targets) / len(rows)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
