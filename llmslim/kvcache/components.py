@@ -74,7 +74,8 @@ def measure_components(
     for number, window in enumerate(tokens):
         progress(number, windows)
         cache = KVCache(model.config, plain)
-        model(input_ids=window[None].to(model.device), past_key_values=cache, use_cache=True)
+        inside = model.base_model  # no logits are asked for
+        inside(input_ids=window[None].to(model.device), past_key_values=cache, use_cache=True)
         held = [layer.tail[0] for layer in cache.layers if isinstance(layer, KVLayer) and layer.tail]
         sums = sums or [0.0] * len(held)
         sums = [
