@@ -61,13 +61,45 @@ def check_training(
                 f"{files.spec} would be distilled from itself: name the uncompressed model with --teacher"
                 f"{step.without_teacher}."
             )
-        sizes = [f.config.get_text_config().vocab_size for f in (teacher, files)]
-        if sizes[0] != sizes[1]:
-            raise UserError(
-                f"The teacher {teacher.spec} has a vocabulary of {sizes[0]} tokens and {files.spec} one of {sizes[1]}: "
-                "a teacher must have the same tokens."
-            )
+        check_tokens(teacher, files)
         step.check_teacher(teacher.config, teacher.spec)
         model = skeleton(plain_config(teacher))
         replay(model, read_edits(teacher)[1])
         step.check_pair(students[number], Anatomy(model))
+
+
+def check_tokens(teacher: ModelFiles, student: ModelFiles) -> None:
+    """Refuse a teacher to whom the student's token ids say something else.
+
+    Vocabularies may be padded to different sizes behind the same tokens, as those of one family often are. Models
+    without a tokenizer are compared by the size alone.
+
+    Raises:
+        UserError: in one sentence, with a token that differs.
+    """
+    if teacher.folder == student.folder:
+        return
+    sizes = [files.config.get_text_config().vocab_size for files in (teacher, student)]
+    known = [_tokens(files) for files in (teacher, student)]
+    its, own = known
+    if own is None or its is None or (own == its and len(own) > min(sizes)):
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"The teacher {teacher.spec} has a vocabulary of {sizes[0]} tokens and {student.spec} one of "
+                f"{sizes[1]}: a teacher must have the same tokens."
+            )
+        return
+    if own != its:
+        token, number = min(own.items() - its.items() or its.items() - own.items(), key=lambda item: item[1])
+        raise UserError(
+            f"The teacher {teacher.spec} has other tokens than {student.spec} ({len(its)} and {len(own)}; token "
+            f"{number}, {token!r}, is one that differs): a teacher must have the same."
+        )
+
+
+def _tokens(files: ModelFiles) -> dict[str, int] | None:
+    try:
+        vocabulary: dict[str, int] = files.tokenizer().get_vocab()
+    except UserError:
+        return None
+    return vocabulary

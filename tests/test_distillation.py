@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,38 @@ def test_the_student_does_not_drop_out(
         compress(str(folders["gpt2 student"]), [step], tmp_path / name, **QUICK)
 
 
+@pytest.mark.parametrize("cached", [None, 512])
+def test_a_teacher_with_a_padded_vocabulary_teaches_the_tokens(
+    cached: int | None, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of one family, small and large models often have the same tokens and embeddings of different sizes."""
+    padded = save_tiny("llama", tmp_path / "padded", vocab_size=544)
+    step = Response(teacher=str(padded), cached_logits=cached, **FAST)
+    compress(str(folders["llama student"]), [step], tmp_path / "out", **QUICK)
+    teacher, tokens = whole(padded), windows()
+    with torch.no_grad():
+        before, after = (
+            float(losses.divergence(whole(folder)(tokens).logits, teacher(tokens).logits[..., :512]))
+            for folder in (folders["llama student"], tmp_path / "out")
+        )
+    assert after < 0.95 * before
+
+
+def test_a_teacher_of_other_tokens_is_refused_whatever_its_size(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    other = save_tiny("llama", tmp_path / "other")
+    path = other / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    vocabulary = stored["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(stored))
+    recipe = Recipe(steps=(Response(teacher=str(other), **FAST),), **QUICK)
+    with pytest.raises(UserError, match=r"other tokens than .* \(512 and 512; token 30\d"):
+        prepare(str(folders["llama student"]), recipe)
+
+
 @pytest.mark.parametrize("name", ["features", "on-policy"])
 def test_a_killed_run_goes_on_to_the_same_bytes(
     name: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -397,6 +430,12 @@ def test_what_only_the_teacher_shows_is_refused_before_weights_are_read(
     with pytest.raises(UserError, match="a divisor of 16 does"):
         step = Features(teacher=teacher, hidden=0, relation_heads=32, **FAST)
         prepare(student, Recipe(steps=(step,), **QUICK))
+    with pytest.raises(UserError, match="validation 0.7 holds out 3 of 4 windows, and 1 are too few"):
+        step = Relations(teacher=student, validation=0.7, **FAST)
+        of_four = {**QUICK, "calibration": Calibration(num_samples=4, seq_len=32)}
+        prepare(teacher, Recipe(steps=(step,), **of_four))
     few = {**QUICK, "calibration": Calibration(num_samples=2, seq_len=32)}
-    with pytest.raises(UserError, match="between 3 windows or more, and the text gives 2"):
+    with pytest.raises(
+        UserError, match="relations needs 3 windows or more to train on, and the text gives 2"
+    ):
         compress(student, [Relations(teacher=teacher, **FAST)], tmp_path / "c", **few)

@@ -154,6 +154,18 @@ def test_signed_descent_steps_by_the_sign_and_stays_in_bounds() -> None:
     torch.testing.assert_close(share.data, torch.tensor([1.0, 0.0]))
 
 
+def test_autoround_leaves_pruned_weights_zero() -> None:
+    """On an odd zero point half a step more would round to the next code."""
+    weight = torch.randn(8, 32)
+    weight[:, ::2] = 0
+    rounded = RoundedWeight(weight, Scheme(bits=4, group_size=16, symmetric=False))
+    with torch.no_grad():
+        rounded.offset.fill_(0.5)
+    assert (rounded.grid()[1] % 2 == 1).any()
+    for found in (rounded(), rounded.quantized().dequantize()):
+        assert not found[:, ::2].any() and found[:, 1::2].any()
+
+
 def test_the_rates_of_autoround_let_an_offset_get_just_anywhere() -> None:
     schedule = AutoRound(iterations=200).schedule([], [], chunks=4)
     assert sum(schedule.rates) / 200 == pytest.approx(0.5, abs=0.01)

@@ -163,6 +163,64 @@ def test_lora_over_packed_weights_stays_packed(folders: dict[str, Path], made: A
     assert changed and all(name.endswith("weight_packed") for name in changed)
 
 
+def test_pruned_weights_stay_zero_when_lora_is_merged_into_packed_ones(
+    folders: dict[str, Path], made: Any, tmp_path: Path
+) -> None:
+    steps = [Magnitude(sparsity=0.5), RTN(bits=4, group_size=32, symmetric=False)]
+    compress(str(folders["llama"]), steps, tmp_path / "packed", **QUICK)
+    lora = LoRA(rank=8, teacher=str(folders["llama"]), **{**FAST, "lr": 3e-2})
+    compress(str(tmp_path / "packed"), [lora], tmp_path / "later", **QUICK)
+    compress(str(folders["llama"]), [*steps, lora], tmp_path / "at-once", **QUICK)
+    before = whole(tmp_path / "packed")
+    for name in ("later", "at-once"):
+        after, changed = whole(tmp_path / name), 0
+        for module, packed in before.named_modules():
+            if hasattr(packed, "quantized"):
+                one, two = (m.quantized().dequantize() for m in (packed, after.get_submodule(module)))
+                assert (one == 0).float().mean() > 0.45 and not two[one == 0].any()
+                changed += not torch.equal(one, two)
+        assert changed
+
+
+def test_a_run_that_was_killed_while_it_saved_goes_on_to_the_same_bytes(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is half written is not gone on from."""
+    from transformers import Trainer
+
+    torch.set_num_threads(1)
+    steps = [RTN3, Scales(**{**FAST, "save_steps": 4})]
+    compress(str(folders["llama"]), steps, tmp_path / "unbroken", **QUICK)
+    save, saved = Trainer._save_rng_state, []
+
+    def die(self: Any, folder: str) -> None:
+        saved.append(folder)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        save(self, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_rng_state", die)
+        with pytest.raises(KeyboardInterrupt):
+            compress(str(folders["llama"]), steps, tmp_path / "killed", **QUICK)
+    assert Path(saved[1]).is_dir() and not (Path(saved[1]) / "trainer_state.json").exists()
+    compress(str(folders["llama"]), steps, tmp_path / "killed", **QUICK)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("unbroken", "killed")]
+    assert weights[0] == weights[1]
+
+
+def test_biases_and_norms_do_not_decay(folders: dict[str, Path], tmp_path: Path) -> None:
+    """With a rate that does nothing but decay: what has one dimension is as it was."""
+    step = Full(objective="next_token", weight_decay=1000.0, max_steps=1, batch_size=4, lr=1e-5, warmup=0.0)
+    compress(str(folders["gpt2"]), [step], tmp_path / "r", **QUICK)
+    before, after = tensors(folders["gpt2"]), tensors(tmp_path / "r")
+    shares = {
+        name: float((after[name].norm() / before[name].norm()) - 1) for name in before if before[name].any()
+    }
+    assert all(abs(share) < 2e-3 for name, share in shares.items() if before[name].dim() == 1)
+    assert all(share < -5e-3 for name, share in shares.items() if before[name].dim() == 2)
+
+
 @pytest.mark.parametrize("step", ["scales", "lora"])
 def test_a_killed_run_goes_on_to_the_same_bytes(
     step: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -282,9 +340,16 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
 
     monkeypatch.setattr(losses, "next_token", bad)
     step = Full(objective="next_token", save_steps=2, **FAST)
-    with pytest.raises(UserError, match="full: the loss of training step 6 is not finite"):
+    with pytest.raises(
+        UserError, match="full: the loss of training step 6 is not finite.* kept as .*checkpoint-4"
+    ):
         compress(str(folders["llama"]), [step], tmp_path / "r", **QUICK)
     assert (tmp_path / "r.partial/.pass-0/trainer/checkpoint-4").is_dir()
+    calls[:] = [1] * 5  # from the first on
+    with pytest.raises(
+        UserError, match="step 1 is not finite, so training stopped, before its first checkpoint"
+    ):
+        compress(str(folders["llama"]), [step], tmp_path / "other", **QUICK)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +365,11 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
         ("bert", [Full(objective="next_token")], "needs a causal model"),
         ("llama", [Full(objective="masked_token")], "sees both sides"),
         ("llama", [RTN3, Scales(teacher="OTHER")], "vocabulary of 320 tokens"),
+        (
+            "llama",
+            [RTN3, Scales(validation=0.95)],
+            "validation 0.95 holds out 8 of 8 windows, and 0 are too few",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_weights_are_read(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 class BesideResponse(WholeStep):
     """A step whose loss is of what modules inside give, with the divergence of the distributions beside."""
-
-    dropout_trains: ClassVar[bool] = False  # noise that the teacher's hidden states do not have
 
     response: float = Field(
         1.0, ge=0, description="weight of the divergence from the teacher's distribution over tokens, beside"

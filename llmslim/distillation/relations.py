@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
 from llmslim.distillation._beside import BesideResponse
-from llmslim.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,14 +43,6 @@ class Relations(BesideResponse):
         if self.batch_size < self.needed:
             raise ValueError(f"a batch_size of {self.batch_size} makes no such relation; {self.needed} does")
         return self
-
-    def check_text(self, windows: int) -> None:
-        super().check_text(windows)
-        if windows < self.needed:
-            raise UserError(
-                f"Relations are between {self.needed} windows or more, and the text gives {windows}: raise "
-                "--num-samples."
-            )
 
     def criterion(
         self, model: PreTrainedModel, teacher: PreTrainedModel | None, tokens: Tensor

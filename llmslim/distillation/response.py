@@ -33,7 +33,6 @@ class Response(CachedStep, WholeStep):
 
     kind: ClassVar[str] = "response"
     verb: ClassVar[str] = "distill"
-    dropout_trains: ClassVar[bool] = False
 
     alpha: float = Field(
         1.0, gt=0, le=1, description="share of the divergence in the loss; the rest is the text's next token"

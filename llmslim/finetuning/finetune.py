@@ -115,6 +115,10 @@ class Finetune(InsideFields, WholeStep):
     def predicts(self) -> bool:
         return False  # tokens
 
+    @property
+    def dropout_trains(self) -> bool:
+        return True  # with a teacher, too: there are labels to learn by heart
+
     def starts_from(self, files: ModelFiles) -> PreTrainedConfig | None:
         return None if classifies(files.config, self.task) else headed_config(files, self.task)
 

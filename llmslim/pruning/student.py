@@ -38,8 +38,9 @@ class Student(Step):
     """Build a student: fewer blocks, narrower MLPs and attention, by sizes or scaled as a whole to a target.
 
     Weights are inherited: what stays is chosen and refitted as `layers`, `heads`, `mlp` and `kv_groups` do it, which
-    run in this step's place. In front of `distill` and `finetune` (`--student-layers 6` there) the model that it is
-    made from is the teacher. The hidden size stays; `width` changes it.
+    run in this step's place. `distill` and `finetune` take it in front (`--student-layers 6` there): the teacher of
+    `distill` is the model that it is made from, that of `finetune` the classifier that `--teacher` names. The hidden
+    size stays; `width` changes it.
 
     A target scales depth and inner width together, by one exponent: 1.2^-n of the blocks stay and 1.1^-2n of the
     channels and heads (compound scaling, Tan & Le 2019, arXiv:1905.11946), n the least that meets it. Heads go in

@@ -83,11 +83,12 @@ class RoundedWeight(TrainedWeight):
         self.low = self.weight.amin(-1).clamp(max=0)
         self.high = self.weight.amax(-1).clamp(min=0)
         self.offset = nn.Parameter(torch.zeros_like(self.weight))
+        self.pruned = self.weight == 0  # stay so: half a step more would bring them back
         self.alpha = nn.Parameter(torch.ones_like(self.high))
         self.beta = nn.Parameter(torch.ones_like(self.low))
 
     def values(self) -> tuple[Tensor, Tensor | None]:
-        return self.weight, self.offset
+        return self.weight, self.offset.masked_fill(self.pruned, 0.0)
 
     def grid(self) -> tuple[Tensor, Tensor]:
         low, high = self.low * self.beta, self.high * self.alpha

@@ -10,6 +10,7 @@ from llmslim.anatomy.parts import features
 from llmslim.edit import Edit, replace_module
 from llmslim.quantization.grid import Scheme
 from llmslim.quantization.packed import PackedEmbedding, PackedLinear
+from llmslim.sparse import SparseLinear
 from llmslim.ties import replace_table
 
 
@@ -37,6 +38,7 @@ class PackLinear(Edit):
             device="meta",
         )
         packed.bias = cast(Tensor | None, linear.bias)
+        packed.pruned = isinstance(linear, SparseLinear)
         replace_module(model, self.module, packed)
 
 

@@ -102,6 +102,8 @@ class PackedLinear(_Packed):
     """
 
     bias: Tensor | None
+    pruned: bool = False
+    """Whether weights were pruned before: what is 0 is to stay so."""
 
     def __init__(
         self,

@@ -197,9 +197,9 @@ def _merged(adapters: dict[str, Any]) -> dict[str, Tensor]:
     lost = wanted = 0.0
     for name, adapter in adapters.items():
         base, delta = adapter.get_base_layer(), adapter.get_delta_weight("default")
+        delta = delta * open_weights(base)
         if not hasattr(base, "quantized"):
-            mask = base.mask if isinstance(base, SparseLinear) else 1
-            merged[f"{name}.weight"] = base.weight + delta * mask
+            merged[f"{name}.weight"] = base.weight + delta
             continue
         before = base.quantized()
         after = replace(before, codes=codes_on(before, before.dequantize() + delta))
@@ -210,6 +210,13 @@ def _merged(adapters: dict[str, Any]) -> dict[str, Tensor]:
     if wanted:
         merged[LOST] = torch.tensor((lost / wanted) ** 0.5)
     return merged
+
+
+def open_weights(module: Any) -> Tensor | float:
+    """Where an adapter may change a weight: bool [out, in] of one that was pruned, packed since or not; else 1."""
+    if isinstance(module, SparseLinear):
+        return module.mask
+    return module.quantized().dequantize() != 0 if getattr(module, "pruned", False) else 1.0
 
 
 def codes_on(grid: Any, weight: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ from llmslim.anatomy.parts import dense_weight, features
 from llmslim.calibration.statistics import InputStats, output_error
 from llmslim.calibration.stream import BlockStream
 from llmslim.errors import UserError
-from llmslim.recovery.lora import PEFT, codes_on, has_no_grid, linears_of
-from llmslim.sparse import SparseLinear
+from llmslim.recovery.lora import PEFT, codes_on, has_no_grid, linears_of, open_weights
 from llmslim.step import BlockStep, Outlook, Step, StepRecord, build_step
 
 _BEYOND = ("use_dora", "modules_to_save", "alpha_pattern", "lora_bias", "trainable_token_indices")
@@ -106,7 +105,8 @@ class MergeAdapter(BlockStep):
     def _into_packed(self, name: str, module: Any, stats: InputStats | None, record: StepRecord) -> None:
         """Put the sum on a grid; the row has what that costs, ||(W + B A - W') X||^2 / ||(W + B A) X||^2."""
         grid = module.quantized()
-        wanted = grid.dequantize() + self._adapter.delta(name).to(grid.codes.device)
+        delta = self._adapter.delta(name).to(grid.codes.device)
+        wanted = grid.dequantize() + delta * open_weights(module)
         row: dict[str, Any] = {"name": name, "what": "merged", "bits": grid.scheme.bits}
         if stats is None:
             grid.codes = codes_on(grid, wanted)
@@ -167,7 +167,4 @@ class Adapter:
 def _add(module: nn.Module, delta: Tensor) -> None:
     """To a dense weight, or to what a sparse one keeps."""
     weight = dense_weight(module)
-    delta = delta.to(weight.device)
-    if isinstance(module, SparseLinear):
-        delta = delta * module.mask
-    weight.copy_(weight.float() + delta)
+    weight.copy_(weight.float() + delta.to(weight.device) * open_weights(module))

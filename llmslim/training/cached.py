@@ -61,6 +61,7 @@ class CachedStep(TrainStep):
                 self.cached_logits,
                 self.temperature,
                 lambda done, total: look.progress("teacher", done, total),
+                look.anatomy.model.config.get_text_config().vocab_size,
             )
         return cache
 
@@ -86,9 +87,18 @@ class TeacherCache:
 
     @torch.no_grad()
     def write(
-        self, teacher: PreTrainedModel, k: int, temperature: float, progress: Callable[[int, int], None]
+        self,
+        teacher: PreTrainedModel,
+        k: int,
+        temperature: float,
+        progress: Callable[[int, int], None],
+        vocabulary: int | None = None,
     ) -> None:
-        """Ask the teacher for each window that has no file yet."""
+        """Ask the teacher for each window that has no file yet.
+
+        Args:
+            vocabulary: tokens of the student's, behind which the teacher's is padding.
+        """
         from safetensors.torch import save_file
 
         from llmslim.training.forward import run
@@ -101,7 +111,7 @@ class TeacherCache:
             path = self._path(index)
             if path.exists():
                 continue
-            logits = run(teacher, self.tokens[index : index + 1].to(device)).logits[0]
+            logits = run(teacher, self.tokens[index : index + 1].to(device)).logits[0, :, :vocabulary]
             ids, log_probs, tail = likeliest(logits, k, temperature)
             tensors = {"ids": ids.int(), "log_probs": log_probs.half()}
             tensors |= {} if tail is None else {"tail": tail}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from llmslim.errors import UserError
 from llmslim.memory import freed_memory_kept, resident_bytes
+from llmslim.training.step import held_out
+from llmslim.work import write_atomically
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch) -> scalar; it runs the model itself. A batch is tokens int64 [batch, seq], or of `Examples`."""
@@ -128,6 +132,10 @@ def train(
     examples: Any = windows or data
     held, lengths = held_out(len(data), schedule.validation), examples.lengths
     kept = len(data) - held
+    if kept < 1:
+        raise UserError(
+            f"validation {schedule.validation:g} holds out all of {len(data)} examples: give fewer."
+        )
     epoch = math.ceil(kept / schedule.batch_size)
     steps = schedule.max_steps or math.ceil(epoch * schedule.epochs)
     if held:  # a small data set is over before many steps
@@ -154,22 +162,28 @@ def train(
         _ByLength(lengths[:kept], schedule.batch_size, schedule.seed) if windows is None else None
     )
     trainer.remove_callback(PrinterCallback)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = _last_whole(folder)
     with freed_memory_kept():
         trainer.train(resume_from_checkpoint=last)
     model.eval()
 
 
-def held_out(windows: int, share: float) -> int:
-    """How many windows are kept from training, for validation."""
-    return math.ceil(windows * share)
+def _last_whole(folder: Path) -> str | None:
+    """The newest checkpoint to go on from; one that a kill left half written is removed."""
+    while folder.is_dir() and (last := get_last_checkpoint(str(folder))):
+        try:  # what Trainer writes last
+            json.loads((Path(last) / TRAINER_STATE_NAME).read_text())
+            return str(last)
+        except (OSError, ValueError):
+            shutil.rmtree(last)
+    return None
 
 
 def _arguments(
     schedule: Schedule, steps: int, folder: Path, best_by: str, device: torch.device
 ) -> TrainingArguments:
     when = {"eval_strategy": "steps", "eval_steps": schedule.save_steps} if best_by else {}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         learning_rate=schedule.lr,
@@ -195,6 +209,9 @@ def _arguments(
         fp16=schedule.dtype == torch.float16,
         **when,  # type: ignore[arg-type]
     )
+    # one card: DataParallel would take batches of a multiple of batch_size, and losses call what it wraps
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 class _Windows(torch.utils.data.Dataset):
@@ -260,6 +277,10 @@ class _Trainer(Trainer):
         self.watch.loss = value.detach()
         return (value, {}) if return_outputs else value
 
+    def get_decay_parameter_names(self, model: Any, **kwargs: Any) -> list[str]:
+        """Matrices alone: the names by which Trainer knows biases and norms are not those of a `Trainee`."""
+        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():  # Trainer's own looks for labels
@@ -323,10 +344,11 @@ class _Watch(TrainerCallback):
         return min(1.0, begun) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
     def refuse(self, what: str, step: int) -> None:
+        kept = _last_whole(self._clock.parent / "trainer")
+        where = f"; the last good checkpoint is kept as {kept}" if kept else ", before its first checkpoint"
         raise UserError(
-            f"{self.schedule.name}: the {what} of training step {step + 1} is not finite, so training stopped and its "
-            f"last good checkpoint is kept in {self._clock.parent}: try again with --overwrite and a lower lr than "
-            f"{self.schedule.lr:g}."
+            f"{self.schedule.name}: the {what} of training step {step + 1} is not finite, so training stopped{where}. "
+            f"Try a lower lr than {self.schedule.lr:g}, into another --output."
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -334,6 +356,8 @@ class _Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        if self.schedule.dtype == torch.float16:
+            return  # its loss scaling finds its size by overflows, and leaves such steps out
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):  # cheaper than to ask each element
             self.refuse("gradient", state.global_step)
 
@@ -371,7 +395,7 @@ class _Watch(TrainerCallback):
         return f", validation {what} {abs(found[-1]):.4g}, best {abs(max(found)):.4g}" if found else ""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._clock.write_text(json.dumps(self.elapsed))
+        write_atomically(self._clock, json.dumps(self.elapsed))
 
     def _pace(self, step: int) -> tuple[float, float]:
         """Steps per second in this run, at least one of which is done, and the seconds that are left."""
@@ -393,4 +417,4 @@ class _Watch(TrainerCallback):
             json.dumps({"pass": self._place, "method": self.schedule.name, **entry})
             for entry in state.log_history
         ]
-        self.log.write_text("\n".join([*others, *own]) + "\n")
+        write_atomically(self.log, "\n".join([*others, *own]) + "\n")

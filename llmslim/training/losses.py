@@ -73,11 +73,13 @@ def divergence(
       reverse with beta to 1.
 
     Args:
-        student, teacher: logits [..., vocabulary]; gradients flow to the student's.
+        student, teacher: logits [..., vocabulary]; gradients flow to the student's. Where one vocabulary is longer,
+            it is by padding, which is left out.
         temperature: both are divided by it. Its square keeps the size of gradients.
     """
-    rows = student.reshape(-1, student.shape[-1])
-    targets = teacher.detach().reshape(-1, teacher.shape[-1])
+    common = min(student.shape[-1], teacher.shape[-1])
+    rows = student[..., :common].reshape(-1, common)
+    targets = teacher.detach()[..., :common].reshape(-1, common)
     how = partial(_divergence, temperature=temperature, kind=kind, beta=beta)
     return _summed(how, rows, targets) * (temperature**2 / len(rows))
 

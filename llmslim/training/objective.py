@@ -69,7 +69,9 @@ class ObjectiveStep(CachedStep):
 
         def loss(model: Any, tokens: Tensor) -> Tensor:
             if isinstance(teacher, Masking):
-                generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+                # validation asks for the same tokens each time
+                seed = int(torch.randint(2**31, ())) if torch.is_grad_enabled() else 0
+                generator = torch.Generator().manual_seed(seed)
                 losses = [masked_tokens(model, window[None], generator, teacher.token) for window in tokens]
                 return torch.stack(losses).mean()
             logits = run(model, tokens).logits

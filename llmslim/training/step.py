@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -26,6 +27,11 @@ Finish = Callable[[], dict[str, Tensor]]
 """What training leaves: name of a parameter in the checkpoint -> its value."""
 
 LOST = "lost"  # among the results: the share of the training that could not be stored
+
+
+def held_out(windows: int, share: float) -> int:
+    """How many windows are kept from training, for validation."""
+    return math.ceil(windows * share)
 
 
 class PlacingStep(BlockStep):
@@ -54,9 +60,6 @@ class PlacingStep(BlockStep):
 
 class TrainStep(PlacingStep):
     """A step that trains. Its survey is the training; its pass puts the results in the place of what was there."""
-
-    dropout_trains: ClassVar[bool] = True
-    """Whether the model drops out while it trains, as its config says."""
 
     without_teacher: ClassVar[str] = ""
     """What a step can do instead when there is no teacher, for messages: ', or ...'."""
@@ -111,6 +114,11 @@ class TrainStep(PlacingStep):
         return True
 
     @property
+    def dropout_trains(self) -> bool:
+        """Whether the model drops out while it trains, as its config says: not beside a teacher, which has none."""
+        return not self.distills
+
+    @property
     def predicts(self) -> bool:
         """Whether the loss looks at the distribution over tokens."""
         return True
@@ -128,6 +136,11 @@ class TrainStep(PlacingStep):
         """What validation keeps the best by; the loss when None."""
         return None
 
+    @property
+    def needed(self) -> int:
+        """Windows that there must be to train on."""
+        return 1
+
     def examples(self, look: Survey, model: PreTrainedModel) -> Tensor | Examples:
         """What the step trains on: the calibration windows, int64 [windows, seq]."""
         return look.tokens
@@ -138,8 +151,15 @@ class TrainStep(PlacingStep):
 
     def check_text(self, windows: int) -> None:
         """Refuse a text of so few windows that nothing is learned from it."""
-        if self.validation and windows < 2:
-            raise UserError(f"validation {self.validation} needs 2 windows of text, and there is {windows}.")
+        left = windows - held_out(windows, self.validation)
+        if left < self.needed:
+            raise UserError(
+                f"validation {self.validation:g} holds out {windows - left} of {windows} windows, and {left} are too "
+                f"few to train on: raise --num-samples, or lower it ({self.needed} are needed)."
+                if self.validation
+                else f"{self.kind} needs {self.needed} windows or more to train on, and the text gives {windows}: "
+                "raise --num-samples."
+            )
 
     def check_teacher(self, config: PreTrainedConfig, spec: str) -> None:
         """Refuse a teacher, of that spec, that the step cannot learn from; by its config."""
