@@ -117,12 +117,13 @@ def check_target(repo_id: str, private: bool = False) -> None:
 def file_record(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file of a finished checkpoint, by path; for the report of a run.
 
-    Hidden files, the state of the run and what is written later (card, report) are left out.
+    Hidden files, the state of the run and what is written later (card, report) are left out, and TensorBoard's, which
+    name the machine.
     """
     found = {}
     for file in sorted(folder.rglob("*")):
         path = file.relative_to(folder).as_posix()
-        hidden = any(part.startswith(".") for part in path.split("/"))
+        hidden = any(part.startswith(".") for part in path.split("/")) or path.startswith("tensorboard/")
         if file.is_file() and not hidden and path not in (*WRITTEN_LAST, "progress.json"):
             found[path] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     return found

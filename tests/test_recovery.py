@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -320,6 +323,41 @@ def test_the_plan_counts_epochs_steps_batches_and_minutes(folders: dict[str, Pat
     assert plan(max_steps=windows).seconds - rest == pytest.approx(2 * once)
     assert plan(epochs=1e9, max_minutes=2).seconds - rest == pytest.approx(120)
     assert plan(batch_size=8).peak_memory > plan(batch_size=2).peak_memory
+
+
+def test_tensorboard_gets_the_curves_beside_the_log_where_it_is_installed(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writer stands in here: the package is none of ours."""
+    curves: dict[str, set[str]] = {}
+
+    class Writer:
+        def __init__(self, log_dir: str) -> None:
+            self.seen = curves.setdefault(log_dir, set())
+            Path(log_dir).mkdir(parents=True)
+            (Path(log_dir) / "events").write_text("")
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            self.seen.add(name)
+
+        def add_text(self, *args: Any) -> None: ...
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        module.SummaryWriter = Writer  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: True)
+    report = compress(str(folders["llama"]), [RTN3, Scales(**FAST)], tmp_path / "out", **QUICK).report
+    assert [file.parent.parent for file in (tmp_path / "out").rglob("events")] == [
+        tmp_path / "out/tensorboard"
+    ]
+    assert ["train/loss" in found for found in curves.values()] == [True]
+    assert not [path for path in report["files"] if "tensorboard" in path]
 
 
 def test_time_stops_training(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def train(
         compute_metrics=None
         if judge is None
         else lambda found: judge.scores(found.predictions, found.label_ids),
-        callbacks=[watch],
+        callbacks=[watch, *_curves(log.parent / "tensorboard" / scratch.name.lstrip("."))],
     )
     trainer.loss = loss if windows is None else lambda model, batch: loss(model, batch["input_ids"])
     trainer.watch, trainer.judge = watch, judge
@@ -166,6 +166,16 @@ def train(
     with freed_memory_kept():
         trainer.train(resume_from_checkpoint=last)
     model.eval()
+
+
+def _curves(folder: Path) -> list[TrainerCallback]:
+    """The log for TensorBoard, where that is installed; Trainer would put it beside its checkpoints, which go."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return [TensorBoardCallback(SummaryWriter(str(folder)))]
 
 
 def _last_whole(folder: Path) -> str | None:
@@ -203,7 +213,7 @@ def _arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
-        report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
+        report_to=[],
         use_cpu=device.type == "cpu",
         bf16=schedule.dtype == torch.bfloat16,
         fp16=schedule.dtype == torch.float16,
