@@ -24,6 +24,7 @@ from llmslim.recipe import Calibration, Recipe
 from llmslim.recovery.full import Full
 from llmslim.recovery.lora import LoRA
 from llmslim.recovery.scales import ScaledLinear, Scales
+from llmslim.sharing.share import ShareBlocks
 from llmslim.training.loop import Schedule, _Watch, train
 from llmslim.training.losses import divergence, next_token
 from tests.checkpoints import killed_at_training_step
@@ -399,6 +400,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
             [LoRA(target_modules=("query",))],
             "no such Linear in the blocks; there are down_proj, gate_proj",
         ),
+        ("llama", [ShareBlocks(unique_blocks=1), LoRA()], "no Linear that one block has for itself"),
         ("llama", [RTN3, Full()], "cannot train packed weights"),
         ("bert", [Full(objective="next_token")], "needs a causal model"),
         ("llama", [Full(objective="masked_token")], "sees both sides"),

@@ -80,12 +80,17 @@ class LoRA(ObjectiveStep):
                 f"lora cannot merge into weights of bitsandbytes, such as {fixed[0]}: give --save-adapter to keep the "
                 "adapter beside the model."
             )
+        if not known:
+            raise UserError(
+                "lora finds no Linear that one block has for itself: an adapter cannot be merged into weights that "
+                "blocks share; use recover --method full, or scales where they are packed."
+            )
         missing = [pattern for pattern in self.target_modules if not self._named(known, (pattern,))]
-        if missing or not known:
+        if missing:
             leaves = sorted({name.rpartition(".")[2] for name in known})
             raise UserError(
                 f"target_modules {', '.join(map(repr, missing))}: no such Linear in the blocks; there are "
-                f"{', '.join(leaves) or 'none'}."
+                f"{', '.join(leaves)}."
             )
 
     @staticmethod
