@@ -29,7 +29,10 @@ TRAINING: dict[str, dict[str, Any]] = {  # of the teacher; a student has twice t
     "cola": {"lr": 5e-5, "epochs": 3, "batch_size": 32, "max_length": 64},
     "stsb": {"lr": 5e-5, "epochs": 3, "batch_size": 16},
 }
-SCHOOLING: dict[str, dict[str, Any]] = {"sst2": {"epochs": 1}}  # of students, where it is not the teacher's
+SCHOOLING: dict[str, dict[str, Any]] = {  # of students, where it is not the teacher's
+    "sst2/labels": {"epochs": 1},
+    "sst2/taught": {"epochs": 0.5},  # which takes as long: the teacher runs beside
+}
 STUDENT = [0, 2, 4]  # the blocks that go; those that stay learn from their own place in the teacher
 KINDS = ("teacher", "labels", "taught", "8bit", "4bit")
 
@@ -43,7 +46,7 @@ def steps_of(name: str, options: Namespace) -> tuple[str, list[dict[str, Any]]]:
     if kind in ("8bit", "4bit"):
         bits = {"rtn": {"bits": 8}} if kind == "8bit" else {"gptq": {"bits": 4, "group_size": 64}}
         return f"{task}/taught", [bits]
-    learn = {**learn, "lr": 2 * learn["lr"], **SCHOOLING.get(task, {})}
+    learn = {**learn, "lr": 2 * learn["lr"], **SCHOOLING.get(name, {})}
     if kind == "taught":
         learn["teacher"] = str(place(f"{task}/teacher", options))
     return f"{task}/teacher", [{"layers": {"drop": STUDENT}}, {"finetune": learn}]
