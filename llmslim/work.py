@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmslim.errors import UserError
+from llmslim.files import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,15 +114,6 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise UserError(
             f"The output {output} is not a model folder, so it is not overwritten; name another one."
         )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

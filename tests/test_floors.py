@@ -49,7 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("step", "linear_step", "edit", "experts", "sparse", "masks", "lowrank", "ties", "metrics"),
     ("calibration",),
     ("anatomy", "loaders"),
-    ("errors", "memory"),
+    ("errors", "files", "memory"),
 )
 """From the roof down, each a set of rooms (packages) and single modules of DESIGN.md and their like."""
 

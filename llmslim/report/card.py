@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from llmslim.errors import UserError
+from llmslim.files import write_atomically
 from llmslim.report import figures
 from llmslim.report.html import report_page
 from llmslim.report.index import model_index
@@ -17,7 +18,6 @@ from llmslim.report.loading import auto_class, loading
 from llmslim.report.markdown import report_markdown
 from llmslim.report.schema import SCHEMA_VERSION, read_report
 from llmslim.report.waterfall import steps_plot
-from llmslim.work import write_atomically
 
 if TYPE_CHECKING:
     from llmslim.loaders.models import ModelFiles

@@ -23,9 +23,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from llmslim.errors import UserError
+from llmslim.files import write_atomically
 from llmslim.memory import freed_memory_kept, resident_bytes
 from llmslim.training.step import held_out
-from llmslim.work import write_atomically
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch) -> scalar; it runs the model itself. A batch is tokens int64 [batch, seq], or of `Examples`."""
