@@ -21,10 +21,11 @@ from llmslim.checkpoint.inventory import part_of
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import parse_edit
+from llmslim.files import load_tensors, save_tensors
 from llmslim.loaders.models import ModelFiles, place, release, tie
 from llmslim.step import BlockStep, StepRecord
 from llmslim.ties import shared_modules
-from llmslim.work import Progress, WorkFolder, load_tensors, save_tensors
+from llmslim.work import Progress, WorkFolder
 
 PROBE_TOKENS = 64  # length of the window that verification sends through the saved checkpoint
 

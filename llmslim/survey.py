@@ -15,11 +15,12 @@ from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.checkpoint.load import load_model
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.walk import walk_blocks
+from llmslim.files import load_tensors, save_tensors
 from llmslim.loaders.models import ModelFiles
 from llmslim.passes import PassOptions
 from llmslim.step import BlockStep
 from llmslim.teacher import teacher_files
-from llmslim.work import Progress, load_tensors, save_tensors
+from llmslim.work import Progress
 
 
 class Look:

@@ -80,20 +80,18 @@ def check_tokens(teacher: ModelFiles, student: ModelFiles) -> None:
     if teacher.folder == student.folder:
         return
     sizes = [files.config.get_text_config().vocab_size for files in (teacher, student)]
-    known = [_tokens(files) for files in (teacher, student)]
-    its, own = known
-    if own is None or its is None or (own == its and len(own) > min(sizes)):
-        if sizes[0] != sizes[1]:
-            raise UserError(
-                f"The teacher {teacher.spec} has a vocabulary of {sizes[0]} tokens and {student.spec} one of "
-                f"{sizes[1]}: a teacher must have the same tokens."
-            )
-        return
-    if own != its:
+    its, own = _tokens(teacher), _tokens(student)
+    if its is not None and own is not None and its != own:
         token, number = min(own.items() - its.items() or its.items() - own.items(), key=lambda item: item[1])
         raise UserError(
             f"The teacher {teacher.spec} has other tokens than {student.spec} ({len(its)} and {len(own)}; token "
             f"{number}, {token!r}, is one that differs): a teacher must have the same."
+        )
+    padded = its is not None and own is not None and len(own) <= min(sizes)
+    if sizes[0] != sizes[1] and not padded:
+        raise UserError(
+            f"The teacher {teacher.spec} has a vocabulary of {sizes[0]} tokens and {student.spec} one of "
+            f"{sizes[1]}: a teacher must have the same tokens."
         )
 
 

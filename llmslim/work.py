@@ -12,7 +12,7 @@ from llmslim.errors import UserError
 from llmslim.files import write_atomically
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 class Progress(Protocol):
@@ -114,21 +114,6 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise UserError(
             f"The output {output} is not a model folder, so it is not overwritten; name another one."
         )
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors to a safetensors file, whole or not at all."""
-    from safetensors.torch import save_file
-
-    temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, path)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from llmslim.anatomy import Anatomy
 from llmslim.errors import UserError
+from llmslim.files import load_tensors, save_tensors
 from llmslim.step import Survey
 from llmslim.training.step import TrainStep
 
@@ -99,8 +99,6 @@ class TeacherCache:
         Args:
             vocabulary: tokens of the student's, behind which the teacher's is padding.
         """
-        from safetensors.torch import save_file
-
         from llmslim.training.forward import run
         from llmslim.training.losses import likeliest
 
@@ -115,15 +113,12 @@ class TeacherCache:
             ids, log_probs, tail = likeliest(logits, k, temperature)
             tensors = {"ids": ids.int(), "log_probs": log_probs.half()}
             tensors |= {} if tail is None else {"tail": tail}
-            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)
+            save_tensors(path, {name: tensor.cpu() for name, tensor in tensors.items()})
         progress(len(self._places), len(self._places))
 
     def of(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """ids int64 and log_probs float32 [batch, seq, k], tail float32 [batch, seq] or None, of known windows."""
-        from safetensors.torch import load_file
-
-        kept = [load_file(self._path(self._places[_key(window)])) for window in tokens]
+        kept = [load_tensors(self._path(self._places[_key(window)])) for window in tokens]
         parts = {name: torch.stack([one[name] for one in kept]).to(tokens.device) for name in kept[0]}
         return parts["ids"].long(), parts["log_probs"].float(), parts.get("tail")
 
