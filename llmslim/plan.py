@@ -161,7 +161,8 @@ def _surveying(step: BlockStep, shape: _Shape, anatomy: Anatomy) -> int:
         return 0
     logits = 3 * shape.vocabulary if anatomy.head is not None else 0
     backward = step.survey_span(shape.window) * (shape.widths + logits)
-    return 4 * (step.survey_copies * shape.total + shape.block + backward)
+    further = step.survey_bytes(anatomy, shape.window)
+    return 4 * (step.survey_copies * shape.total + shape.block + backward) + further
 
 
 def _training(step: BlockStep, shape: _Shape, blocks: int) -> int:

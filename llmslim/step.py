@@ -215,6 +215,10 @@ class BlockStep(Step):
         """Tokens that the survey holds the gradients of at once, of windows of so many; for the plan."""
         return window
 
+    def survey_bytes(self, anatomy: Anatomy, window: int) -> int:
+        """What the survey holds at once beside weights, gradients and what passes through Linears; for the plan."""
+        return 0
+
     @property
     def survey_limit(self) -> float:
         """Seconds after which the survey stops by itself."""

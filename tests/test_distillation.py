@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from llmslim.anatomy import Anatomy
 from llmslim.distillation.features import Features
 from llmslim.distillation.relations import Relations
 from llmslim.distillation.response import Response
@@ -22,8 +23,8 @@ from llmslim.pruning.layers import PruneLayers
 from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration, Recipe
 from llmslim.training import losses
-from llmslim.training.forward import sampled
-from llmslim.training.inside import projection
+from llmslim.training.forward import Scores, observe, sampled
+from llmslim.training.pairing import projection
 from tests import reference
 from tests.checkpoints import killed_at_training_step
 from tests.test_recovery import tensors, whole
@@ -153,12 +154,66 @@ def test_few_samples_give_no_relation_and_no_nan() -> None:
     assert same.grad is not None and same.grad.isfinite().all()
 
 
+def test_relations_in_groups_leave_out_what_is_not_there() -> None:
+    student, teacher = torch.randn(3, 5, 3), torch.randn(3, 5, 8) * 3
+    mask = torch.tensor([[True] * 5, [True, True, True, False, False], [True, False, True, True, False]])
+    student[~mask], teacher[~mask] = 1e6, -1e6
+    kept = [(s[m], t[m]) for s, t, m in zip(student, teacher, mask, strict=True)]
+    for name, count in (
+        ("distances", lambda n: n * (n - 1) / 2),
+        ("angles", lambda n: n * (n - 1) * (n - 2)),
+    ):
+        counts = [count(len(s)) for s, _ in kept]
+        naive = [getattr(reference, name)(*pair) for pair in kept]
+        wanted = sum(c * x for c, x in zip(counts, naive, strict=True)) / sum(counts)
+        found = getattr(losses, name)(student, teacher, mask)
+        assert float(found) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "gpt_neox", "bert", "modernbert"])
+def test_the_scores_seen_are_those_that_attention_softmaxes(family: str) -> None:
+    """Of grouped heads, rotary positions, sliding windows and padding; against transformers' eager attention."""
+    model = tiny_model(family)
+    attentions = [block.attention.module for block in Anatomy(model).blocks]
+    inputs = {"input_ids": torch.randint(5, 512, (2, 20)), "attention_mask": torch.ones(2, 20).long()}
+    inputs["attention_mask"][1, 14:] = 0
+    with torch.no_grad():
+        seen = observe(model, inputs, [], attentions)
+        model.set_attn_implementation("eager")
+        wanted = model(**inputs, output_attentions=True)
+    torch.testing.assert_close(seen.output.logits[0], wanted.logits[0], atol=1e-4, rtol=1e-4)
+    real = inputs["attention_mask"].bool()[:, None, :, None]
+    for scores, weights in zip(seen.scores, wanted.attentions, strict=True):
+        found = scores.values.masked_fill(~scores.allowed, -torch.inf).softmax(-1)
+        torch.testing.assert_close(found.where(real, 0), weights.where(real, 0), atol=1e-5, rtol=1e-4)
+
+
+def test_attention_scores_are_compared_where_both_see() -> None:
+    mine, its = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    causal, mask = (
+        torch.ones(4, 4, dtype=torch.bool).tril(),
+        torch.tensor([[True] * 4, [True, True, False, False]]),
+    )
+    found = losses.attention_scores(Scores(mine, causal), Scores(its, torch.ones_like(causal)), mask)
+    errors = [
+        float(mine[b, h, i, j] - its[b, h, i, j]) ** 2
+        for b, length in enumerate((4, 2))
+        for h in range(3)
+        for i in range(length)
+        for j in range(i + 1)
+    ]
+    assert float(found) == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+
+
 LOSSES: dict[str, Any] = {
     **{kind: lambda s, t, kind=kind: losses.divergence(s, t, 2.0, kind, 0.3) for kind in KINDS},
     "hidden_states": losses.hidden_states,
     "self_relations": lambda s, t: losses.self_relations(s, t, 2),
     "distances": lambda s, t: losses.distances(s[0], t[0]),
     "angles": lambda s, t: losses.angles(s[0], t[0]),
+    "attention_scores": lambda s, t: losses.attention_scores(
+        *(Scores(x[:, None], torch.ones(8, dtype=torch.bool)) for x in (s, t))
+    ),
 }
 
 
@@ -245,6 +300,18 @@ STEPS: dict[str, Any] = {
     "distance": Relations(angle=0, response=0, **FAST),
     "angle": Relations(distance=0, response=0, **FAST),
     "relations": Relations(**FAST),
+    "maps": Response(attention_maps=1, response=0, **FAST),
+    "tokens": Response(token_distance=25, token_angle=50, response=0, **FAST),
+    "all": Response(
+        alpha=0.5,
+        divergence="reverse",
+        attention_maps=1,
+        hidden=1,
+        attention=1,
+        token_angle=1,
+        angle=1,
+        **FAST,
+    ),
 }
 RUNS = [
     *(
@@ -258,6 +325,7 @@ RUNS = [
         ("llama", "gpt2", "gpt2", "gpt2", "bert"),
         strict=True,
     ),
+    *zip(("maps", "tokens", "all"), ("bert", "llama", "gpt2"), strict=True),
 ]
 """Each method on each kind of model, each of its losses on one."""
 
@@ -273,6 +341,40 @@ def test_each_method_lowers_what_it_minimizes(
     assert value(step, tmp_path / "d", teacher) < 0.9 * value(step, student, teacher)
     before, after = tensors(student), tensors(tmp_path / "d")  # projections leave no trace
     assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
+
+
+def test_the_losses_combine_with_their_weights() -> None:
+    model, teacher, tokens = tiny_model("gpt2", 1), tiny_model("gpt2"), windows()
+
+    def loss(**weights: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return Response(**weights).criterion(model, teacher, tokens)[0](model, tokens)
+
+    inside = {"hidden": 3.0, "attention_maps": 2.0, "attention": 5.0, "token_distance": 7.0, "distance": 11.0}
+    whole = loss(response=0.5, alpha=0.25, divergence="js", **inside)
+    parts = [weight * loss(response=0, **{name: 1.0}) for name, weight in inside.items()]
+    torch.testing.assert_close(whole, 0.5 * loss(alpha=0.25, divergence="js") + sum(parts))
+    assert len({round(float(part), 6) for part in parts}) == len(parts)
+
+
+def test_tokens_are_related_in_runs_without_padding() -> None:
+    model, teacher = tiny_model("bert", 1), tiny_model("bert")
+    tokens = torch.randint(5, 512, (2, 40))
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[1, 35:] = False
+    comparison = Response(token_angle=1, response=0).comparison(model, teacher, tokens)
+    with torch.no_grad():
+        seen = [v.of(m, tokens) for v, m in zip(comparison.views, (model, teacher), strict=True)]
+        found = comparison.losses(*seen, mask)[0]
+    states = [one.given[0] for one in seen]
+    groups = [(0, 0, 32), (0, 32, 40), (1, 0, 32), (1, 32, 35)]
+    total = count = 0.0
+    for window, begin, end in groups:
+        n = end - begin
+        pair = [x[window : window + 1, begin:end] for x in states]
+        total += n * (n - 1) * (n - 2) * float(losses.angles(*pair))
+        count += n * (n - 1) * (n - 2)
+    assert float(found) == pytest.approx(total / count, rel=1e-4)
 
 
 @pytest.mark.parametrize(("name", "family"), [("features", "gpt2"), ("relations", "bert")])
@@ -394,15 +496,29 @@ def test_an_encoder_without_a_head(step: Any, tmp_path: Path) -> None:
         ("bert", [Response(on_policy=0.5)], "on_policy 0.5 asks for text that the student writes"),
         ("llama", [Features(relation_heads=3)], "relation_heads 3 does not divide .* a divisor of 32 does"),
         ("llama", [Relations(teacher="OTHER")], "vocabulary of 320 tokens"),
+        (
+            "llama student",
+            [Response(attention_maps=1, teacher="llama")],
+            "block 0 of the student has 2 heads where the teacher has 4: take attention",
+        ),
+        (
+            "gemma2",
+            [PruneLayers(drop=(1,)), Response(attention_maps=1)],
+            "Gemma2ForCausalLM, runs on 'eager'",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_weights_are_read(
     family: str, steps: list[Any], message: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     other = save_tiny("llama", tmp_path / "other", vocab_size=320)
-    steps = [s.model_copy(update={"teacher": str(other)}) if getattr(s, "teacher", "") else s for s in steps]
+    places = {**folders, "OTHER": other, "gemma2": tmp_path / "gemma2"}
+    if family == "gemma2":
+        save_tiny("gemma2", places["gemma2"])
+    named = [(step, getattr(step, "teacher", "")) for step in steps]
+    steps = [step.model_copy(update={"teacher": str(places[name])}) if name else step for step, name in named]
     with pytest.raises(UserError, match=message):
-        prepare(str(folders[family]), Recipe(steps=tuple(steps), **QUICK))
+        prepare(str(places[family]), Recipe(steps=tuple(steps), **QUICK))
 
 
 @pytest.mark.parametrize(
@@ -413,12 +529,30 @@ def test_bad_input_is_refused_before_weights_are_read(
         (Response, {"divergence": "backward"}, "'forward', 'reverse' or 'js'"),
         (Features, {"hidden": 0, "attention": 0}, "use method response"),
         (Relations, {"distance": 0, "angle": 0}, "use method response"),
+        (Response, {"response": 0}, "there is nothing to learn"),
+        (Features, {"response": 0, "alpha": 0.5}, "alpha is about the response, whose weight is 0"),
+        (
+            Response,
+            {"hidden": 1, "cached_logits": 8},
+            "cached_logits spares the teacher, whose inside hidden",
+        ),
         (Relations, {"batch_size": 2}, "a batch_size of 2 makes no such relation; 3 does"),
     ],
 )
 def test_fields_that_cannot_be(cls: Any, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         cls(**fields)
+
+
+def test_the_plan_knows_what_comparing_takes(folders: dict[str, Path]) -> None:
+    def peak(seq_len: int, **weights: Any) -> int:
+        step = Response(teacher=str(folders["bert"]), batch_size=4, **weights)
+        text = {"calibration": Calibration(num_samples=4, seq_len=seq_len), "evaluation": None}
+        return prepare(str(folders["bert student"]), Recipe(steps=(step,), **text)).plan.peak_memory
+
+    maps = 4 * 4 * 3 * 4 * 256**2  # bytes of the scores of a batch: 4 windows, 3 blocks of 4 heads
+    assert peak(256, attention_maps=1) - peak(256) > 3 * maps
+    assert peak(256, token_angle=1) - peak(256) > 4 * 4 * 256 * 32 * 64
 
 
 def test_what_only_the_teacher_shows_is_refused_before_weights_are_read(

@@ -10,7 +10,7 @@ import torch
 from llmslim.anatomy import Anatomy
 from llmslim.distillation.features import Features
 from llmslim.edit import DropBlocks
-from llmslim.training.inside import alikeness, ascending
+from llmslim.training.pairing import alikeness, ascending
 from tests.tiny import tiny_model
 
 

@@ -1,4 +1,4 @@
-"""Distil the teacher's distribution over tokens."""
+"""Distil the teacher's distribution over tokens, and whatever else of it is weighed in."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llmslim.anatomy import Anatomy
 from llmslim.errors import UserError
 from llmslim.training.cached import CachedStep, TeacherCache
+from llmslim.training.inside import Comparison, InsideFields
 from llmslim.training.losses import Divergence
 from llmslim.training.whole import WholeStep
 
@@ -20,22 +21,33 @@ if TYPE_CHECKING:
 
     from llmslim.training.loop import Loss
 
+SAMPLE = 4096  # tokens that projections are fitted to before training
 
-class Response(CachedStep, WholeStep):
+
+class Response(InsideFields, CachedStep, WholeStep):
     """Train a student to give the teacher's distribution over tokens, on a text or on what it writes itself.
 
-    alpha * divergence + (1 - alpha) * next token (Hinton et al. 2015, arXiv:1503.02531). With `on_policy`, that share
-    of the batches is the student's own: from the first half of each window it writes the second (sampled at
-    temperature 1), and is trained there on the divergence alone, which counts alpha times as well: what it wrote is
-    no label. That is GKD (Agarwal et al. 2023, arXiv:2306.13649), for causal models. Validation is on the text.
+    response * (alpha * divergence + (1 - alpha) * next token) (Hinton et al. 2015, arXiv:1503.02531). With `on_policy`,
+    that share of the batches is the student's own: from the first half of each window it writes the second (sampled
+    at temperature 1), and is trained there on the divergence alone, which counts alpha times as well: what it wrote
+    is no label. That is GKD (Agarwal et al. 2023, arXiv:2306.13649), for causal models. Validation is on the text.
     The student trains without dropout, here and in the other methods of the room: the teacher has none.
+
+    What the models have inside adds to the loss with its own weights, none of which is set here: `features` tells what
+    they are, and it and `relations` are this method with other weights.
     """
 
     kind: ClassVar[str] = "response"
     verb: ClassVar[str] = "distill"
 
+    response: float = Field(
+        1.0, ge=0, description="weight of the distribution over tokens, beside those of what is inside"
+    )
     alpha: float = Field(
-        1.0, gt=0, le=1, description="share of the divergence in the loss; the rest is the text's next token"
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the divergence in the response; the rest is the text's next token",
     )
     divergence: Divergence = Field(
         "forward",
@@ -45,6 +57,8 @@ class Response(CachedStep, WholeStep):
     on_policy: float = Field(
         0.0, ge=0, le=1, description="share of the batches that the student writes itself (causal models)"
     )
+    hidden: float = Field(0.0, ge=0, description="weight of the hidden states")
+    attention: float = Field(0.0, ge=0, description="weight of the last attention's relations")
 
     @model_validator(mode="after")
     def _beta_is_of_js(self) -> Self:
@@ -54,17 +68,60 @@ class Response(CachedStep, WholeStep):
 
     @model_validator(mode="after")
     def _cache_is_of_a_text(self) -> Self:
-        if self.cached_logits is not None and self.on_policy:
+        if self.cached_logits is None:
+            return self
+        if self.on_policy:
             raise ValueError(
                 "cached_logits is of a text known beforehand, not of what the student writes: on_policy 0"
             )
+        if self.inside:
+            raise ValueError(
+                f"cached_logits spares the teacher, whose inside {self.inside[0]} compares with: leave one of them out"
+            )
         return self
 
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Self:
+        fields = type(self).model_fields
+        of_response = ("alpha", "temperature", "divergence", "on_policy", "cached_logits")
+        changed = next((name for name in of_response if getattr(self, name) != fields[name].default), None)
+        if not self.response and changed:
+            raise ValueError(f"{changed} is about the response, whose weight is 0")
+        usual = [name for name in ("hidden", "attention", "distance", "angle") if fields[name].default]
+        if usual and not self.inside:
+            raise ValueError(
+                f"{' and '.join(usual)} are both 0, which leaves nothing inside; use method response"
+            )
+        if not self.response and not self.inside:
+            raise ValueError(
+                "the weight is 0, and so is that of all that is inside: there is nothing to learn"
+            )
+        if self.batch_size < self.related:
+            raise ValueError(f"a batch_size of {self.batch_size} makes no such relation; {self.related} does")
+        return self
+
+    @property
+    def predicts(self) -> bool:
+        return self.response > 0
+
+    @property
+    def needed(self) -> int:
+        return self.related
+
+    def survey_bytes(self, anatomy: Anatomy, window: int) -> int:
+        return self.inside_bytes(anatomy, self.batch_size, window)
+
     def check(self, anatomy: Anatomy) -> None:
+        name = type(anatomy.model).__name__
+        if anatomy.head is None and self.response:
+            raise UserError(
+                f"response {self.response:g} weighs a distribution over tokens, and {name} gives none: set it to 0."
+            )
         super().check(anatomy)
+        if self.attention:
+            self.heads([anatomy.blocks[-1].attention])
         if anatomy.is_decoder:
             return
-        name = type(anatomy.model).__name__
         if self.alpha < 1:
             raise UserError(
                 f"alpha {self.alpha:g} asks for the next token, and {name} is no causal model: leave it at 1."
@@ -78,29 +135,58 @@ class Response(CachedStep, WholeStep):
     def criterion(
         self, model: PreTrainedModel, teacher: PreTrainedModel | TeacherCache | None, tokens: Tensor
     ) -> tuple[Loss, list[nn.Parameter]]:
-        from llmslim.training.forward import run, sampled
-        from llmslim.training.losses import coarse_divergence, divergence, next_token
-
         assert teacher is not None
-        prompt = tokens.shape[1] // 2
+        if isinstance(teacher, TeacherCache):
+            return self._cached(teacher), []
+        some = tokens[: max(1, SAMPLE // tokens.shape[1])].to(model.device)
+        inside = self.comparison(model, teacher, some)
+        return self._beside(teacher, inside, tokens.shape[1] // 2), list(inside.projections.parameters())
+
+    def _cached(self, teacher: TeacherCache) -> Loss:
+        from llmslim.training.forward import run
+        from llmslim.training.losses import coarse_divergence
+
+        def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+            logits = run(model, tokens).logits
+            how = (self.temperature, self.divergence, self.beta)
+            return self._response(coarse_divergence(logits, *teacher.of(tokens), *how), logits, tokens)
+
+        return loss
+
+    def _beside(self, teacher: PreTrainedModel, inside: Comparison, prompt: int) -> Loss:
+        """With the teacher in memory.
+
+        Args:
+            prompt: tokens of a window behind which the student writes.
+        """
+        from llmslim.training.forward import sampled
+        from llmslim.training.losses import divergence
 
         def loss(model: nn.Module, tokens: Tensor) -> Tensor:
             own = self.on_policy > 0 and torch.is_grad_enabled() and float(torch.rand(())) < self.on_policy
             if own:
                 tokens = sampled(model, tokens[:, :prompt], tokens.shape[1] - prompt)
-            logits = run(model, tokens).logits
-            how = (self.temperature, self.divergence, self.beta)
-            if isinstance(teacher, TeacherCache):
-                value = self.alpha * coarse_divergence(logits, *teacher.of(tokens), *how)
-            else:
-                with torch.no_grad():
-                    targets = run(teacher, tokens).logits
+            mine = inside.views[0].of(model, tokens)
+            with torch.no_grad():
+                its = inside.views[1].of(teacher, tokens)
+            parts = inside.losses(mine, its, None)
+            if self.response:
+                logits = mine.output.logits
                 judged = (
                     slice(prompt - 1, -1) if own else slice(None)
                 )  # what the written tokens were drawn from
-                value = self.alpha * divergence(logits[:, judged], targets[:, judged], *how)
-            if self.alpha < 1 and not own:
-                value = value + (1 - self.alpha) * next_token(logits, tokens)
-            return value
+                pair = logits[:, judged], its.output.logits[:, judged]
+                apart = divergence(*pair, self.temperature, self.divergence, self.beta)
+                parts.append(self._response(apart, logits, None if own else tokens))
+            return torch.stack(parts).sum()
 
-        return loss, []
+        return loss
+
+    def _response(self, apart: Tensor, logits: Tensor, labels: Tensor | None) -> Tensor:
+        """The divergence weighed, with that of the labels."""
+        from llmslim.training.losses import next_token
+
+        value = self.alpha * apart
+        if self.alpha < 1 and labels is not None:
+            value = value + (1 - self.alpha) * next_token(logits, labels)
+        return self.response * value

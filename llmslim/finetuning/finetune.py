@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 
     from llmslim.loaders.models import ModelFiles
     from llmslim.step import Survey
+    from llmslim.training.forward import Seen
     from llmslim.training.loop import Judge, Loss
 
 SAMPLE = 256  # sentences that projections are fitted to before training
-OF_TEACHER = ("alpha", "temperature", "hidden", "attention", "layer_map", "relation_heads")
+OF_TEACHER = ("alpha", "temperature", *InsideFields.model_fields)
 
 
 class Finetune(InsideFields, WholeStep):
@@ -45,7 +46,7 @@ class Finetune(InsideFields, WholeStep):
     - teacher: KL from its distribution over the classes, both divided by the temperature (Hinton et al. 2015,
       arXiv:1503.02531); the squared error from its score. Without a teacher alpha is 0.
     - inside: the teacher's hidden states and relations of its last attention (TinyBERT, arXiv:1909.10351; MiniLMv2,
-      arXiv:2012.15828), as in `distill --method features`; padding is left out.
+      arXiv:2012.15828), and whatever else `distill --method features` compares; padding is left out.
 
     With validation the best by the task's score (the mean of its metrics, as `evaluate --glue` has it) is kept.
     Batches are of like length, padded to their longest. Dropout is what the config says.
@@ -84,6 +85,8 @@ class Finetune(InsideFields, WholeStep):
         changed = next((n for n in OF_TEACHER if getattr(self, n) != fields[n].default), None)
         if changed and not self.teacher:
             raise ValueError(f"{changed} is about learning from a teacher, and none is given")
+        if self.batch_size < self.related:
+            raise ValueError(f"a batch_size of {self.batch_size} makes no such relation; {self.related} does")
         return self
 
     @property
@@ -106,6 +109,9 @@ class Finetune(InsideFields, WholeStep):
 
     def survey_span(self, window: int) -> int:
         return self.batch_size * self.max_length
+
+    def survey_bytes(self, anatomy: Anatomy, window: int) -> int:
+        return self.inside_bytes(anatomy, self.batch_size, self.max_length) if self.teacher else 0
 
     @property
     def distills(self) -> bool:
@@ -151,17 +157,18 @@ class Finetune(InsideFields, WholeStep):
     def criterion(
         self, model: PreTrainedModel, teacher: PreTrainedModel | None, data: Any
     ) -> tuple[Loss, list[nn.Parameter]]:
-        from llmslim.training.forward import observe
+        from llmslim.training.forward import run
 
         columns = label_columns(model.config, self.task)
         learn = None if teacher is None else _Teacher(self, model, teacher, data)
 
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            output, found = observe(model, inputs, learn.inside.modules[0] if learn else ())
-            logits = output.logits[:, columns].float()
-            value = self._labels(logits, batch["labels"])
-            return value if learn is None else learn(value, logits, found, inputs)
+            if learn is None:
+                return self._labels(run(model, inputs).logits[:, columns].float(), batch["labels"])
+            mine = learn.inside.views[0].of(model, inputs)
+            logits = mine.output.logits[:, columns].float()
+            return learn(self._labels(logits, batch["labels"]), logits, mine, inputs)
 
         return loss, list(learn.inside.projections.parameters()) if learn else []
 
@@ -198,19 +205,14 @@ class _Teacher:
     def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in batch.items() if name in self.names and name != "labels"}
 
-    def __call__(
-        self, value: Tensor, logits: Tensor, found: list[Tensor], inputs: dict[str, Tensor]
-    ) -> Tensor:
-        from llmslim.training.forward import observe
+    def __call__(self, value: Tensor, logits: Tensor, mine: Seen, inputs: dict[str, Tensor]) -> Tensor:
         from llmslim.training.losses import divergence
 
         step = self.step
         with torch.no_grad():
-            output, wanted = observe(self.model, self._inputs(inputs), self.inside.modules[1])
-        target = output.logits[:, self.columns].float()
+            its = self.inside.views[1].of(self.model, self._inputs(inputs))
+        target = its.output.logits[:, self.columns].float()
         classes = bool(step.task.labels)
         response = divergence(logits, target, step.temperature) if classes else F.mse_loss(logits, target)
         value = (1 - step.alpha) * value + step.alpha * response
-        if found:
-            value = value + self.inside.value(found, wanted, inputs["attention_mask"].bool())
-        return value
+        return torch.stack([value, *self.inside.losses(mine, its, inputs["attention_mask"].bool())]).sum()

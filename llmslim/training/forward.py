@@ -1,15 +1,38 @@
-"""Running a model in training: without a cache, with a look at what its modules give, and to write text."""
+"""Running a model in training: without a cache, with a look at what happens inside, and to write text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 Inputs = Tensor | Mapping[str, Tensor]
 """Tokens int64 [batch, seq], or all that a model takes, by name."""
+
+
+class Scores(NamedTuple):
+    """What attention softmaxes.
+
+    Attributes:
+        values: q k^T / sqrt(head_dim), and what is added by position, float32 [batch, heads, seq, seq].
+        allowed: bool, broadcastable to values: which tokens (last) a token sees.
+    """
+
+    values: Tensor
+    allowed: Tensor
+
+
+class Seen(NamedTuple):
+    """A forward pass: the output, what modules gave in between (the first, of a tuple), what attentions softmaxed."""
+
+    output: Any
+    given: list[Tensor]
+    scores: list[Scores]
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:
@@ -19,20 +42,74 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
     return model(**named, use_cache=False) if caches else model(**named)
 
 
-def observe(model: nn.Module, inputs: Inputs, modules: Sequence[nn.Module]) -> tuple[Any, list[Tensor]]:
-    """The output, and what each of these modules of the model gave in between (the first, of a tuple)."""
+def observe(
+    model: nn.Module, inputs: Inputs, modules: Sequence[nn.Module], attentions: Sequence[nn.Module] = ()
+) -> Seen:
+    """Run a model and look inside.
+
+    Args:
+        modules: whose outputs are kept.
+        attentions: modules whose scores are kept; they must run on `scaled_dot_product_attention`.
+    """
     given: dict[nn.Module, Tensor] = {}
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
         given[module] = output[0] if isinstance(output, tuple) else output
 
-    hooks = [module.register_forward_hook(keep) for module in dict.fromkeys(modules)]
-    try:
+    with ExitStack() as stack:
+        for module in dict.fromkeys(modules):
+            stack.callback(module.register_forward_hook(keep).remove)
+        found = stack.enter_context(_scores(attentions)) if attentions else {}
         output = run(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return output, [given[module] for module in modules]
+    return Seen(output, [given[module] for module in modules], [found[module] for module in attentions])
+
+
+@contextmanager
+def _scores(attentions: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Scores]]:
+    """Fill a dict with what each of these modules hands to torch's attention, which keeps no scores itself."""
+    found: dict[nn.Module, Scores] = {}
+    running: list[nn.Module] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is F.scaled_dot_product_attention and running:
+                found[running[-1]] = scores_of(*args[:3], **kwargs)
+            return func(*args, **kwargs)
+
+    with ExitStack() as stack:
+        for module in attentions:
+            enter = module.register_forward_pre_hook(lambda module, inputs: running.append(module))
+            leave = module.register_forward_hook(lambda module, inputs, output: running.clear())
+            stack.callback(enter.remove)
+            stack.callback(leave.remove)
+        stack.enter_context(Watch())
+        yield found
+
+
+def scores_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **others: Any,
+) -> Scores:
+    """The scores of a call of `scaled_dot_product_attention`; arguments are its own."""
+    with torch.autocast(query.device.type, enabled=False):  # half a type's digits are gone after the product
+        keys = key.float().repeat_interleave(query.shape[1] // key.shape[1], 1)
+        values = query.float() @ keys.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    allowed = torch.ones(values.shape[-2:], dtype=torch.bool, device=values.device)
+    if is_causal:
+        allowed = allowed.tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        allowed = allowed & attn_mask
+    elif attn_mask is not None:  # what is added: the least number, or infinity, where nothing is seen
+        allowed = allowed & (attn_mask > torch.finfo(attn_mask.dtype).min / 2)
+        values = values + attn_mask.float().clamp_min(-1e4)
+    return Scores(values, allowed)
 
 
 @torch.no_grad()

@@ -1,4 +1,7 @@
-"""What a student can learn of a teacher's inside, whatever else its loss has: hidden states, relations of attention."""
+"""What a student can learn of a teacher's inside, whatever else its loss has.
+
+Hidden states, attention maps, relations of the last attention; distances and angles between samples and between tokens.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,35 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llmslim.anatomy import Anatomy, Attention
 from llmslim.errors import UserError
+from llmslim.training.pairing import alikenesses, ascending, outputs, projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmslim.training.forward import Inputs
+    from llmslim.training.forward import Inputs, Seen
 
-DAMP = 1e-3  # of the fit of projections, as a share of the mean square of a student's channel
+RUN = 32  # consecutive tokens that are set in relation to each other
+
+
+@dataclass(frozen=True)
+class View:
+    """What is looked at in one of the two models: outputs of modules, and scores of attentions."""
+
+    modules: list[nn.Module]
+    attentions: list[nn.Module]
+
+    def of(self, model: nn.Module, inputs: Inputs) -> Seen:
+        from llmslim.training.forward import observe
+
+        return observe(model, inputs, self.modules, self.attentions)
+
+
+Term = Callable[["Seen", "Seen", "Tensor | None"], Tensor]
+"""term(seen of the student, of the teacher, mask bool [batch, seq] or None) -> scalar."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +49,36 @@ class Comparison:
     """How a student is compared with its teacher.
 
     Attributes:
-        modules: those of the student, and of the teacher, whose outputs are compared.
+        views: of the student, and of the teacher.
         projections: to the teacher's width; trained with the student.
-        value: value(outputs of the student's modules, of the teacher's, mask bool [batch, seq] or None) -> scalar.
+        terms: of the loss, with their weights.
     """
 
-    modules: tuple[list[nn.Module], list[nn.Module]]
+    views: tuple[View, View]
     projections: nn.ModuleList
-    value: Callable[[list[Tensor], list[Tensor], Tensor | None], Tensor]
+    terms: list[tuple[float, Term]]
+
+    def losses(self, mine: Seen, its: Seen, mask: Tensor | None) -> list[Tensor]:
+        """Each term, weighed; none where nothing inside is compared.
+
+        Args:
+            mask: bool [batch, seq], which tokens are no padding; all when None.
+        """
+        return [weight * term(mine, its, mask) for weight, term in self.terms]
+
+
+class _Views:
+    """Collects what terms of a loss look at; one module may serve several."""
+
+    def __init__(self) -> None:
+        self.views = View([], []), View([], [])
+
+    def watch(self, students: Sequence[nn.Module], teachers: Sequence[nn.Module]) -> slice:
+        """Where the outputs of these modules are among those seen."""
+        begun = len(self.views[0].modules)
+        for view, modules in zip(self.views, (students, teachers), strict=True):
+            view.modules.extend(modules)
+        return slice(begun, begun + len(students))
 
 
 class InsideFields(BaseModel):
@@ -45,19 +89,68 @@ class InsideFields(BaseModel):
         description="the teacher's blocks that the student's learn from: evenly spaced, its last, or the most alike",
     )
     hidden: float = Field(1.0, ge=0, description="weight of the hidden states")
+    attention_maps: float = Field(0.0, ge=0, description="weight of the attention scores of each block")
     attention: float = Field(1.0, ge=0, description="weight of the last attention's relations")
     relation_heads: int | None = Field(
         None,
         ge=1,
         description="parts that queries, keys and values are split into; the teacher's KV heads when not given",
     )
+    distance: float = Field(0.0, ge=0, description="weight of the distances between samples")
+    angle: float = Field(0.0, ge=0, description="weight of the angles between three samples")
+    token_distance: float = Field(0.0, ge=0, description="weight of the distances between tokens")
+    token_angle: float = Field(0.0, ge=0, description="weight of the angles between three tokens")
+
+    @property
+    def inside(self) -> list[str]:
+        """The names of the weights that are not 0."""
+        names = (
+            *("hidden", "attention_maps", "attention"),
+            *("distance", "angle", "token_distance", "token_angle"),
+        )
+        return [name for name in names if getattr(self, name)]
+
+    @property
+    def related(self) -> int:
+        """Samples that make one relation of each kind between samples."""
+        return 3 if self.angle else 2 if self.distance else 1
+
+    def inside_bytes(self, anatomy: Anatomy, batch: int, window: int) -> int:
+        """What comparing takes beside the two models, for a batch of windows of so many tokens; for the plan."""
+        held = 0
+        if self.attention_maps:  # both scores as made and as scaled, their difference, its gradient: measured
+            held += 7 * window**2 * sum(block.attention.num_heads for block in anatomy.blocks)
+        if self.token_distance or self.token_angle:  # differences within runs, their directions, twice each
+            width = anatomy.model.config.get_text_config().hidden_size
+            held += 4 * window * RUN * (width + RUN)
+        return 4 * batch * held
 
     def check_pair(self, student: Anatomy, teacher: Anatomy) -> None:
         """Refuse two models whose blocks or heads cannot be paired; on meta."""
-        if self.hidden:
-            self._mapped(len(student.blocks), len(teacher.blocks))
+        if self.hidden or self.attention_maps:
+            chosen = self._mapped(len(student.blocks), len(teacher.blocks))
+            if self.attention_maps:
+                self._check_maps(student, teacher, chosen)
         if self.attention:
             self.heads([student.blocks[-1].attention, teacher.blocks[-1].attention])
+
+    def _check_maps(self, student: Anatomy, teacher: Anatomy, chosen: Sequence[int]) -> None:
+        for anatomy, who in ((student, "student"), (teacher, "teacher")):
+            implementation = anatomy.model.config._attn_implementation
+            if implementation != "sdpa":
+                raise UserError(
+                    f"attention_maps {self.attention_maps:g} needs the scores of torch's scaled_dot_product_attention, "
+                    f"and the {who}, a {type(anatomy.model).__name__}, runs on {implementation!r}: take attention, the "
+                    "relations of its last block."
+                )
+        counts = [block.attention.num_heads for block in student.blocks]
+        others = [block.attention.num_heads for block in teacher.blocks]
+        for number, (mine, its) in enumerate(zip(counts, (others[index] for index in chosen), strict=True)):
+            if mine != its or (self.layer_map == "learned" and set(others) != {mine}):
+                raise UserError(
+                    f"attention_maps {self.attention_maps:g} compares head by head, and block {number} of the student "
+                    f"has {mine} heads where the teacher has {its}: take attention, whose heads may differ."
+                )
 
     def comparison(
         self, student: PreTrainedModel, teacher: PreTrainedModel, sample: Inputs, mask: Tensor | None = None
@@ -68,35 +161,72 @@ class InsideFields(BaseModel):
             sample: what projections are fitted to, and the most alike blocks found by, before training.
             mask: of the sample, which tokens are no padding.
         """
-        from llmslim.training.losses import hidden_states, self_relations
+        models, seen, projections = (student, teacher), _Views(), nn.ModuleList()
+        terms: list[tuple[float, Term]] = []
+        if self.hidden or self.attention_maps:
+            students, teachers = (Anatomy(model).blocks for model in models)
+            chosen = [teachers[index] for index in self._chosen(student, teacher, sample, mask)]
+            if self.hidden:
+                mine, its = [block.module for block in students], [block.module for block in chosen]
+                given = zip(*outputs(*models, mine, its, sample, mask), strict=True)
+                projections.extend(projection(x, y) for x, y in given)
+                terms.append((self.hidden, _hidden(seen.watch(mine, its), projections)))
+            if self.attention_maps:
+                for view, blocks in zip(seen.views, (students, chosen), strict=True):
+                    view.attentions.extend(block.attention.module for block in blocks)
+                terms.append((self.attention_maps, _maps))
+        if self.attention:
+            terms.append((self.attention, self._relations(models, seen)))
+        if self.distance or self.angle or self.token_distance or self.token_angle:
+            place = seen.watch([_last(student)], [_last(teacher)]).start
+            terms += self._relating(place)
 
-        students, teachers = Anatomy(student).blocks, Anatomy(teacher).blocks
-        chosen = self._chosen(student, teacher, sample, mask) if self.hidden else []
-        pairs = list(zip(students, chosen, strict=True)) if self.hidden else []
-        blocks = [s.module for s, _ in pairs], [teachers[t].module for _, t in pairs]
-        given = zip(*outputs(student, teacher, *blocks, sample, mask), strict=True) if pairs else ()
-        projections = nn.ModuleList(projection(x, y) for x, y in given)
-        attentions = [students[-1].attention, teachers[-1].attention] if self.attention else []
-        heads = self.heads(attentions) if attentions else 0
+        return Comparison(seen.views, projections, terms)
+
+    def _relations(self, models: tuple[PreTrainedModel, PreTrainedModel], seen: _Views) -> Term:
+        """Of queries, keys and values of the last blocks."""
+        from llmslim.training.losses import self_relations
+
+        attentions = [Anatomy(model).blocks[-1].attention for model in models]
+        heads = self.heads(attentions)
         parts = [(a.q, a.k, a.v) for a in attentions]
-        modules = [
-            [*some, *(part.module for part in ps)] for some, ps in zip(blocks, parts or ((), ()), strict=True)
-        ]
+        place = seen.watch(*[[part.module for part in three] for three in parts])
 
-        def value(found: list[Tensor], wanted: list[Tensor], mask: Tensor | None) -> Tensor:
-            total = found[0].new_zeros(())
-            count = len(pairs)
-            for project, mine, its in zip(projections, found[:count], wanted[:count], strict=True):
-                if mask is not None:
-                    mine, its = mine[mask], its[mask]
-                total = total + self.hidden / count * hidden_states(project(mine), its)
-            if parts:
-                for mine, its, rows, its_rows in zip(found[count:], wanted[count:], *parts, strict=True):
-                    mine, its = mine[..., rows.rows.to(mine.device)], its[..., its_rows.rows.to(its.device)]
-                    total = total + self.attention / 3 * self_relations(mine, its, heads, mask)
+        def term(mine: Seen, its: Seen, mask: Tensor | None) -> Tensor:
+            total = mine.given[place.start].new_zeros(())
+            for x, y, rows, its_rows in zip(mine.given[place], its.given[place], *parts, strict=True):
+                x, y = x[..., rows.rows.to(x.device)], y[..., its_rows.rows.to(y.device)]
+                total = total + self_relations(x, y, heads, mask) / len(parts[0])
             return total
 
-        return Comparison((modules[0], modules[1]), projections, value)
+        return term
+
+    def _relating(self, place: int) -> list[tuple[float, Term]]:
+        """Of samples and tokens, by the last hidden states, which stand at a place of what is seen."""
+        from llmslim.training import losses
+
+        def samples(loss: Callable[[Tensor, Tensor], Tensor]) -> Term:
+            def term(mine: Seen, its: Seen, mask: Tensor | None) -> Tensor:
+                return loss(_averages(mine.given[place], mask), _averages(its.given[place], mask))
+
+            return term
+
+        def tokens(loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Term:
+            def term(mine: Seen, its: Seen, mask: Tensor | None) -> Tensor:
+                x, y = (one.given[place] for one in (mine, its))
+                if mask is None:
+                    mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+                return loss(_runs(x), _runs(y), _runs(mask[..., None])[..., 0])
+
+            return term
+
+        weighted = [
+            (self.distance, samples(losses.distances)),
+            (self.angle, samples(losses.angles)),
+            (self.token_distance, tokens(losses.distances)),
+            (self.token_angle, tokens(losses.angles)),
+        ]
+        return [(weight, term) for weight, term in weighted if weight]
 
     def _chosen(
         self, student: PreTrainedModel, teacher: PreTrainedModel, sample: Inputs, mask: Tensor | None
@@ -106,15 +236,14 @@ class InsideFields(BaseModel):
         fixed = self._mapped(len(blocks), len(targets))
         if self.layer_map != "learned":
             return fixed
-        mine, its = outputs(student, teacher, blocks, targets, sample, mask)
-        return ascending(torch.tensor([[alikeness(x, y) for y in its] for x in mine]))
+        return ascending(alikenesses(*outputs(student, teacher, blocks, targets, sample, mask)))
 
     def _mapped(self, students: int, teachers: int) -> list[int]:
         """The same where it does not depend on what the blocks do."""
         if students > teachers:
             raise UserError(
                 f"The student has {students} blocks and the teacher {teachers}: features are learned from a teacher "
-                "with as many or more; set hidden to 0, or use response."
+                "with as many or more; set hidden and attention_maps to 0, or use response."
             )
         if self.layer_map == "last":
             return list(range(teachers - students, teachers))
@@ -133,71 +262,45 @@ class InsideFields(BaseModel):
         return self.relation_heads
 
 
-@torch.no_grad()
-def outputs(
-    student: nn.Module,
-    teacher: nn.Module,
-    blocks: Sequence[nn.Module],
-    targets: Sequence[nn.Module],
-    sample: Inputs,
-    mask: Tensor | None = None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What blocks of the student, and of the teacher, give for a sample: [tokens, width] each.
+def _hidden(place: slice, projections: nn.ModuleList) -> Term:
+    """The mean over blocks."""
+    from llmslim.training.losses import hidden_states
 
-    Args:
-        sample: on the models' device.
-        mask: bool [batch, seq], which of its tokens are no padding; all when None.
-    """
-    from llmslim.training.forward import observe
+    def term(mine: Seen, its: Seen, mask: Tensor | None) -> Tensor:
+        total = mine.given[place.start].new_zeros(())
+        for project, x, y in zip(projections, mine.given[place], its.given[place], strict=True):
+            if mask is not None:
+                x, y = x[mask], y[mask]
+            total = total + hidden_states(project(x), y) / len(projections)
+        return total
 
-    rows = slice(None) if mask is None else mask.flatten()
-    mine, its = observe(student, sample, blocks)[1], observe(teacher, sample, targets)[1]
-    return [x.flatten(0, -2)[rows] for x in mine], [y.flatten(0, -2)[rows] for y in its]
+    return term
 
 
-def alikeness(x: Tensor, y: Tensor) -> float:
-    """Linear CKA: ||Y^T X||^2 / (||X^T X|| ||Y^T Y||) of centred rows, Frobenius; 0 to 1.
+def _maps(mine: Seen, its: Seen, mask: Tensor | None) -> Tensor:
+    """The mean over blocks."""
+    from llmslim.training.losses import attention_scores
 
-    1 where y is x turned and scaled as a whole (Kornblith et al. 2019, arXiv:1905.00414).
-
-    Args:
-        x, y: [tokens, width]; widths may differ.
-    """
-    x, y = (z.float() - z.float().mean(0) for z in (x, y))
-    scale = (x.T @ x).norm() * (y.T @ y).norm()
-    return float((y.T @ x).square().sum() / scale.clamp_min(1e-30))
+    total = mine.scores[0].values.new_zeros(())
+    for x, y in zip(mine.scores, its.scores, strict=True):
+        total = total + attention_scores(x, y, mask) / len(mine.scores)
+    return total
 
 
-def ascending(scores: Tensor) -> list[int]:
-    """A column for each row, each to the right of the one before, of the largest sum; [rows, columns >= rows]."""
-    rows, columns = scores.shape
-    best = [[0.0] * (columns + 1)]  # [row][column]: of so many rows in so many columns
-    for row in range(rows):
-        sums = [-math.inf] * (columns + 1)
-        for column in range(row + 1, columns + 1):
-            sums[column] = max(sums[column - 1], best[row][column - 1] + float(scores[row, column - 1]))
-        best.append(sums)
-    chosen, column = [], columns
-    for row in range(rows, 0, -1):
-        while column > row and best[row][column - 1] == best[row][column]:
-            column -= 1
-        column -= 1
-        chosen.append(column)
-    return chosen[::-1]
+def _averages(states: Tensor, mask: Tensor | None) -> Tensor:
+    """Of [batch, seq, width] the means over tokens that are no padding: [batch, width]."""
+    if mask is None:
+        return states.float().mean(1)
+    return (states.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
 
 
-@torch.no_grad()
-def projection(x: Tensor, y: Tensor) -> nn.Module:
-    """The Linear of least mean square of W x - y, slightly damped; Identity for rows of the same width.
+def _runs(states: Tensor) -> Tensor:
+    """[batch, seq, width] in runs of tokens, the last one padded: [batch, runs, RUN, width]."""
+    short = -states.shape[1] % RUN
+    return F.pad(states, (0, 0, 0, short)).unflatten(1, (-1, RUN))
 
-    Args:
-        x, y: [tokens, width].
-    """
-    if x.shape[1] == y.shape[1]:
-        return nn.Identity()
-    x, y = x.float(), y.float()
-    gram = x.T @ x
-    gram.diagonal().add_(DAMP * gram.diagonal().mean())
-    linear = nn.Linear(x.shape[1], y.shape[1], bias=False, device=x.device)
-    linear.weight.copy_(torch.linalg.solve(gram, x.T @ y).T)
-    return linear
+
+def _last(model: PreTrainedModel) -> nn.Module:
+    """The module that gives the last hidden states."""
+    anatomy = Anatomy(model)
+    return anatomy.final_norm[1] if anatomy.final_norm else anatomy.blocks[-1].module

@@ -1,4 +1,4 @@
-"""Losses as pure functions of logits, hidden states and embeddings of samples.
+"""Losses as pure functions of logits, hidden states, attention scores and embeddings of samples.
 
 Those of logits are taken over a few tokens at a time, with their gradient: distributions stay in the CPU's cache, and
 none is made twice.
@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from llmslim.training.forward import Scores
 
 Divergence = Literal["forward", "reverse", "js"]
 
@@ -207,35 +210,73 @@ def _log_relations(x: Tensor, heads: int, mask: Tensor | None) -> Tensor:
     return F.log_softmax(relations, -1)
 
 
-def distances(student: Tensor, teacher: Tensor) -> Tensor:
-    """Huber loss between the distances of samples, each divided by their mean (Park et al. 2019, arXiv:1904.05068).
+def attention_scores(student: Scores, teacher: Scores, mask: Tensor | None = None) -> Tensor:
+    """Mean square of the differences of attention scores, over heads and pairs of tokens of which one sees the other.
 
-    Mean over pairs; 0 for less than two samples.
+    TinyBERT's attention maps, before the softmax (Jiao et al. 2019, arXiv:1909.10351).
 
     Args:
-        student, teacher: [samples, width]; widths may differ, gradients flow to the student's.
+        student, teacher: of as many heads; gradients flow to the student's.
+        mask: bool [batch, seq], which tokens are no padding; all when None.
     """
-    if len(student) < 2:
-        return student.sum() * 0
-    wanted, found = (torch.pdist(x.float()) for x in (teacher.detach(), student))
-    return F.smooth_l1_loss(found / found.mean().clamp_min(1e-12), wanted / wanted.mean().clamp_min(1e-12))
+    allowed = student.allowed & teacher.allowed
+    if mask is not None:
+        allowed = allowed & mask[:, None, :, None] & mask[:, None, None, :]
+    error = (student.values - teacher.values.detach()).square()
+    allowed = allowed.expand_as(error)
+    return error.masked_fill(~allowed, 0.0).sum() / allowed.sum().clamp_min(1)
 
 
-def angles(student: Tensor, teacher: Tensor) -> Tensor:
+def distances(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Huber loss between the distances of samples, each divided by their mean (Park et al. 2019, arXiv:1904.05068).
+
+    Mean over pairs within a group; 0 where no group has two samples.
+
+    Args:
+        student, teacher: [..., samples, width], each [samples, width] a group; widths may differ, gradients flow to the
+            student's.
+        mask: bool [..., samples], which of them there are; all when None.
+    """
+    count = student.shape[-2]
+    first, second = torch.triu_indices(count, count, 1, device=student.device)
+    there = _there(student, mask)
+    pairs = there[:, first] & there[:, second]
+    wanted, found = (_relative(x, first, second, pairs) for x in (teacher.detach(), student))
+    return _mean(F.smooth_l1_loss(found, wanted, reduction="none"), pairs)
+
+
+def angles(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Huber loss between the cosines of the angles that triplets of samples make (arXiv:1904.05068).
 
-    Mean over triplets; 0 for less than three samples. Arguments as of `distances`.
+    Mean over triplets within a group; 0 where no group has three samples. Arguments as of `distances`.
     """
-    count = len(student)
-    if count < 3:
-        return student.sum() * 0
-    wanted, found = (_cosines(x.float()) for x in (teacher.detach(), student))
-    same = torch.eye(count, dtype=torch.bool, device=student.device)
+    wanted, found = (_cosines(x.float().flatten(0, -3)) for x in (teacher.detach()[None], student[None]))
+    there = _there(student, mask)
+    same = torch.eye(student.shape[-2], dtype=torch.bool, device=student.device)
     triplets = ~(same[:, :, None] | same[:, None, :] | same[None, :, :])
-    return F.smooth_l1_loss(found[triplets], wanted[triplets])
+    triplets = triplets & there[:, :, None, None] & there[:, None, :, None] & there[:, None, None, :]
+    return _mean(F.smooth_l1_loss(found, wanted, reduction="none"), triplets)
+
+
+def _there(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Which samples there are: bool [groups, samples]."""
+    kept = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
+    return kept.reshape(-1, x.shape[-2])
+
+
+def _relative(x: Tensor, first: Tensor, second: Tensor, pairs: Tensor) -> Tensor:
+    """Distances of pairs over their mean in the group: [groups, pairs]."""
+    rows = x.float().reshape(-1, *x.shape[-2:])
+    found = (rows[:, first] - rows[:, second]).norm(dim=-1)
+    mean = (found * pairs).sum(-1, keepdim=True) / pairs.sum(-1, keepdim=True).clamp_min(1)
+    return found / mean.clamp_min(1e-12)
 
 
 def _cosines(x: Tensor) -> Tensor:
-    """[j, i, k]: cosine of the angle at sample j between those to i and to k."""
-    to = F.normalize(x[None, :] - x[:, None], dim=-1)
+    """[groups, j, i, k]: cosine of the angle at sample j between those to i and to k."""
+    to = F.normalize(x[:, None] - x[:, :, None], dim=-1)
     return to @ to.mT
+
+
+def _mean(losses: Tensor, counted: Tensor) -> Tensor:
+    return losses.masked_fill(~counted, 0.0).sum() / counted.sum().clamp_min(1)
