@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from llmslim.anatomy import Anatomy
     from llmslim.checkpoint.load import load
     from llmslim.errors import UserError
+    from llmslim.evaluation.glue import evaluate_glue
+    from llmslim.evaluation.lm import evaluate_tasks
+    from llmslim.evaluation.run import evaluate
     from llmslim.hub import push
     from llmslim.inspection import inspect
     from llmslim.kvcache.allocation import allocate_kv_bits
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from llmslim.quantization.gptq import GPTQ
     from llmslim.quantization.rtn import RTN
     from llmslim.recipe import Calibration, Evaluation, Recipe
+    from llmslim.recovery.lora import with_adapter
 
 __version__ = "0.1.0"
 
@@ -30,6 +34,10 @@ _HOMES = {
     "Anatomy": "llmslim.anatomy",
     "load": "llmslim.checkpoint.load",
     "UserError": "llmslim.errors",
+    "evaluate": "llmslim.evaluation.run",
+    "evaluate_glue": "llmslim.evaluation.glue",
+    "evaluate_tasks": "llmslim.evaluation.lm",
+    "with_adapter": "llmslim.recovery.lora",
     "push": "llmslim.hub",
     "inspect": "llmslim.inspection",
     "KVCache": "llmslim.kvcache.runtime.cache",
@@ -49,6 +57,9 @@ __all__ = [  # noqa: RUF022 - in the order of a first reading
     "load",
     "compress",
     "inspect",
+    "evaluate",
+    "evaluate_tasks",
+    "evaluate_glue",
     "push",
     "Recipe",
     "Calibration",
@@ -56,6 +67,7 @@ __all__ = [  # noqa: RUF022 - in the order of a first reading
     "Result",
     "GPTQ",
     "RTN",
+    "with_adapter",
     "kv_cache",
     "allocate_kv_bits",
     "fit_kv_components",

@@ -23,6 +23,7 @@ from llmslim.errors import UserError
 from llmslim.evaluation.benchmark import peak_memory_mb
 from llmslim.evaluation.tasks import load_tasks
 from llmslim.hub import file_record
+from llmslim.loaders.heads import replaced_head
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find, skeleton
 from llmslim.loaders.texts import TextSample, sample
 from llmslim.measure import measure
@@ -82,8 +83,7 @@ def compress(
     return_freed_memory()
     prepared = prepare(model, recipe, revision=revision, device=device)
     files, recipe, options = prepared.files, prepared.recipe, prepared.options
-    fingerprint = _fingerprint(files, recipe, options)
-    work = WorkFolder(Path(output), fingerprint, overwrite)
+    work = WorkFolder(Path(output), _fingerprint(prepared), overwrite)
     on_plan(prepared.plan)
     prepared.plan.require_disk(Path(output))
     work.save()
@@ -173,6 +173,7 @@ class Prepared:
     """A run that has passed every check, before a weight is read.
 
     Attributes:
+        teachers: that steps learn from.
         fresh_head: whether the config of the files names a head that their weights have not.
     """
 
@@ -182,6 +183,7 @@ class Prepared:
     format: Format
     text: TextSample | None
     plan: Plan
+    teachers: list[ModelFiles]
     fresh_head: bool = False
 
 
@@ -200,6 +202,7 @@ def prepare(
     """
     files = find(model, revision, metadata_only=plan_only)
     headed = next((config for step in recipe.steps if (config := step.starts_from(files))), None)
+    heads = "" if headed is None else replaced_head(files.config, headed)
     if headed is not None:
         files = replace(files, config=headed)
     place = torch.device(device) if device else default_device()
@@ -216,6 +219,9 @@ def prepare(
         return choose(recipe.format, [*before, *edits], origin, stored)
 
     steps, students, outlook, chosen = _resolved(recipe.steps, Foresight(reader_model, (), form_of, stored))
+    if not plan_only:
+        recipe.steps[0].check_source(files)
+    chosen += (heads,) if heads else ()
     recipe = recipe.model_copy(update={"steps": steps})
     form = form_of(list(outlook.edits))
     text = None
@@ -231,14 +237,14 @@ def prepare(
         stored,
         files,
     )
-    check_training(recipe.steps, files, text, students)
+    teachers = check_training(recipe.steps, files, text, students)
     if recipe.evaluation is not None:
         _check_length(recipe.evaluation.seq_len, files)
         if recipe.evaluation.tasks:  # refused now and not when the run is over
             load_tasks(recipe.evaluation.tasks, recipe.evaluation.tasks_data)
     streams = reader.streams if reader else True
     plan = make_plan(files, reader_model, recipe, options, form, outlook, streams, chosen)
-    return Prepared(files, recipe, options, form, text, plan, headed is not None)
+    return Prepared(files, recipe, options, form, text, plan, teachers, headed is not None)
 
 
 def _resolved(
@@ -304,21 +310,32 @@ def _check_length(seq_len: int, files: ModelFiles) -> None:
         )
 
 
-def _fingerprint(files: ModelFiles, recipe: Recipe, options: PassOptions) -> dict[str, Any]:
+def _fingerprint(prepared: Prepared) -> dict[str, Any]:
     """What must be the same for a resumed run to give the same bytes."""
-    weights = sorted({entry["file"] for entry in files.weights.entries.values()})
-    stats = [(files.folder / name).stat() for name in weights]
-    return json.loads(
-        json.dumps(
-            {
-                "model": [str(files.folder), [[s.st_size, s.st_mtime_ns] for s in stats]],
-                **recipe.to_json(),
-                "versions": [llmslim.__version__, torch.__version__],
-                "device": str(options.device),
-                "threads": torch.get_num_threads(),
-            }
-        )
-    )
+    files, recipe = prepared.files, prepared.recipe
+    beside = [path for step in recipe.steps for path in step.reads()]
+    record = {
+        "model": [str(files.folder), _stamps(_weight_files(files))],
+        **recipe.to_json(),
+        "text": prepared.text.data_hash if prepared.text else None,
+        "teacher": [[str(one.folder), _stamps(_weight_files(one))] for one in prepared.teachers],
+        "data": _stamps(beside),
+        "versions": [llmslim.__version__, torch.__version__],
+        "device": str(prepared.options.device),
+        "threads": torch.get_num_threads(),
+    }
+    return json.loads(json.dumps(record))
+
+
+def _weight_files(files: ModelFiles) -> list[Path]:
+    return [
+        files.folder / name for name in sorted({entry["file"] for entry in files.weights.entries.values()})
+    ]
+
+
+def _stamps(paths: Sequence[Path]) -> list[list[int]]:
+    """Size and time of files, which tell a changed one without reading it."""
+    return [[stat.st_size, stat.st_mtime_ns] for stat in (path.stat() for path in paths)]
 
 
 def _text_record(text: TextSample | None) -> dict[str, Any] | None:

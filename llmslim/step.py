@@ -104,6 +104,17 @@ class Step(BaseModel):
         """
         return None
 
+    def check_source(self, files: ModelFiles) -> None:
+        """Refuse what cannot start from these files, as the run's first step; reads as little as it can.
+
+        Raises:
+            UserError: as `check` does.
+        """
+
+    def reads(self) -> list[Path]:
+        """Files that the result depends on, beside the model, the text and the teacher."""
+        return []
+
     def resolve(self, outlook: Outlook) -> tuple[list[Step], str]:
         """The steps that run in this one's place on this model, and what was chosen in words; on meta.
 

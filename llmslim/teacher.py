@@ -39,15 +39,19 @@ def teacher_files(spec: str, base: ModelFiles, otherwise: str = "") -> ModelFile
 
 def check_training(
     steps: Sequence[Step], files: ModelFiles, text: TextSample | None, students: Sequence[Anatomy]
-) -> None:
+) -> list[ModelFiles]:
     """Refuse teachers and texts that steps which train cannot learn from.
 
     Args:
         students: what stands in front of each step, on meta.
 
+    Returns:
+        The teachers.
+
     Raises:
         UserError: in one sentence.
     """
+    teachers: list[ModelFiles] = []
     for number, step in enumerate(steps):
         if not isinstance(step, TrainStep):
             continue
@@ -66,6 +70,8 @@ def check_training(
         model = skeleton(plain_config(teacher))
         replay(model, read_edits(teacher)[1])
         step.check_pair(students[number], Anatomy(model))
+        teachers.append(teacher)
+    return teachers
 
 
 def check_tokens(teacher: ModelFiles, student: ModelFiles) -> None:

@@ -8,6 +8,17 @@ from pathlib import Path
 from typing import Any
 
 GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "awful")
+COLUMNS = {  # as the card of nyu-mll/glue has them, with what stands beside `train`
+    "cola": (("sentence",), ("validation",)),
+    "sst2": (("sentence",), ("validation",)),
+    "mrpc": (("sentence1", "sentence2"), ("validation",)),
+    "qqp": (("question1", "question2"), ("validation",)),
+    "stsb": (("sentence1", "sentence2"), ("validation",)),
+    "mnli": (("premise", "hypothesis"), ("validation_matched", "validation_mismatched")),
+    "qnli": (("question", "sentence"), ("validation",)),
+    "rte": (("sentence1", "sentence2"), ("validation",)),
+    "wnli": (("sentence1", "sentence2"), ("validation",)),
+}
 FILL = ("the", "module", "is", "a", "function", "of", "class")
 
 
@@ -16,15 +27,13 @@ def write_glue(folder: Path, tasks: Sequence[str], train: int = 256, validation:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from llmslim.loaders.glue import TASKS
-
     root, configs = folder / "nyu-mll" / "glue", []
     for name in tasks:
-        task, generator = TASKS[name], random.Random(name)
+        (columns, splits), generator = COLUMNS[name], random.Random(name)
         (root / name).mkdir(parents=True)
         configs += [f"- config_name: {name}", "  data_files:"]
-        for split, count in {"train": train, **dict.fromkeys(task.splits, validation)}.items():
-            rows = [_row(task.columns, bool(task.labels), index, generator) for index in range(count)]
+        for split, count in {"train": train, **dict.fromkeys(splits, validation)}.items():
+            rows = [_row(columns, name != "stsb", index, generator) for index in range(count)]
             pq.write_table(pa.Table.from_pylist(rows), root / name / f"{split}-00000-of-00001.parquet")
             configs += [f"  - split: {split}", f"    path: {name}/{split}-*"]
     (root / "README.md").write_text("\n".join(["---", "configs:", *configs, "---", ""]))

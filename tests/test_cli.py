@@ -134,7 +134,10 @@ NEEDED: dict[str, dict[str, Any]] = {
     "kv_keep": {"kv_evict": "knorm"},
     **{
         name: {"teacher": "a"}
-        for name in ("temperature", "hidden", "attention", "layer_map", "relation_heads")
+        for name in (
+            *("temperature", "hidden", "attention", "attention_maps", "layer_map", "relation_heads"),
+            *("distance", "angle", "token_distance", "token_angle"),
+        )
     },
 }
 """Fields that are refused without another one."""

@@ -17,7 +17,7 @@ from llmslim.evaluation.glue import evaluate_glue, interval, predictions
 from llmslim.loaders.glue import TASKS, Sentences, pad_token, task_rows
 from llmslim.loaders.heads import inputs_of
 from llmslim.metrics import score
-from tests.glue_data import write_glue
+from tests.glue_data import COLUMNS, write_glue
 from tests.tiny import randomize, save_tiny, tiny_config, tiny_tokenizer
 
 
@@ -103,6 +103,29 @@ def test_mnli_has_two_splits_and_a_subset_is_named(data: str, tmp_path: Path) ->
     assert record["tasks"]["mnli"]["metrics"].keys() == {"accuracy", "accuracy_mismatched"}
     assert record["tasks"]["mnli"]["examples"] == 10 and record["tasks"]["mnli"]["total"] == 128
     assert "first 5 examples" in record["protocol"]
+
+
+def test_all_nine_tasks_have_their_columns_heads_and_official_metrics(tmp_path: Path) -> None:
+    data = str(write_glue(tmp_path / "data", list(COLUMNS), train=2, validation=12))
+    metrics = {
+        1: {"stsb": {"pearson", "spearman"}},
+        2: {
+            "cola": {"matthews"},
+            "sst2": {"accuracy"},
+            "mrpc": {"f1", "accuracy"},
+            "qqp": {"f1", "accuracy"},
+            "qnli": {"accuracy"},
+            "rte": {"accuracy"},
+            "wnli": {"accuracy"},
+        },
+        3: {"mnli": {"accuracy", "accuracy_mismatched"}},
+    }
+    assert {name for tasks in metrics.values() for name in tasks} == set(COLUMNS) == set(TASKS)
+    for labels, tasks in metrics.items():
+        folder = save_classifier("bert", tmp_path / str(labels), num_labels=labels)
+        found = evaluate_glue(str(folder), list(tasks), data=data)["tasks"]
+        assert {name: set(record["metrics"]) for name, record in found.items()} == tasks
+        assert all(record["examples"] == (24 if name == "mnli" else 12) for name, record in found.items())
 
 
 def test_the_command_scores_several_tasks(bert: Path, data: str, capsys: pytest.CaptureFixture[str]) -> None:

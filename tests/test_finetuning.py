@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,6 +211,30 @@ def test_the_head_comes_from_the_seed(folders: dict[str, Path], data: str, tmp_p
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
         heads.append(model.classifier.weight.detach())
     assert not torch.allclose(heads[0], heads[1], atol=1e-3)
+
+
+def test_a_head_of_other_labels_is_replaced_and_the_plan_says_so(teacher: Path, data: str) -> None:
+    plan = prepare(str(teacher), Recipe(steps=(Finetune(glue="stsb", data=data),), **QUICK)).plan
+    assert plan.chosen == ("a fresh classification head (score) in the place of one of 2 labels",)
+    assert prepare(str(teacher), Recipe(steps=(Finetune(glue="sst2", data=data),), **QUICK)).plan.chosen == ()
+
+
+def test_a_run_does_not_go_on_with_other_data_or_another_teacher(
+    folders: dict[str, Path], teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, school = tmp_path / "data", tmp_path / "school"
+    write_glue(data, ["sst2"], train=32, validation=8)
+    shutil.copytree(teacher, school)
+    fields: dict[str, Any] = {"epochs": 4, "save_steps": 2, "teacher": str(school)}
+    with killed_at_training_step(4, monkeypatch):
+        finetune(folders["bert"], tmp_path / "c", str(data), **fields)
+    for file, what in ((next(data.rglob("train*")), "data"), (school / "model.safetensors", "teacher")):
+        before = file.stat()
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
+        with pytest.raises(UserError, match=f"holds an unfinished run with another {what}:"):
+            finetune(folders["bert"], tmp_path / "c", str(data), **fields)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert finetune(folders["bert"], tmp_path / "c", str(data), **fields).report["run"]["resumed"]
 
 
 def test_a_fitting_head_is_kept(teacher: Path, data: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from llmslim import cli
 from llmslim.checkpoint.load import load_model
 from llmslim.errors import UserError
+from llmslim.evaluation.run import evaluate
 from llmslim.loaders.models import find
 from llmslim.pipeline import compress
 from llmslim.pruning.weights import Magnitude
@@ -21,7 +22,7 @@ from llmslim.quantization.bnb import BitsAndBytes
 from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration
 from llmslim.recovery.lora import LoRA, with_adapter
-from llmslim.recovery.merge import MergeAdapter
+from llmslim.recovery.merge import Adapter, MergeAdapter
 from tests.tiny import example_inputs, save_tiny
 
 pytestmark = pytest.mark.usefixtures("verified_here")
@@ -68,11 +69,31 @@ def test_into_dense_weights_exactly_and_without_a_text(
 
 def test_into_sparse_weights_only_where_they_are_kept(kept: dict[str, Path], tmp_path: Path) -> None:
     step = MergeAdapter(adapter=str(kept["sparse"] / "adapter"))
-    compress(str(kept["sparse"]), [step], tmp_path / "out", **QUICK)
+    report = compress(str(kept["sparse"]), [step], tmp_path / "out", **QUICK).report
     before, after = whole(kept["sparse"]), whole(tmp_path / "out")
     name = "model.layers.1.mlp.up_proj.weight"
     weights = before.get_parameter(name), after.get_parameter(name)
     assert torch.equal(weights[0] == 0, weights[1] == 0) and not torch.equal(*weights)
+    delta = Adapter(kept["sparse"] / "adapter").delta(name.removesuffix(".weight"))
+    lost = float(delta[weights[0] == 0].norm() / delta.norm())
+    notes = {note["where"]: note["what"] for note in report["notes"]}
+    assert notes[name.removesuffix(".weight")].startswith(f"pruned weights stay zero: {lost:.0%} of what")
+
+
+def test_a_base_of_the_same_shapes_is_another_one(kept: dict[str, Path], tmp_path: Path) -> None:
+    other = save_tiny("llama", tmp_path / "other", seed=7)
+    adapter = str(kept["dense"] / "adapter")
+    with pytest.raises(
+        UserError, match=r"trained beside other weights than those of .*/other \(model\.layers"
+    ):
+        compress(str(other), [MergeAdapter(adapter=adapter)], tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out.partial").exists()
+    with pytest.raises(UserError, match="trained beside other weights"):
+        evaluate(str(other), "builtin", adapter=adapter, seq_len=32, windows=1)
+    plain = tmp_path / "plain"  # peft's own says nothing of its base
+    shutil.copytree(adapter, plain)
+    save_file(load_file(plain / "adapter_model.safetensors"), plain / "adapter_model.safetensors")
+    compress(str(other), [MergeAdapter(adapter=str(plain))], tmp_path / "out", **QUICK)
 
 
 def test_into_packed_weights_by_the_text_closer_than_by_rounding(

@@ -6,10 +6,10 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from llmslim.distillation.response import Response
+from llmslim.distillation._loss import Distill
 
 
-class Features(Response):
+class Features(Distill):
     """Train a student to have what the teacher has inside, beside its distribution over tokens.
 
     - hidden: what each block of the student gives against what its block of the teacher gives (TinyBERT, Jiao et al.
@@ -29,7 +29,7 @@ class Features(Response):
     on the first windows (Kornblith et al. 2019, arXiv:1905.00414), before training. TinyBERT's loss of embeddings and
     CKD's relations between layers are left out.
 
-    It is `response` with other weights, and takes all that response takes.
+    It is the loss of `response` with other weights; with the teacher in memory, whose logits cannot be cached here.
     """
 
     kind: ClassVar[str] = "features"

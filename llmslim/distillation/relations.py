@@ -6,10 +6,10 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from llmslim.distillation.response import Response
+from llmslim.distillation._loss import Distill
 
 
-class Relations(Response):
+class Relations(Distill):
     """Train a student to set the windows of a batch in the same distances and angles to each other.
 
     RKD (Park et al. 2019, arXiv:1904.05068) on the means over a window of the last hidden states, behind the final

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from llmslim.anatomy import Anatomy
-from llmslim.errors import UserError
+from llmslim.distillation._loss import Distill
 from llmslim.training.cached import CachedStep, TeacherCache
-from llmslim.training.inside import Comparison, InsideFields
-from llmslim.training.losses import Divergence
-from llmslim.training.whole import WholeStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,10 +16,8 @@ if TYPE_CHECKING:
 
     from llmslim.training.loop import Loss
 
-SAMPLE = 4096  # tokens that projections are fitted to before training
 
-
-class Response(InsideFields, CachedStep, WholeStep):
+class Response(CachedStep, Distill):
     """Train a student to give the teacher's distribution over tokens, on a text or on what it writes itself.
 
     response * (alpha * divergence + (1 - alpha) * next token) (Hinton et al. 2015, arXiv:1503.02531). With `on_policy`,
@@ -40,32 +33,6 @@ class Response(InsideFields, CachedStep, WholeStep):
     kind: ClassVar[str] = "response"
     verb: ClassVar[str] = "distill"
 
-    response: float = Field(
-        1.0, ge=0, description="weight of the distribution over tokens, beside those of what is inside"
-    )
-    alpha: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="share of the divergence in the response; the rest is the text's next token",
-    )
-    divergence: Divergence = Field(
-        "forward",
-        description="forward KL covers all that the teacher says; reverse what it says most; js between",
-    )
-    beta: float = Field(0.5, gt=0, lt=1, description="of js: near 0 like forward, near 1 like reverse")
-    on_policy: float = Field(
-        0.0, ge=0, le=1, description="share of the batches that the student writes itself (causal models)"
-    )
-    hidden: float = Field(0.0, ge=0, description="weight of the hidden states")
-    attention: float = Field(0.0, ge=0, description="weight of the last attention's relations")
-
-    @model_validator(mode="after")
-    def _beta_is_of_js(self) -> Self:
-        if self.divergence != "js" and self.beta != 0.5:
-            raise ValueError(f"beta is for divergence js, not {self.divergence}")
-        return self
-
     @model_validator(mode="after")
     def _cache_is_of_a_text(self) -> Self:
         if self.cached_logits is None:
@@ -80,113 +47,17 @@ class Response(InsideFields, CachedStep, WholeStep):
             )
         return self
 
-    @model_validator(mode="after")
-    def _something_to_learn(self) -> Self:
-        fields = type(self).model_fields
-        of_response = ("alpha", "temperature", "divergence", "on_policy", "cached_logits")
-        changed = next((name for name in of_response if getattr(self, name) != fields[name].default), None)
-        if not self.response and changed:
-            raise ValueError(f"{changed} is about the response, whose weight is 0")
-        usual = [name for name in ("hidden", "attention", "distance", "angle") if fields[name].default]
-        if usual and not self.inside:
-            raise ValueError(
-                f"{' and '.join(usual)} are both 0, which leaves nothing inside; use method response"
-            )
-        if not self.response and not self.inside:
-            raise ValueError(
-                "the weight is 0, and so is that of all that is inside: there is nothing to learn"
-            )
-        if self.batch_size < self.related:
-            raise ValueError(f"a batch_size of {self.batch_size} makes no such relation; {self.related} does")
-        return self
-
-    @property
-    def predicts(self) -> bool:
-        return self.response > 0
-
-    @property
-    def needed(self) -> int:
-        return self.related
-
-    def survey_bytes(self, anatomy: Anatomy, window: int) -> int:
-        return self.inside_bytes(anatomy, self.batch_size, window)
-
-    def check(self, anatomy: Anatomy) -> None:
-        name = type(anatomy.model).__name__
-        if anatomy.head is None and self.response:
-            raise UserError(
-                f"response {self.response:g} weighs a distribution over tokens, and {name} gives none: set it to 0."
-            )
-        super().check(anatomy)
-        if self.attention:
-            self.heads([anatomy.blocks[-1].attention])
-        if anatomy.is_decoder:
-            return
-        if self.alpha < 1:
-            raise UserError(
-                f"alpha {self.alpha:g} asks for the next token, and {name} is no causal model: leave it at 1."
-            )
-        if self.on_policy:
-            raise UserError(
-                f"on_policy {self.on_policy:g} asks for text that the student writes, and {name} is no causal "
-                "model: leave it at 0."
-            )
-
     def criterion(
-        self, model: PreTrainedModel, teacher: PreTrainedModel | TeacherCache | None, tokens: Tensor
+        self, model: PreTrainedModel, teacher: Any, tokens: Tensor
     ) -> tuple[Loss, list[nn.Parameter]]:
-        assert teacher is not None
-        if isinstance(teacher, TeacherCache):
-            return self._cached(teacher), []
-        some = tokens[: max(1, SAMPLE // tokens.shape[1])].to(model.device)
-        inside = self.comparison(model, teacher, some)
-        return self._beside(teacher, inside, tokens.shape[1] // 2), list(inside.projections.parameters())
-
-    def _cached(self, teacher: TeacherCache) -> Loss:
+        if not isinstance(teacher, TeacherCache):
+            return super().criterion(model, teacher, tokens)
         from llmslim.training.forward import run
         from llmslim.training.losses import coarse_divergence
 
         def loss(model: nn.Module, tokens: Tensor) -> Tensor:
             logits = run(model, tokens).logits
             how = (self.temperature, self.divergence, self.beta)
-            return self._response(coarse_divergence(logits, *teacher.of(tokens), *how), logits, tokens)
+            return self.weighed(coarse_divergence(logits, *teacher.of(tokens), *how), logits, tokens)
 
-        return loss
-
-    def _beside(self, teacher: PreTrainedModel, inside: Comparison, prompt: int) -> Loss:
-        """With the teacher in memory.
-
-        Args:
-            prompt: tokens of a window behind which the student writes.
-        """
-        from llmslim.training.forward import sampled
-        from llmslim.training.losses import divergence
-
-        def loss(model: nn.Module, tokens: Tensor) -> Tensor:
-            own = self.on_policy > 0 and torch.is_grad_enabled() and float(torch.rand(())) < self.on_policy
-            if own:
-                tokens = sampled(model, tokens[:, :prompt], tokens.shape[1] - prompt)
-            mine = inside.views[0].of(model, tokens)
-            with torch.no_grad():
-                its = inside.views[1].of(teacher, tokens)
-            parts = inside.losses(mine, its, None)
-            if self.response:
-                logits = mine.output.logits
-                judged = (
-                    slice(prompt - 1, -1) if own else slice(None)
-                )  # what the written tokens were drawn from
-                pair = logits[:, judged], its.output.logits[:, judged]
-                apart = divergence(*pair, self.temperature, self.divergence, self.beta)
-                parts.append(self._response(apart, logits, None if own else tokens))
-            return torch.stack(parts).sum()
-
-        return loss
-
-    def _response(self, apart: Tensor, logits: Tensor, labels: Tensor | None) -> Tensor:
-        """The divergence weighed, with that of the labels."""
-        from llmslim.training.losses import next_token
-
-        value = self.alpha * apart
-        if self.alpha < 1 and labels is not None:
-            value = value + (1 - self.alpha) * next_token(logits, labels)
-        return self.response * value
+        return loss, []

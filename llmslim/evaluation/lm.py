@@ -84,9 +84,9 @@ def evaluate_tasks(
         raise UserError(f"limit {limit} is too few: it takes at least 1 question.")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size {batch_size} is too few: it takes at least 1.")
-    if adapter is not None:
-        check_adapter(adapter, streamed=False)
     files, other = find(model, revision), find(base) if base is not None else None
+    if adapter is not None:
+        check_adapter(adapter, files, streamed=False)
     place = device or default_device()
     sides = [files] + ([other] if other is not None else [])
     for side in sides:

@@ -63,11 +63,11 @@ def evaluate(
         UserError: for what cannot be evaluated.
     """
     device = device or default_device()
-    if adapter is not None:
-        check_adapter(adapter, streamed)
     if kv_cache is not None and streamed:
         raise UserError("A streamed model has no KV cache: leave --stream out, or --kv-bits.")
     files, other = find(model, revision), find(base) if base is not None else None
+    if adapter is not None:
+        check_adapter(adapter, files, streamed)
     require_causal(CheckpointReader(files).model_skeleton())
     chosen = resolve_dtype(dtype, files, device)
     _check_length(files, seq_len)
@@ -92,7 +92,10 @@ def kv_figures(settings: KVSettings) -> dict[str, Any]:
     return {**settings.model_dump(), "told": told(settings), "chunk": KV_CHUNK}
 
 
-def check_adapter(adapter: str, streamed: bool) -> None:
+def check_adapter(adapter: str, files: ModelFiles, streamed: bool) -> None:
+    """Refuse an adapter that cannot be put beside the model of these files."""
+    from llmslim.recovery._base import require_base
+
     if streamed:
         raise UserError("An adapter is put beside a whole model: leave --stream out, or --adapter.")
     if not (Path(adapter) / "adapter_config.json").is_file():
@@ -100,6 +103,7 @@ def check_adapter(adapter: str, streamed: bool) -> None:
             f"No adapter in {adapter}: name a folder with adapter_config.json, such as OUTPUT/adapter of "
             "`llmslim recover --method lora --save-adapter`."
         )
+    require_base(Path(adapter), files)
 
 
 def _whole(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -15,6 +16,7 @@ from llmslim.loaders.glue import (
     TASKS,
     Sentences,
     Task,
+    data_files,
     pad_token,
     require_data,
     task_of,
@@ -127,6 +129,9 @@ class Finetune(InsideFields, WholeStep):
 
     def starts_from(self, files: ModelFiles) -> PreTrainedConfig | None:
         return None if classifies(files.config, self.task) else headed_config(files, self.task)
+
+    def reads(self) -> list[Path]:
+        return data_files(self.task, "train", self.data)
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)

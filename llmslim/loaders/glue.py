@@ -97,12 +97,17 @@ def task_rows(task: Task, split: str, folder: str = "") -> list[dict[str, Any]]:
 
 def train_size(task: Task, folder: str = "") -> int:
     """Rows of the training part, without reading them: of parquet files in FOLDER, else what GLUE has."""
-    files = sorted((Path(folder).expanduser() / DATASET / task.name).glob("train*.parquet")) if folder else []
-    if not files:
+    files = data_files(task, "train", folder)
+    if not files or any(file.suffix != ".parquet" for file in files):
         return task.train
     import pyarrow.parquet as pq
 
     return sum(pq.read_metadata(file).num_rows for file in files)
+
+
+def data_files(task: Task, split: str, folder: str = "") -> list[Path]:
+    """The files of a split in FOLDER; none when it comes from the Hub."""
+    return sorted((Path(folder).expanduser() / DATASET / task.name).glob(f"{split}*")) if folder else []
 
 
 def require_data(task: Task, folder: str = "") -> None:

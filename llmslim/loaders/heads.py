@@ -63,6 +63,16 @@ def label_columns(config: transformers.PreTrainedConfig, task: Task) -> list[int
     return [int(names[label]) for label in task.labels]
 
 
+def replaced_head(before: transformers.PreTrainedConfig, after: transformers.PreTrainedConfig) -> str:
+    """In words, what a fresh head takes the place of; empty when there was none."""
+    from llmslim.loaders.models import model_class
+
+    if "Classification" not in model_class(before).__name__:
+        return ""
+    labels = ", ".join(map(str, (after.id2label or {}).values()))
+    return f"a fresh classification head ({labels}) in the place of one of {before.num_labels} labels"
+
+
 def inputs_of(model: torch.nn.Module) -> list[str]:
     """Names of what the forward of a model takes."""
     return list(inspect.signature(model.forward).parameters)

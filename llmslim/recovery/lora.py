@@ -18,6 +18,8 @@ from llmslim.anatomy import Anatomy, Block
 from llmslim.anatomy.match import nearest
 from llmslim.anatomy.parts import is_conv1d, is_linear, is_matrix, is_packed
 from llmslim.errors import UserError
+from llmslim.loaders.safetensors_io import SafetensorsFolder
+from llmslim.recovery._base import KEY, seal
 from llmslim.sparse import SparseLinear
 from llmslim.step import StepRecord, matches
 from llmslim.ties import shared_modules
@@ -157,7 +159,8 @@ class LoRA(ObjectiveStep):
         config.task_type = "CAUSAL_LM" if made.endswith(("ForCausalLM", "LMHeadModel")) else None
         place = folder / ADAPTER
         place.mkdir(exist_ok=True)
-        save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
+        metadata = {"format": "pt", KEY: seal(SafetensorsFolder(folder), names)}
+        save_file(tensors, place / "adapter_model.safetensors", metadata=metadata)
         config.save_pretrained(str(place))
         record.note(self.kind, f"the adapter is in {ADAPTER}/; what is measured is the model without it")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,8 +16,12 @@ from llmslim.anatomy.parts import dense_weight, features
 from llmslim.calibration.statistics import InputStats, output_error
 from llmslim.calibration.stream import BlockStream
 from llmslim.errors import UserError
+from llmslim.recovery._base import require_base
 from llmslim.recovery.lora import PEFT, codes_on, has_no_grid, linears_of, open_weights
 from llmslim.step import BlockStep, Outlook, Step, StepRecord, build_step
+
+if TYPE_CHECKING:
+    from llmslim.loaders.models import ModelFiles
 
 _BEYOND = ("use_dora", "modules_to_save", "alpha_pattern", "lora_bias", "trainable_token_indices")
 """What peft can put into an adapter beside B A, by the key of its config."""
@@ -49,6 +53,12 @@ class MergeAdapter(BlockStep):
         known = linears_of(outlook.anatomy)
         packed = [name for name in self._adapter.names if hasattr(known.get(name), "quantized")]
         return [self if packed else self.model_copy(update={"rounding": "nearest"})], ""
+
+    def check_source(self, files: ModelFiles) -> None:
+        require_base(Path(self.adapter), files)
+
+    def reads(self) -> list[Path]:
+        return [self._adapter.file, self._adapter.file.with_name("adapter_config.json")]
 
     def check(self, anatomy: Anatomy) -> None:
         known = linears_of(anatomy)
@@ -85,7 +95,7 @@ class MergeAdapter(BlockStep):
         packed = [name for name in names if hasattr(known[name], "quantized")]
         for name in names:
             if name not in packed:
-                _add(known[name], self._adapter.delta(name))
+                _add(name, known[name], self._adapter.delta(name), record)
         lane = stream.lanes.get("calibration")
         if lane is None:
             for name in packed:
@@ -106,7 +116,7 @@ class MergeAdapter(BlockStep):
         """Put the sum on a grid; the row has what that costs, ||(W + B A - W') X||^2 / ||(W + B A) X||^2."""
         grid = module.quantized()
         delta = self._adapter.delta(name).to(grid.codes.device)
-        wanted = grid.dequantize() + delta * open_weights(module)
+        wanted = grid.dequantize() + _kept(name, module, delta, record)
         row: dict[str, Any] = {"name": name, "what": "merged", "bits": grid.scheme.bits}
         if stats is None:
             grid.codes = codes_on(grid, wanted)
@@ -145,7 +155,7 @@ class Adapter:
         if config.get("peft_type") != "LORA" or extra or other:
             what = extra or other or f"peft_type {config.get('peft_type')}"
             raise UserError(f"The adapter {folder} has {what}, and merge takes plain LoRA of Linears alone.")
-        self._file, self._shapes = folder / "adapter_model.safetensors", shapes
+        self.file, self._shapes = folder / "adapter_model.safetensors", shapes
         self._alpha, self._root = float(config["lora_alpha"]), bool(config.get("use_rslora"))
         self.names = sorted({key.removeprefix(PEFT).partition(".lora_")[0] for key in shapes})
 
@@ -157,14 +167,26 @@ class Adapter:
         """What it adds to that weight, float32 [out, in]."""
         from safetensors import safe_open
 
-        with safe_open(self._file, "pt") as opened:
+        with safe_open(self.file, "pt") as opened:
             down, up = (opened.get_tensor(f"{PEFT}{name}.lora_{part}.weight").float() for part in ("A", "B"))
         rank = len(down)
         return (up @ down) * (self._alpha / (rank**0.5 if self._root else rank))
 
 
 @torch.no_grad()
-def _add(module: nn.Module, delta: Tensor) -> None:
+def _add(name: str, module: nn.Module, delta: Tensor, record: StepRecord) -> None:
     """To a dense weight, or to what a sparse one keeps."""
     weight = dense_weight(module)
-    weight.copy_(weight.float() + delta.to(weight.device) * open_weights(module))
+    weight.copy_(weight.float() + _kept(name, module, delta.to(weight.device), record))
+
+
+def _kept(name: str, module: nn.Module, delta: Tensor, record: StepRecord) -> Tensor:
+    """What an adapter adds where weights were not pruned; the rest, which it had beside them, is noted."""
+    kept = delta * open_weights(module)
+    lost = float((delta - kept).norm() / delta.norm().clamp_min(1e-30))
+    if lost:
+        record.note(
+            name,
+            f"pruned weights stay zero: {lost:.0%} of what the adapter adds is left out (root mean square)",
+        )
+    return kept
