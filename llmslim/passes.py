@@ -22,6 +22,7 @@ from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import parse_edit
 from llmslim.files import load_tensors, save_tensors
+from llmslim.history import CURVES, TRAINING, curves, rewrite
 from llmslim.loaders.models import ModelFiles, place, release, tie
 from llmslim.step import BlockStep, StepRecord
 from llmslim.ties import shared_modules
@@ -138,14 +139,35 @@ class BlockPass:
             done += 1
             if done <= begun:
                 continue
+            self.record.tell = lambda note, done=done: progress(self.step.kind, done - 1, total, note)  # type: ignore[misc]
             progress(self.step.kind, done - 1, total)
             started = time.process_time()
             self._block(block)
+            self._keep_history(block)
             if block.index == len(stack.blocks) - 1:
                 for stream in self._streams:
                     stream.leave(stream.anatomy.stacks[number])
             self.state["blocks"] = done
             self._save(started)
+
+    def _keep_history(self, block: Block) -> None:
+        """Write down how the block was trained; a killed run may have done so before."""
+        history, self.record.training = self.record.training, []
+        if not history:
+            return
+        own = {"pass": self.scratch.name, "method": self.step.kind, "block": block.name}
+        rewrite(
+            self.work.path / TRAINING,
+            ({**own, **entry} for entry in history),
+            lambda e: own.items() <= e.items(),
+        )
+        writer = curves(self.work.path / CURVES / self.scratch.name.lstrip("."))
+        if writer is None:
+            return
+        for entry in history:
+            for what in ("loss", "eval_loss"):
+                writer.add_scalar(f"{block.name}/{what}", entry[what], entry["step"])
+        writer.close()
 
     def _block(self, block: Block) -> None:
         if block.index > 0:  # the first one was filled to enter the stack

@@ -71,7 +71,7 @@ def compress(
         revision: of a Hub model.
         overwrite: replace an existing output, and discard an unfinished run with other options.
         device: "cpu", "cuda", ...; the GPU if there is one when None.
-        progress: called with (what, done, total).
+        progress: called with (what, done, total), and a note where training has more to tell.
         on_plan: called with the `Plan` before weights are read.
         fields: further fields of `Recipe`: calibration, evaluation, format, dtype, seed.
 

@@ -186,7 +186,8 @@ def _seconds(
             surveys += min(step.survey_limit, step.survey_work(shape.tokens, shape.window) * passed / pace)
         if step.needs_calibration and isinstance(step, BlockStep) and step.streams_calibration:
             flops += 2.0 * shape.tokens * weights
-            flops += 6.0 * step.windows_trained(shape.tokens // shape.window) * shape.window * weights
+            trained = 6.0 * step.windows_trained(shape.tokens // shape.window) * shape.window * weights
+            surveys += min(step.blocks_limit, trained / pace)
             flops += 1.25 * shape.tokens * sum(width * width for _, width in shape.matrices) / 2
         flops += 2.0 * sum(rows * width * width for rows, width in shape.matrices) * 2
     if recipe.evaluation is not None and anatomy.head is not None:

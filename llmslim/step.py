@@ -7,7 +7,7 @@ weight and the statistics of its inputs). Override the narrowest rung.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -40,12 +40,16 @@ class StepRecord:
         linears: one row per weight: name, bits, error, ...
         notes: every fallback and anomaly: (where, what).
         survey: what the step's survey found, by name; empty for a step without one.
+        tell: shows a note on the work at the current block beside its progress.
+        training: the history of the training of the current block, which the pass writes down.
     """
 
     edits: list[Edit] = field(default_factory=list)
     linears: list[dict[str, Any]] = field(default_factory=list)
     notes: list[dict[str, str]] = field(default_factory=list)
     survey: dict[str, Tensor] = field(default_factory=dict)
+    tell: Callable[[str], None] = lambda note: None
+    training: list[dict[str, Any]] = field(default_factory=list)
 
     def note(self, where: str, what: str) -> None:
         self.notes.append({"where": where, "what": what})
@@ -277,6 +281,11 @@ class BlockStep(Step):
     def block_copies(self) -> int:
         """How often training holds a block's weights in float32; 0 for a step that does not train block by block."""
         return 0
+
+    @property
+    def blocks_limit(self) -> float:
+        """Seconds after which the training of all blocks stops by itself."""
+        return float("inf")
 
     def windows_trained(self, windows: int) -> float:
         """How many windows the training of one block takes in all, of a text of so many; for the plan."""

@@ -6,13 +6,10 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from llmslim.errors import UserError
 from llmslim.files import write_atomically
-
-if TYPE_CHECKING:
-    pass
 
 
 class Progress(Protocol):

@@ -48,7 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("step", "linear_step", "edit", "experts", "sparse", "masks", "lowrank", "ties", "metrics"),
     ("calibration",),
-    ("anatomy", "loaders"),
+    ("anatomy", "loaders", "history"),
     ("errors", "files", "memory"),
 )
 """From the roof down, each a set of rooms (packages) and single modules of DESIGN.md and their like."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -168,7 +172,7 @@ def test_autoround_leaves_pruned_weights_zero() -> None:
 
 def test_the_rates_of_autoround_let_an_offset_get_just_anywhere() -> None:
     schedule = AutoRound(iterations=200).schedule([], [], chunks=4)
-    assert sum(schedule.rates) / 200 == pytest.approx(0.5, abs=0.01)
+    assert sum(schedule.rate(step / 200) for step in range(200)) / 200 == pytest.approx(0.5, abs=0.01)
     assert schedule.steps == 200
 
 
@@ -210,7 +214,7 @@ def test_every_family_is_trained_and_loads_as_it_was_saved(
 
 
 def stop_at(kind: str, block: int) -> Any:
-    def progress(what: str, done: int, total: int) -> None:
+    def progress(what: str, done: int, total: int, note: str = "") -> None:
         if what == kind and done == block:
             raise KeyboardInterrupt
 
@@ -231,6 +235,53 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     names = ("model.safetensors", "config.json")
     assert all((resumed.folder / n).read_bytes() == (whole.folder / n).read_bytes() for n in names)
     assert resumed.report["linears"] == whole.report["linears"]
+
+
+@pytest.mark.parametrize("kind", SHORT)
+def test_the_training_of_blocks_is_told_and_written_down(
+    kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    told: list[tuple[str, int, str]] = []
+
+    def progress(what: str, done: int, total: int, note: str = "") -> None:
+        told.append((what, done, note))
+        if killed and what == kind and done == 1 and note:
+            raise KeyboardInterrupt
+
+    killed, step = True, SHORT[kind]
+    with pytest.raises(KeyboardInterrupt):
+        compress(str(folders["llama"]), [step], tmp_path / "out", progress=progress, **TEXT)
+    killed = False  # what is trained again is written down once
+    compress(str(folders["llama"]), [step], tmp_path / "out", progress=progress, **TEXT)
+    notes = [note for what, done, note in told if what == kind and done == 2 and note]
+    assert re.match(r"step 1/\d+, loss [\d.e-]+, \d+ tokens/s, [\d,]+ MB$", notes[0]), notes[0]
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    best = {row["name"]: row["output_error"] for row in report["linears"] if "output_error_before" in row}
+    lines = [json.loads(line) for line in (tmp_path / "out/training.jsonl").read_text().splitlines()]
+    assert {line["method"] for line in lines} == {kind}
+    for name, error in best.items():
+        own = [line for line in lines if line["block"] == name]
+        assert len({line["step"] for line in own}) == len(own) > 0
+        assert error <= min(line["eval_loss"] for line in own) + 1e-9
+        assert own[-1]["learning_rate"] < 1e-2 < own[0]["learning_rate"] + 1
+
+
+def test_training_stops_in_time_and_the_rate_falls_in_it(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that runs one second at each look: a block has 20 of 60."""
+    clock = itertools.count()
+    ticking = SimpleNamespace(monotonic=lambda: float(next(clock)))
+    monkeypatch.setattr("llmslim.quantization.reconstruction.time", ticking)
+    step = AutoRound(**COMMON, iterations=10**6, max_minutes=1)
+    compress(str(folders["llama"]), [step], tmp_path / "out", **TEXT)
+    lines = [json.loads(line) for line in (tmp_path / "out/training.jsonl").read_text().splitlines()]
+    for block in {line["block"] for line in lines}:
+        own = [line for line in lines if line["block"] == block]
+        assert 10 < own[-1]["step"] <= 20 and own[-1]["learning_rate"] == 0
+        rates = [line["learning_rate"] for line in own]
+        assert rates == sorted(rates, reverse=True) and 0.1 < rates[0] < 1
+    assert step.blocks_limit == 60
 
 
 def test_norms_and_biases_are_trained_and_nothing_outside(folders: dict[str, Path], tmp_path: Path) -> None:

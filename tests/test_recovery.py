@@ -286,6 +286,21 @@ def test_the_learning_rate_rises_and_falls_with_the_time_when_that_ends_training
     assert endless.rate(3) < 1e-4 and endless.rate(10**5) == pytest.approx(0.976, abs=0.01)
 
 
+def test_gradients_of_small_batches_add_up_to_those_of_a_large_one(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {"objective": "next_token", "max_steps": 3, "lr": 1e-3}
+    whole_ones = Full(batch_size=4, **fields)
+    parts = Full(batch_size=1, gradient_accumulation_steps=4, **fields)
+    for name, step in (("large", whole_ones), ("small", parts)):
+        compress(str(folders["llama"]), [step], tmp_path / name, **QUICK)
+    large, small, base = (tensors(f) for f in (tmp_path / "large", tmp_path / "small", folders["llama"]))
+    for name, tensor in large.items():
+        moved = (tensor - base[name]).abs().max()
+        assert (small[name] - tensor).abs().max() < 0.02 * moved, name
+    assert parts.survey_work(0, 32) == whole_ones.survey_work(0, 32)
+
+
 def test_an_encoder_learns_the_tokens_that_are_masked(folders: dict[str, Path], tmp_path: Path) -> None:
     from llmslim.calibration.objectives import masked_tokens
 

@@ -67,7 +67,7 @@ class Finetune(InsideFields, WholeStep):
     temperature: float = Field(1.0, gt=0, description="divides the logits of both sides when distilling")
     lr: float = Field(5e-5, gt=0, description="peak learning rate of AdamW; cosine to 0 at the end")
     epochs: float = Field(3.0, gt=0, description="passes over the training sentences")
-    batch_size: int = Field(32, ge=1, description="sentences per optimizer step")
+    batch_size: int = Field(32, ge=1, description="sentences that are held in memory at once")
     weight_decay: float = Field(0.01, ge=0, description="of AdamW")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",

@@ -43,8 +43,7 @@ class AutoRound(Reconstruction):
             {"params": offsets, "lr": peak, "bounds": (-0.5, 0.5)},
             {"params": ends, "lr": peak, "bounds": (0.0, 1.0)},
         ]
-        rates = [1 - step / self.iterations for step in range(self.iterations)]
-        return Schedule(SignDescent(groups), self.iterations, rates)
+        return Schedule(SignDescent(groups), self.iterations, lambda done: max(1 - done, 0.0))
 
     @property
     def block_copies(self) -> int:

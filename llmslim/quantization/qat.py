@@ -77,8 +77,8 @@ class QAT(Reconstruction):
             {"params": [*small, *(vector.change for vector in vectors)], "lr": self.scale_lr},
         ]
         steps = max(1, math.ceil(chunks * self.epochs))
-        rates = [0.5 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
-        return Schedule(torch.optim.AdamW(groups, weight_decay=0.0, fused=True), steps, rates)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        return Schedule(optimizer, steps, lambda done: 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
     def workspace_bytes(self, anatomy: Anatomy) -> int:
         return self.start().workspace_bytes(anatomy)

@@ -6,9 +6,10 @@ What methods of this kind share: where the inputs and the targets come from, the
 from __future__ import annotations
 
 import math
+import time
 import zlib
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from llmslim.anatomy import Anatomy, Block
 from llmslim.anatomy.parts import dense_weight, is_conv1d
 from llmslim.calibration.stream import BlockStream
 from llmslim.edit import in_place
+from llmslim.memory import resident_bytes
 from llmslim.quantization.fake_quantize import TrainedWeight
 from llmslim.quantization.grid import QuantizedWeight
 from llmslim.quantization.packed import PackedLinear
@@ -37,12 +39,12 @@ class Schedule:
 
     Attributes:
         steps: optimizer steps, each on one chunk of windows.
-        rates: learning rate of each step as a share of its peak.
+        rate: learning rate as a share of its peak, by the share of the training that is done.
     """
 
     optimizer: torch.optim.Optimizer
     steps: int
-    rates: Sequence[float]
+    rate: Callable[[float], float]
 
 
 @dataclass
@@ -118,34 +120,60 @@ class BlockTrainer:
         errors = [float(self.error(index, dense, vectors)) for index in self.judged]
         return Kept(sum(errors) / len(errors), weights, vectors)
 
-    def train(self, schedule: Schedule, record: StepRecord) -> tuple[Kept, Kept]:
-        """What the block is before, and what it is at the best of all passes over the windows."""
+    def train(self, schedule: Schedule, record: StepRecord, limit: float = math.inf) -> tuple[Kept, Kept]:
+        """What the block is before, and what it is at the best of all passes over the windows.
+
+        Args:
+            limit: seconds after which training stops; the learning rate falls in time. One step is done at least.
+        """
         start = best = self.judge()
         generator = torch.Generator().manual_seed(zlib.crc32(self.block.name.encode()))
         optimizer = schedule.optimizer
         peaks = [group["lr"] for group in optimizer.param_groups]
         order: list[int] = []
-        for step in range(schedule.steps):
+        losses: list[float] = []
+        begun, done, tokens = time.monotonic(), 0.0, 0
+        for step in range(1, schedule.steps + 1):
             if not order:
                 order = [self.seen[i] for i in torch.randperm(len(self.seen), generator=generator).tolist()]
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * schedule.rates[step]
-            with torch.enable_grad():
-                weights = {name: weight() for name, weight in self.weights.items()}
-                vectors = {name: vector() for name, vector in self.vectors.items()}
-                loss = self.error(order.pop(), weights, vectors)
-                if not torch.isfinite(loss):
-                    record.note(
-                        self.block.name, f"training stopped at step {step + 1}: the error is not finite"
-                    )
-                    break
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if not order or step + 1 == schedule.steps:
+                group["lr"] = peak * schedule.rate(done)
+            chunk = order.pop()
+            loss = self._step(chunk, optimizer)
+            if loss is None:
+                record.note(self.block.name, f"training stopped at step {step}: the error is not finite")
+                break
+            losses.append(loss)
+            tokens += self.targets[chunk].shape[:-1].numel()
+            seconds = time.monotonic() - begun
+            done = max(step / schedule.steps, seconds / limit)
+            pace, memory = tokens / seconds, resident_bytes() / 1e6
+            record.tell(
+                f"step {step}/{schedule.steps}, loss {loss:.4g}, {pace:.0f} tokens/s, {memory:,.0f} MB"
+            )
+            if not order or done >= 1:
                 now = self.judge()
                 best = now if now.error < best.error else best
+                entry = {"step": step, "loss": sum(losses) / len(losses), "eval_loss": now.error}
+                told = {"tokens_per_second": round(pace, 1), "memory_mb": round(memory)}
+                record.training.append({**entry, "learning_rate": schedule.rate(done), **told})
+                losses = []
+            if done >= 1:
+                break
         return start, best
+
+    def _step(self, chunk: int, optimizer: torch.optim.Optimizer) -> float | None:
+        """Train on a chunk; its loss, or None, with nothing changed, when that is not finite."""
+        with torch.enable_grad():
+            weights = {name: weight() for name, weight in self.weights.items()}
+            vectors = {name: vector() for name, vector in self.vectors.items()}
+            loss = self.error(chunk, weights, vectors)
+            if not torch.isfinite(loss):
+                return None
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
 
 
 class Reconstruction(Quantizer):
@@ -154,6 +182,9 @@ class Reconstruction(Quantizer):
     batch_size: int = Field(2, ge=1, description="windows per optimizer step")
     validation: float = Field(
         0.125, ge=0, lt=1, description="share of the windows held out; what does best on it is kept"
+    )
+    max_minutes: float | None = Field(
+        None, gt=0, description="stop training after so long; each block has the same part of it"
     )
     target: Literal["model", "block"] = Field(
         "model",
@@ -176,6 +207,10 @@ class Reconstruction(Quantizer):
     @property
     def windows_per_chunk(self) -> int | None:
         return self.batch_size
+
+    @property
+    def blocks_limit(self) -> float:
+        return math.inf if self.max_minutes is None else 60 * self.max_minutes
 
     def follows_reference(self, anatomy: Anatomy, tokens: int) -> bool:
         return self.needs_reference
@@ -200,6 +235,7 @@ class Reconstruction(Quantizer):
     def compress_block(
         self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
     ) -> None:
+        until = time.monotonic() + self.blocks_limit / len(list(stream.anatomy.blocks))
         lane = stream.lanes["calibration"]
         inputs = list(lane.hidden)
         self.prepare_block(block, stream, record)
@@ -212,7 +248,8 @@ class Reconstruction(Quantizer):
         lane.hidden = list(inputs)
         packed = _packed(stream.model, dense)
         if packed:
-            start, best = self._train(block, stream, targets, {n: dense[n] for n in packed}, packed, record)
+            own = {name: dense[name] for name in packed}
+            start, best = self._train(block, stream, targets, own, packed, record, until)
             self._put(stream, packed, best)
             for row in record.linears[rows:]:
                 row.pop("output_error", None)  # of where training began
@@ -249,6 +286,7 @@ class Reconstruction(Quantizer):
         dense: dict[str, nn.Module],
         packed: dict[str, PackedLinear],
         record: StepRecord,
+        until: float,
     ) -> tuple[Kept, Kept]:
         with in_place(stream.model, dense), _inputs_quantized(dense, packed):
             weights = {
@@ -258,7 +296,7 @@ class Reconstruction(Quantizer):
             vectors = _vectors(block) if self.trains_vectors else {}
             trainer = BlockTrainer(block, stream, targets, weights, vectors, self.validation)
             schedule = self.schedule(list(weights.values()), list(vectors.values()), len(trainer.seen))
-            return trainer.train(schedule, record)
+            return trainer.train(schedule, record, max(until - time.monotonic(), 1e-3))
 
     def _put(self, stream: BlockStream, packed: dict[str, PackedLinear], best: Kept) -> None:
         for name, weight in best.weights.items():

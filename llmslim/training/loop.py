@@ -6,7 +6,6 @@ what is frozen (packed weights) never passes through its saving.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
@@ -24,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from llmslim.errors import UserError
 from llmslim.files import write_atomically
+from llmslim.history import CURVES, curves, rewrite
 from llmslim.memory import freed_memory_kept, resident_bytes
 from llmslim.training.step import held_out
 
@@ -66,6 +66,7 @@ class Schedule:
     dtype: torch.dtype
     """What products are computed in (autocast); weights and their updates are float32."""
     patience: int | None = None
+    gradient_accumulation_steps: int = 1
 
 
 class Judge(NamedTuple):
@@ -136,12 +137,13 @@ def train(
         raise UserError(
             f"validation {schedule.validation:g} holds out all of {len(data)} examples: give fewer."
         )
-    epoch = math.ceil(kept / schedule.batch_size)
+    batch = schedule.batch_size * schedule.gradient_accumulation_steps
+    epoch = math.ceil(kept / batch)
     steps = schedule.max_steps or math.ceil(epoch * schedule.epochs)
     if held:  # a small data set is over before many steps
         schedule = replace(schedule, save_steps=min(schedule.save_steps, epoch))
     folder = scratch / "trainer"
-    tokens = round(sum(lengths) / len(lengths) * schedule.batch_size)
+    tokens = round(sum(lengths) / len(lengths) * batch)
     best_by = "" if not held else "eval_loss" if judge is None else "eval_score"
     watch = _Watch(schedule, steps, tokens, scratch, log, progress, best_by)
     held_ones = sorted(range(kept, len(data)), key=lambda index: lengths[index])
@@ -154,7 +156,7 @@ def train(
         compute_metrics=None
         if judge is None
         else lambda found: judge.scores(found.predictions, found.label_ids),
-        callbacks=[watch, *_curves(log.parent / "tensorboard" / scratch.name.lstrip("."))],
+        callbacks=[watch, *_curves(log.parent / CURVES / scratch.name.lstrip("."))],
     )
     trainer.loss = loss if windows is None else lambda model, batch: loss(model, batch["input_ids"])
     trainer.watch, trainer.judge = watch, judge
@@ -169,13 +171,11 @@ def train(
 
 
 def _curves(folder: Path) -> list[TrainerCallback]:
-    """The log for TensorBoard, where that is installed; Trainer would put it beside its checkpoints, which go."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return []
-    from torch.utils.tensorboard import SummaryWriter
+    """The history for TensorBoard; Trainer would put it beside its checkpoints, which go."""
     from transformers.integrations import TensorBoardCallback
 
-    return [TensorBoardCallback(SummaryWriter(str(folder)))]
+    writer = curves(folder)
+    return [] if writer is None else [TensorBoardCallback(writer)]
 
 
 def _last_whole(folder: Path) -> str | None:
@@ -199,6 +199,7 @@ def _arguments(
         learning_rate=schedule.lr,
         per_device_train_batch_size=schedule.batch_size,
         per_device_eval_batch_size=schedule.batch_size,
+        gradient_accumulation_steps=schedule.gradient_accumulation_steps,
         weight_decay=schedule.weight_decay,
         optim="adamw_torch_fused",  # on a CPU, too, 7 times as fast
         seed=schedule.seed,
@@ -421,10 +422,5 @@ class _Watch(TrainerCallback):
             pace, left = self._pace(state.global_step)
             told = {"tokens_per_second": round(pace * self.tokens, 1), "seconds_left": round(left, 1)}
             state.log_history[-1].update(told, memory_mb=round(resident_bytes() / 1e6))
-        kept = self.log.read_text().splitlines() if self.log.exists() else []
-        others = [line for line in kept if json.loads(line)["pass"] != self._place]
-        own = [
-            json.dumps({"pass": self._place, "method": self.schedule.name, **entry})
-            for entry in state.log_history
-        ]
-        write_atomically(self.log, "\n".join([*others, *own]) + "\n")
+        own = ({"pass": self._place, "method": self.schedule.name, **entry} for entry in state.log_history)
+        rewrite(self.log, own, lambda entry: entry["pass"] == self._place)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block
 from llmslim.errors import UserError
+from llmslim.history import TRAINING
 from llmslim.step import BlockStep, StepRecord, Survey
 
 if TYPE_CHECKING:
@@ -70,7 +71,12 @@ class TrainStep(PlacingStep):
     epochs: float = Field(1.0, gt=0, description="passes over the calibration windows")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; instead of epochs")
     max_minutes: float | None = Field(None, gt=0, description="stop training after so long")
-    batch_size: int = Field(4, ge=1, description="windows per optimizer step")
+    batch_size: int = Field(4, ge=1, description="windows that are held in memory at once")
+    gradient_accumulation_steps: int = Field(
+        1,
+        ge=1,
+        description="batches per optimizer step, whose gradients add up: of a large batch's memory a part",
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which lr rises from 0")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     save_steps: int = Field(50, ge=1, description="optimizer steps between checkpoints to resume from")
@@ -98,7 +104,8 @@ class TrainStep(PlacingStep):
         return 2 + self.distills
 
     def survey_work(self, tokens: int, window: int) -> float:
-        trained = self.max_steps * self.batch_size * window if self.max_steps else self.epochs * tokens
+        batch = self.batch_size * self.gradient_accumulation_steps
+        trained = self.max_steps * batch * window if self.max_steps else self.epochs * tokens
         return (6.0 + 2.0 * self.distills) * trained
 
     def survey_span(self, window: int) -> int:
@@ -204,7 +211,7 @@ class TrainStep(PlacingStep):
             loss, beside = self.criterion(model, teacher, data)
             train(
                 model, [*trained, *beside], data, loss, schedule, look.scratch,
-                look.scratch.parent / "training.jsonl",
+                look.scratch.parent / TRAINING,
                 lambda done, total, note: look.progress(self.kind, done, total, note), self.dropout_trains,
                 self.judge(model),
             )  # fmt: skip
