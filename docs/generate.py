@@ -26,7 +26,7 @@ import render  # noqa: E402
 
 from llmslim.commands.run import STEP, step_parser  # noqa: E402
 from llmslim.flags import default_text  # noqa: E402
-from llmslim.step import STEPS, Step, load_steps  # noqa: E402
+from llmslim.step import ROOMS, STEPS, Step, load_steps  # noqa: E402
 
 NEEDS = {
     "prune": "prune before you quantize",
@@ -97,7 +97,8 @@ def pages() -> dict[str, str]:
 def methods_index() -> str:
     parts = ["# Methods", HEAD.format(source="the classes of the methods")]
     parts.append("What each does, with which paper, is in [README](../../README.md#methods) in one table.")
-    for verb in dict.fromkeys(cls.verb for cls in STEPS.values()):
+    by_room = sorted(STEPS.values(), key=lambda cls: ROOMS.index(cls.__module__.split(".")[1]))
+    for verb in dict.fromkeys(cls.verb for cls in by_room):  # whatever was imported first
         kinds = sorted(kind for kind, cls in STEPS.items() if cls.verb == verb)
         lines = [f"- [`{kind}`]({kind}.md): {prose(first_line(STEPS[kind]))}" for kind in kinds]
         parts.append(f"## {verb}\n\n" + "\n".join(lines))

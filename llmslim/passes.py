@@ -283,8 +283,10 @@ class BlockPass:
         two_sided = bool(self.model.config.is_encoder_decoder)
         if self.step.streams_calibration:
             assert self.options.tokens is not None
-            per_chunk = self.step.windows_per_chunk
-            lane = Lane.of_tokens("calibration", self.options.tokens, two_sided, per_chunk)
+            windows = self.options.tokens
+            if self.step.text_limit is not None:
+                windows = windows[: max(1, self.step.text_limit // windows.shape[1])]
+            lane = Lane.of_tokens("calibration", windows, two_sided, self.step.windows_per_chunk)
             self.stream.add(lane)
             if self.reference:
                 followed = math.ceil(len(lane.inputs) * self.step.reference_share)

@@ -185,10 +185,11 @@ def _seconds(
             passed = weights + (shape.hidden * shape.vocabulary if head else 0)
             surveys += min(step.survey_limit, step.survey_work(shape.tokens, shape.window) * passed / pace)
         if step.needs_calibration and isinstance(step, BlockStep) and step.streams_calibration:
-            flops += 2.0 * shape.tokens * weights
+            tokens = min(shape.tokens, step.text_limit or shape.tokens)
+            flops += 2.0 * tokens * weights
             trained = 6.0 * step.windows_trained(shape.tokens // shape.window) * shape.window * weights
             surveys += min(step.blocks_limit, trained / pace)
-            flops += 1.25 * shape.tokens * sum(width * width for _, width in shape.matrices) / 2
+            flops += 1.25 * tokens * sum(width * width for _, width in shape.matrices) / 2
         flops += 2.0 * sum(rows * width * width for rows, width in shape.matrices) * 2
     if recipe.evaluation is not None and anatomy.head is not None:
         tokens = recipe.evaluation.windows * recipe.evaluation.seq_len

@@ -259,6 +259,11 @@ class BlockStep(Step):
         raise TypeError(f"{type(self).__name__} does not define compress_block()")
 
     @property
+    def text_limit(self) -> int | None:
+        """Tokens of the text that pass through the blocks, the first ones; all when None."""
+        return None
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the step compares with the inputs that the uncompressed model has."""
         return False

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmslim.anatomy.parts import dense_weight
 from llmslim.checkpoint.load import load_model
 from llmslim.errors import UserError
 from llmslim.loaders.models import find
@@ -22,7 +23,7 @@ from llmslim.pruning.weights import Magnitude
 from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration, Recipe
 from llmslim.recovery.full import Full
-from llmslim.recovery.lora import LoRA
+from llmslim.recovery.lora import LoRA, _Trained
 from llmslim.recovery.scales import ScaledLinear, Scales
 from llmslim.sharing.share import ShareBlocks
 from llmslim.training.loop import Schedule, _Watch, train
@@ -148,23 +149,40 @@ def test_a_merged_model_is_the_one_with_adapters(family: str, folders: dict[str,
     with LoRA(rank=4).training(model) as (trained, finish), torch.no_grad():
         for parameter in trained:
             parameter.normal_(std=0.05)
-        wanted, merged = model(tokens).logits, finish()
+        wanted, added = model(tokens).logits, _Trained(finish(), 32 / 4)
     plain = whole(folders[family])
     assert not torch.allclose(plain(tokens).logits, wanted, atol=1e-2)
     with torch.no_grad():
-        for name, tensor in merged.items():
-            plain.get_parameter(name).copy_(tensor)
+        for name in added.names:
+            dense_weight(plain.get_submodule(name)).add_(added.delta(name))
     torch.testing.assert_close(plain(tokens).logits, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_lora_over_packed_weights_stays_packed(folders: dict[str, Path], made: Any, tmp_path: Path) -> None:
-    base, packed = folders["llama"], made(RTN3, "llama")
-    result = compress(str(base), [RTN3, LoRA(rank=8, **{**FAST, "lr": 1e-2})], tmp_path / "r", **QUICK)
-    assert any("rounding to their grid lost" in note["what"] for note in result.report["notes"])
-    assert kl(base, tmp_path / "r") < kl(base, packed)
-    before, after = tensors(packed), tensors(tmp_path / "r")
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all(name.endswith("weight_packed") for name in changed)
+    """Merged by the text, scales and all, or by the nearest codes, which says what it lost."""
+    base, packed, rows = folders["llama"], made(RTN3, "llama"), {}
+    for rounding in ("gptq", "nearest"):
+        lora = LoRA(rank=8, rounding=rounding, **{**FAST, "lr": 1e-2})
+        report = compress(str(base), [RTN3, lora], tmp_path / rounding, **QUICK).report
+        assert report["verification"]["ok"] and kl(base, tmp_path / rounding) < kl(base, packed)
+        rows[rounding] = [row for row in report["linears"] if row.get("what") == "merged"]
+        before, after = tensors(packed), tensors(tmp_path / rounding)
+        changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+        grid = {"weight_scale", "weight_zero_point"} if rounding == "gptq" else set()
+        assert changed == {"weight_packed"} | grid
+    assert kl(base, tmp_path / "gptq") < kl(base, tmp_path / "nearest")
+    assert all(0 < row["output_error"] < 0.1 and row["tokens"] == 8 * 32 for row in rows["gptq"])
+    assert all(0.1 < row["lost"] < 1.5 for row in rows["nearest"])
+    assert len(rows["gptq"]) == len(rows["nearest"]) == 3 * 7
+
+
+def test_no_more_of_the_text_than_merging_needs_passes_through_the_blocks(
+    folders: dict[str, Path], made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmslim.recovery.lora.MERGED", 100)
+    lora = LoRA(rank=2, objective="next_token", max_steps=1)
+    report = compress(str(made(RTN3, "llama")), [lora], tmp_path / "out", **QUICK).report
+    assert {row["tokens"] for row in report["linears"]} == {3 * 32}
 
 
 def test_pruned_weights_stay_zero_when_lora_is_merged_into_packed_ones(
@@ -173,7 +191,8 @@ def test_pruned_weights_stay_zero_when_lora_is_merged_into_packed_ones(
     steps = [Magnitude(sparsity=0.5), RTN(bits=4, group_size=32, symmetric=False)]
     compress(str(folders["llama"]), steps, tmp_path / "packed", **QUICK)
     lora = LoRA(rank=8, teacher=str(folders["llama"]), **{**FAST, "lr": 3e-2})
-    compress(str(tmp_path / "packed"), [lora], tmp_path / "out", **QUICK)
+    report = compress(str(tmp_path / "packed"), [lora], tmp_path / "out", **QUICK).report
+    assert any("pruned weights stay zero" in note["what"] for note in report["notes"])
     before, after, changed = whole(tmp_path / "packed"), whole(tmp_path / "out"), 0
     for module, packed in before.named_modules():
         if hasattr(packed, "quantized"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,16 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmslim.anatomy import Anatomy, Block
-from llmslim.anatomy.match import nearest
 from llmslim.anatomy.parts import is_conv1d, is_linear, is_matrix, is_packed
 from llmslim.errors import UserError
 from llmslim.loaders.safetensors_io import SafetensorsFolder
 from llmslim.recovery._base import KEY, seal
+from llmslim.recovery._merging import MergingStep, has_no_grid, linears_of
 from llmslim.sparse import SparseLinear
-from llmslim.step import StepRecord, matches
-from llmslim.ties import shared_modules
+from llmslim.step import Outlook, Step, StepRecord, matches
 from llmslim.training.objective import ObjectiveStep
-from llmslim.training.step import LOST, Finish
+from llmslim.training.step import Finish
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,15 +34,18 @@ ADAPTER = "adapter"
 PEFT = "base_model.model."
 """What peft puts in front of names in the files of adapters."""
 TURNED = "fan_in_fan_out"
+MERGED = 32768  # tokens that packed weights are quantized anew on
 
 
-class LoRA(ObjectiveStep):
+class LoRA(MergingStep, ObjectiveStep):
     """Train low-rank adapters beside frozen Linears, dense, sparse or packed, and merge them.
 
     y = W x + (alpha / rank) B A x (Hu et al. 2021, arXiv:2106.09685); over packed weights that is QLoRA (Dettmers
     et al. 2023, arXiv:2305.14314). Merging into dense weights is exact; of sparse ones the adapter is masked while
-    it trains. Packed weights are rounded anew to the grid that they have, which loses most of what is smaller than
-    half a step: how much is noted. Weights that blocks share get no adapters (their corrections do).
+    it trains. Packed weights are quantized anew, to the bits and groups that they have: `gptq` searches scales and
+    codes on up to 32,768 tokens of the text, `nearest` rounds to the grid that is there, which loses most of what is
+    smaller than half a step. Each weight's row in the report tells what that cost. Weights that blocks share get no
+    adapters (their corrections do).
 
     With `save_adapter` the model stays as it is and the adapter lies in its folder `adapter`, as peft saves it:
     `PeftModel.from_pretrained(model, "OUTPUT/adapter")`, over packed weights `llmslim.recovery.lora.with_adapter`. That
@@ -54,6 +55,7 @@ class LoRA(ObjectiveStep):
 
     kind: ClassVar[str] = "lora"
     verb: ClassVar[str] = "recover"
+    masked: ClassVar[bool] = True
 
     lr: float = Field(2e-4, gt=0, description="peak learning rate of AdamW; cosine to 0 at the end")
     rank: int = Field(16, ge=1, description="rank of the adapters")
@@ -71,6 +73,20 @@ class LoRA(ObjectiveStep):
     @property
     def writes_beside(self) -> bool:
         return self.save_adapter
+
+    @property
+    def streams_calibration(self) -> bool:
+        return self.rounding == "gptq" and not self.save_adapter
+
+    @property
+    def text_limit(self) -> int | None:
+        return MERGED
+
+    def resolve(self, outlook: Outlook) -> tuple[list[Step], str]:
+        """Without a packed weight to merge into, no text passes through the blocks."""
+        known = linears_of(outlook.anatomy)
+        packed = any(hasattr(known[name], "quantized") for name in self._named(known, self.target_modules))
+        return [self if packed else self.model_copy(update={"rounding": "nearest"})], ""
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
@@ -110,14 +126,13 @@ class LoRA(ObjectiveStep):
         config = self._config(list(targets), turned)
         _register(config, model, {} if self.save_adapter else {SparseLinear: _masked(lora.Linear)})
         inject_adapter_in_model(config, model)
-        adapters: dict[str, Any] = {name: model.get_submodule(name) for name in targets}
         parameters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
 
-        def kept() -> dict[str, Tensor]:
+        def finish() -> dict[str, Tensor]:
             own = {f"{PEFT}{name.replace('.default', '')}": p for name, p in parameters.items()}
             return {**own, TURNED: torch.tensor(turned)}
 
-        yield list(parameters.values()), kept if self.save_adapter else lambda: _merged(adapters)
+        yield list(parameters.values()), finish
 
     def _config(self, targets: list[str], turned: bool) -> Any:
         """peft's description of the adapter.
@@ -137,14 +152,13 @@ class LoRA(ObjectiveStep):
         )
 
     def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
-        if not self.save_adapter:
-            super().compress_outer(stream, record)
+        """What was trained is of the blocks."""
 
     def compress_block(
         self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
     ) -> None:
         if not self.save_adapter:
-            super().compress_block(block, stream, reference, record)
+            self.merge(block, stream, _Trained(record.survey, self.alpha / self.rank), record)
 
     def write_beside(self, folder: Path, record: StepRecord) -> None:
         if not self.save_adapter:
@@ -152,8 +166,8 @@ class LoRA(ObjectiveStep):
         from safetensors.torch import save_file
 
         tensors = {name: tensor for name, tensor in record.survey.items() if name.startswith(PEFT)}
-        names = {name.removeprefix(PEFT).partition(".lora_")[0] for name in tensors}
-        config = self._config(sorted(names), bool(record.survey[TURNED]))
+        names = _Trained(tensors).names
+        config = self._config(names, bool(record.survey[TURNED]))
         config.inference_mode = True
         made = json.loads((folder / "config.json").read_text())["architectures"][0]
         config.task_type = "CAUSAL_LM" if made.endswith(("ForCausalLM", "LMHeadModel")) else None
@@ -163,6 +177,20 @@ class LoRA(ObjectiveStep):
         save_file(tensors, place / "adapter_model.safetensors", metadata=metadata)
         config.save_pretrained(str(place))
         record.note(self.kind, f"the adapter is in {ADAPTER}/; what is measured is the model without it")
+
+
+class _Trained:
+    """What adapters add, of the tensors of a survey."""
+
+    def __init__(self, tensors: dict[str, Tensor], scaling: float = 1.0) -> None:
+        self._tensors, self._scaling = tensors, scaling
+        self.names = sorted(
+            {n.removeprefix(PEFT).partition(".lora_")[0] for n in tensors if n.startswith(PEFT)}
+        )
+
+    def delta(self, name: str) -> Tensor:
+        down, up = (self._tensors[f"{PEFT}{name}.lora_{part}.weight"].float() for part in ("A", "B"))
+        return self._scaling * up @ down
 
 
 def with_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
@@ -194,53 +222,6 @@ def _register(config: Any, model: nn.Module, others: dict[type, Any]) -> None:
     config._register_custom_module({**dict.fromkeys(packed, lora.Linear), **others})
 
 
-def has_no_grid(module: nn.Module) -> bool:
-    """Whether the weight is packed in a way that nothing can be rounded to anew."""
-    return is_packed(module) and not hasattr(module, "quantized")
-
-
-def _merged(adapters: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights with what the adapters add, by the names of the checkpoint."""
-    merged: dict[str, Tensor] = {}
-    lost = wanted = 0.0
-    for name, adapter in adapters.items():
-        base, delta = adapter.get_base_layer(), adapter.get_delta_weight("default")
-        delta = delta * open_weights(base)
-        if not hasattr(base, "quantized"):
-            merged[f"{name}.weight"] = base.weight + delta
-            continue
-        before = base.quantized()
-        after = replace(before, codes=codes_on(before, before.dequantize() + delta))
-        lost += float((after.dequantize() - before.dequantize() - delta).square().sum())
-        wanted += float(delta.square().sum())
-        base.store(after)
-        merged[f"{name}.weight_packed"] = base.weight_packed
-    if wanted:
-        merged[LOST] = torch.tensor((lost / wanted) ** 0.5)
-    return merged
-
-
-def open_weights(module: Any) -> Tensor | float:
-    """Where an adapter may change a weight: bool [out, in] of one that was pruned, packed since or not; else 1."""
-    if isinstance(module, SparseLinear):
-        return module.mask
-    return module.quantized().dequantize() != 0 if getattr(module, "pruned", False) else 1.0
-
-
-def codes_on(grid: Any, weight: Tensor) -> Tensor:
-    """The nearest codes, uint8 [out, in], of a weight on the grid that a packed one has."""
-    rows, groups = grid.scale.shape
-    scale = grid.scale.reshape(rows, 1, groups, 1)
-    zero = (
-        grid.scheme.midpoint
-        if grid.zero_point is None
-        else grid.zero_point.float().reshape(rows, 1, groups, 1)
-    )
-    parts = weight.reshape(rows, -1, groups, weight.shape[1] // groups)
-    codes = (parts / scale + zero).round_().clamp_(0, grid.scheme.max_code)
-    return codes.to(torch.uint8).reshape(weight.shape)
-
-
 def _masked(linear: Any) -> Any:
     """peft's Linear whose adapter, too, reaches only the weights that a `SparseLinear` keeps."""
 
@@ -250,22 +231,6 @@ def _masked(linear: Any) -> Any:
             return base(x) + F.linear(self.lora_dropout["default"](x), delta * base.mask)
 
     return MaskedLinear
-
-
-def linears_of(anatomy: Anatomy) -> dict[str, nn.Module]:
-    """Every Linear of the blocks, dense or packed, by its dotted name; none whose weight several blocks use.
-
-    An adapter of one block cannot be merged into what others use as well.
-    """
-    shared = shared_modules(anatomy.model)
-    used = {*shared, *shared.values()}
-    return {
-        f"{block.name}.{name}": module
-        for block in anatomy.blocks
-        for name, module in block.module.named_modules()
-        if (is_linear(module) or (is_packed(module) and is_matrix(module)))
-        and not nearest(f"{block.name}.{name}", used)
-    }
 
 
 def _installed() -> None:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block
-from llmslim.anatomy.parts import dense_weight, features
-from llmslim.calibration.statistics import InputStats, output_error
+from llmslim.anatomy.parts import features
 from llmslim.calibration.stream import BlockStream
 from llmslim.errors import UserError
 from llmslim.recovery._base import require_base
-from llmslim.recovery.lora import PEFT, codes_on, has_no_grid, linears_of, open_weights
-from llmslim.step import BlockStep, Outlook, Step, StepRecord, build_step
+from llmslim.recovery._merging import MergingStep, has_no_grid, linears_of
+from llmslim.recovery.lora import PEFT
+from llmslim.step import Outlook, Step, StepRecord
 
 if TYPE_CHECKING:
     from llmslim.loaders.models import ModelFiles
@@ -27,7 +26,7 @@ _BEYOND = ("use_dora", "modules_to_save", "alpha_pattern", "lora_bias", "trainab
 """What peft can put into an adapter beside B A, by the key of its config."""
 
 
-class MergeAdapter(BlockStep):
+class MergeAdapter(MergingStep):
     """Merge an adapter of peft's LoRA that was kept beside the model, such as `lora --save-adapter` leaves.
 
     W + (alpha / rank) B A in the place of W: exactly where W is dense, where the mask is where it is sparse. Packed
@@ -39,10 +38,9 @@ class MergeAdapter(BlockStep):
     kind: ClassVar[str] = "merge"
     verb: ClassVar[str] = "recover"
 
+    masked: ClassVar[bool] = False  # peft knows no masks
+
     adapter: str = Field("", description="folder of the adapter to merge, as peft saves it")
-    rounding: Literal["gptq", "nearest"] = Field(
-        "gptq", description="of packed weights: new scales and codes by the text, or the nearest codes"
-    )
 
     @property
     def needs_calibration(self) -> bool:
@@ -90,45 +88,7 @@ class MergeAdapter(BlockStep):
     def compress_block(
         self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
     ) -> None:
-        known = linears_of(stream.anatomy)
-        names = [name for name in self._adapter.names if name.startswith(f"{block.name}.")]
-        packed = [name for name in names if hasattr(known[name], "quantized")]
-        for name in names:
-            if name not in packed:
-                _add(name, known[name], self._adapter.delta(name), record)
-        lane = stream.lanes.get("calibration")
-        if lane is None:
-            for name in packed:
-                self._into_packed(name, known[name], None, record)
-            return
-        reached: set[str] = set()
-
-        def visit(name: str, inputs: list[Tensor]) -> None:
-            reached.add(name)
-            self._into_packed(name, known[name], InputStats.of(inputs), record)
-
-        stream.walk(block, lane, packed, visit)
-        for name in [name for name in packed if name not in reached]:
-            record.note(name, "no calibration token reached it: merged by rounding")
-            self._into_packed(name, known[name], None, record)
-
-    def _into_packed(self, name: str, module: Any, stats: InputStats | None, record: StepRecord) -> None:
-        """Put the sum on a grid; the row has what that costs, ||(W + B A - W') X||^2 / ||(W + B A) X||^2."""
-        grid = module.quantized()
-        delta = self._adapter.delta(name).to(grid.codes.device)
-        wanted = grid.dequantize() + _kept(name, module, delta, record)
-        row: dict[str, Any] = {"name": name, "what": "merged", "bits": grid.scheme.bits}
-        if stats is None:
-            grid.codes = codes_on(grid, wanted)
-        else:
-            method: Any = build_step("gptq", {})  # of another room
-            grid = method.quantize(name, wanted, grid.scheme, stats, record)
-            row |= {
-                "output_error": output_error(wanted, grid.dequantize(), stats.hessian),
-                "tokens": stats.tokens,
-            }
-        module.store(grid)
-        record.linears.append(row)
+        self.merge(block, stream, self._adapter, record)
 
 
 class Adapter:
@@ -171,22 +131,3 @@ class Adapter:
             down, up = (opened.get_tensor(f"{PEFT}{name}.lora_{part}.weight").float() for part in ("A", "B"))
         rank = len(down)
         return (up @ down) * (self._alpha / (rank**0.5 if self._root else rank))
-
-
-@torch.no_grad()
-def _add(name: str, module: nn.Module, delta: Tensor, record: StepRecord) -> None:
-    """To a dense weight, or to what a sparse one keeps."""
-    weight = dense_weight(module)
-    weight.copy_(weight.float() + _kept(name, module, delta.to(weight.device), record))
-
-
-def _kept(name: str, module: nn.Module, delta: Tensor, record: StepRecord) -> Tensor:
-    """What an adapter adds where weights were not pruned; the rest, which it had beside them, is noted."""
-    kept = delta * open_weights(module)
-    lost = float((delta - kept).norm() / delta.norm().clamp_min(1e-30))
-    if lost:
-        record.note(
-            name,
-            f"pruned weights stay zero: {lost:.0%} of what the adapter adds is left out (root mean square)",
-        )
-    return kept

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 Finish = Callable[[], dict[str, Tensor]]
 """What training leaves: name of a parameter in the checkpoint -> its value."""
 
-LOST = "lost"  # among the results: the share of the training that could not be stored
-
 
 def held_out(windows: int, share: float) -> int:
     """How many windows are kept from training, for validation."""
@@ -48,9 +46,7 @@ class PlacingStep(BlockStep):
 
     def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
         stacks = tuple(f"{stack.name}." for stack in stream.anatomy.stacks)
-        _place(
-            stream.model, {n: t for n, t in record.survey.items() if not n.startswith(stacks) and n != LOST}
-        )
+        _place(stream.model, {n: t for n, t in record.survey.items() if not n.startswith(stacks)})
 
     def compress_block(
         self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
@@ -217,15 +213,6 @@ class TrainStep(PlacingStep):
             )  # fmt: skip
             with torch.no_grad():
                 return {name: tensor.detach().cpu().clone() for name, tensor in finish().items()}
-
-    def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
-        super().compress_outer(stream, record)
-        if LOST in record.survey:
-            record.note(
-                self.kind,
-                f"merged into packed weights: rounding to their grid lost {record.survey[LOST].item():.0%} of what the "
-                "adapters add (root mean square)",
-            )
 
 
 @torch.no_grad()
