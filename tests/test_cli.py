@@ -132,6 +132,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "kv_budget": {"kv_bits": "auto"},
     "kv_evict": {"kv_keep": 0.5},
     "kv_keep": {"kv_evict": "knorm"},
+    "activation_scale": {"activation_bits": 8},
     **{
         name: {"teacher": "a"}
         for name in (

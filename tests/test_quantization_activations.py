@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from pydantic import ValidationError
 from safetensors import safe_open
 
 from llmslim import cli
+from llmslim.checkpoint.formats import input_step
 from llmslim.checkpoint.load import load_model
 from llmslim.errors import UserError
 from llmslim.loaders.models import find
 from llmslim.pipeline import compress
-from llmslim.quantization.grid import quantize_tokens
+from llmslim.quantization._inputs import inputs_quantized
+from llmslim.quantization.fake_quantize import TrainedInputs
+from llmslim.quantization.grid import Scheme, quantize_static, quantize_tokens
 from llmslim.quantization.packed import PackedLinear
 from llmslim.quantization.qat import QAT
 from llmslim.quantization.rtn import RTN
@@ -107,8 +111,8 @@ def test_qat_trains_with_rounded_inputs(base: Path, tmp_path: Path, monkeypatch:
     seen: list[tuple[str, Any]] = []
     real = reconstruction.Reconstruction._put
 
-    def put(self: Any, stream: Any, packed: Any, best: Any) -> None:
-        real(self, stream, packed, best)
+    def put(self: Any, stream: Any, packed: Any, best: Any, record: Any) -> None:
+        real(self, stream, packed, best, record)
         seen.extend((name, module.scheme.activation_bits) for name, module in packed.items())
 
     monkeypatch.setattr(reconstruction.Reconstruction, "_put", put)
@@ -118,11 +122,92 @@ def test_qat_trains_with_rounded_inputs(base: Path, tmp_path: Path, monkeypatch:
     linear = whole(base).get_submodule("model.layers.0.mlp.up_proj")
     packed = whole(tmp_path / "out").get_submodule("model.layers.0.mlp.up_proj")
     x = torch.randn(4, 64)
-    with reconstruction._inputs_quantized({"a": linear}, {"a": packed}):
+    with inputs_quantized({"a": linear}, {"a": packed.quantized_inputs}):
         torch.testing.assert_close(linear(x), linear(quantize_tokens(x)), atol=1e-1, rtol=1e-1)
         inside = linear(x)
     torch.testing.assert_close(inside, quantize_tokens(x) @ linear.weight.T, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(linear(x), x @ linear.weight.T, atol=1e-5, rtol=1e-5)
+
+
+def test_one_step_for_all_inputs_is_rounded_as_compressed_tensors_does_it() -> None:
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+
+    x = torch.randn(2, 7, 48, generator=torch.Generator().manual_seed(0)) * 3
+    args = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="tensor", dynamic=False)
+    step = torch.tensor([0.04])  # clips
+    theirs = fake_quantize(x, step, torch.zeros(1, dtype=torch.int8), args)
+    torch.testing.assert_close(quantize_static(x, step), theirs, atol=0, rtol=1e-6)
+    assert float(theirs.max()) < float(x.max())
+
+
+def test_the_step_of_inputs_has_the_gradient_of_lsq() -> None:
+    """Equation 3 of the paper, element by element, times its gradient scale."""
+    scheme = Scheme(bits=8, group_size="channel", activation_bits=8, scale_dtype="float32")
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    inputs = TrainedInputs(torch.tensor([0.02]), 16, scheme)  # clips some
+    weight = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    found = inputs(x)
+    torch.testing.assert_close(found.detach(), quantize_static(x, torch.tensor([0.02])))
+    (found * weight).sum().backward()
+    v = (x.detach() / 0.02).double()
+    by_step = torch.where(v <= -128, -128.0, torch.where(v >= 127, 127.0, v.round() - v))
+    wanted = (by_step * weight).sum() * 0.02 / (16 * 127) ** 0.5  # the step is 0.02 (1 + change)
+    assert float(inputs.change.grad) == pytest.approx(float(wanted), rel=1e-4)  # type: ignore[arg-type]
+    inside = (v > -128) & (v < 127)
+    assert 0.5 < inside.float().mean() < 1
+    torch.testing.assert_close(x.grad, weight * inside)
+
+
+def test_learned_steps_of_inputs_are_a_standard_checkpoint_that_plain_transformers_computes_alike(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = QAT(
+        bits=8, group_size="channel", activation_bits=8, activation_scale="learned", epochs=4, validation=0
+    )
+    report = compress(str(base), [step], tmp_path / "out", **QUICK).report
+    assert report["format"] == "compressed-tensors" and report["verification"]["max_error"] == 0
+    rows = [row for row in report["linears"] if "output_error_before" in row]
+    assert any(row["output_error"] < row["output_error_before"] for row in rows)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["input_activations"]["strategy"] == "tensor"
+    ours = whole(tmp_path / "out")
+    module = ours.get_submodule("model.layers.0.mlp.up_proj")
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as opened:
+        stored = opened.get_tensor("model.layers.0.mlp.up_proj.input_scale")
+    assert (
+        isinstance(module, PackedLinear) and torch.equal(module.input_scale, stored) and stored.shape == (1,)
+    )
+    x = torch.randn(5, 64)
+    expected = quantize_static(x, stored) @ module.dequantize().T
+    torch.testing.assert_close(module(x), expected, atol=1e-3, rtol=1e-3)
+    assert module.bfloat16().input_scale.dtype == stored.dtype
+    theirs = load_elsewhere("transformers", {"it": tmp_path / "out"}, tmp_path)["it"]
+    ours = whole(tmp_path / "out")
+    near = (logits(ours) - theirs).square().mean()
+    monkeypatch.setattr(PackedLinear, "quantized_inputs", lambda self, x: x)
+    assert near < 0.5 * (logits(ours) - theirs).square().mean()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "t5"])
+def test_learned_steps_of_inputs_are_kept_in_the_own_format(family: str, tmp_path: Path) -> None:
+    """Also by what stores a weight anew (merging an adapter), and in experts that no token reaches."""
+    base = save_tiny(family, tmp_path / "base")
+    step = QAT(bits=4, group_size=32, activation_bits=8, activation_scale="learned", epochs=4, validation=0)
+    report = compress(str(base), [step], tmp_path / "out", **QUICK).report
+    assert report["format"] == "llmslim" and report["verification"]["max_error"] == 0
+    packed = [m for m in whole(tmp_path / "out").modules() if isinstance(m, PackedLinear)]
+    assert len(packed) > 10 and all(m.scheme.static_inputs and float(m.input_scale) > 0 for m in packed)
+    before = packed[0].quantized()
+    packed[0].store(replace(before, input_scale=None))
+    assert torch.equal(packed[0].quantized().input_scale, before.input_scale)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), 0.0, -1.0])
+def test_a_damaged_step_of_inputs_is_refused(scale: float) -> None:
+    scheme = Scheme(bits=8, activation_bits=8, activation_scale="tensor", scale_dtype="float32")
+    with pytest.raises(UserError, match="a.input_scale is .* damaged"):
+        input_step("a", {"a.input_scale": torch.tensor([scale])}, scheme)
 
 
 def test_what_no_format_holds_is_refused(
@@ -130,6 +215,8 @@ def test_what_no_format_holds_is_refused(
 ) -> None:
     with pytest.raises(ValidationError):
         RTN(activation_bits=4)
+    with pytest.raises(ValidationError, match="activation_scale learned is of quantized inputs"):
+        QAT(activation_scale="learned")
     with pytest.raises(UserError, match="8-bit weights with a scale per channel or tensor"):
         compress(str(base), [W4A8], tmp_path / "out", format="compressed-tensors", **QUICK)
     with pytest.raises(UserError, match="no quantized activations"):

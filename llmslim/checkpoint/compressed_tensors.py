@@ -7,11 +7,12 @@ Per Linear `name` with weight [out, in]:
     name.weight_shape   int64 [2] = (out, in)
     name.weight_zero_point  int32 [ceil(out * bits / 32), groups], packed along out; only when asymmetric
 
-Codes are stored unsigned, shifted by 2**(bits-1), as ours. With activations at 8 bits per token (dynamic), which
-vLLM reads beside 8-bit weights with a scale per channel or tensor, "int-quantized":
+Codes are stored unsigned, shifted by 2**(bits-1), as ours. With activations at 8 bits (per token, or of one scale),
+which vLLM reads beside 8-bit weights with a scale per channel or tensor, "int-quantized":
 
     name.weight         int8 [out, in], codes less 128
     name.weight_scale   [out, 1] or [1]
+    name.input_scale    [1], only of one scale
 
 Written: symmetric 3, 4 and 8 bits on nn.Linear,
 since transformers loads no asymmetric one (compressed-tensors 0.20). Read: asymmetric too. Not read:
@@ -41,6 +42,7 @@ from llmslim.checkpoint.formats import (
     as_words,
     exact_scale,
     expect,
+    input_step,
     pack_linears,
     stored_dtype,
 )
@@ -54,6 +56,8 @@ from llmslim.quantization.grid import QuantizedWeight, Scheme
 
 LAYOUT, INTEGERS, DENSE = "pack-quantized", "int-quantized", "dense"
 TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+STATIC = {**TOKEN, "strategy": "tensor", "dynamic": False}
+INPUTS = {"token": TOKEN, "tensor": STATIC}  # by Scheme.activation_scale
 BITS = (3, 4, 8)
 
 
@@ -93,7 +97,8 @@ class CompressedTensors(Format):
         if scheme.activation_bits:
             codes = packing.unpack(module.weight_packed.detach(), 8, columns)
             one = scale.reshape(1) if scheme.group_size == "tensor" else scale
-            return {f"{name}.weight": (codes ^ 128).view(torch.int8), f"{name}.weight_scale": one}
+            step = {} if module.input_scale is None else {f"{name}.input_scale": module.input_scale.detach()}
+            return {f"{name}.weight": (codes ^ 128).view(torch.int8), f"{name}.weight_scale": one, **step}
         tensors = {
             "weight_packed": as_words(module.weight_packed.detach()),
             "weight_scale": scale.reshape(1) if scheme.group_size == "tensor" else scale,
@@ -110,7 +115,8 @@ class CompressedTensors(Format):
         if scheme.activation_bits:
             scale = exact_scale(name, tensors[f"{name}.weight_scale"], scheme)
             codes = tensors[f"{name}.weight"].view(torch.uint8) ^ 128
-            return QuantizedWeight(scheme, codes, scale.reshape(module.weight_scale.shape))
+            step = input_step(name, tensors, scheme)
+            return QuantizedWeight(scheme, codes, scale.reshape(module.weight_scale.shape), None, step)
         if tensors[f"{name}.weight_shape"].tolist() != [rows, columns]:
             raise UserError(
                 f"The checkpoint's {name} is not of the shape {[rows, columns]} that the model has."
@@ -137,7 +143,9 @@ class CompressedTensors(Format):
             groups[f"group_{number}"] = {
                 "targets": named if number else ["Linear"],
                 "weights": _weight_arguments(scheme, dtype),
-                "input_activations": dict(TOKEN) if scheme.activation_bits else None,
+                "input_activations": dict(INPUTS[scheme.activation_scale])
+                if scheme.activation_bits
+                else None,
                 "output_activations": None,
                 "format": INTEGERS if scheme.activation_bits else LAYOUT,
             }
@@ -225,13 +233,13 @@ def _scheme(group: dict[str, Any], layout: Any, dtype: torch.dtype) -> Scheme:
     weights = group.get("weights")
     layout = group.get("format") or layout
     inputs, outputs = group.get("input_activations"), group.get("output_activations")
-    tokens = isinstance(inputs, dict) and all(inputs.get(key) == value for key, value in TOKEN.items())
-    foreign = outputs or (inputs and not tokens)
-    if layout != (INTEGERS if tokens else LAYOUT) or foreign or not isinstance(weights, dict):
-        what = "quantized activations other than 8 bits per token" if foreign else f"the layout {layout!r}"
+    known = [kind for kind, fields in INPUTS.items() if _has(inputs, fields)]
+    foreign = outputs or (inputs and not known)
+    if layout != (INTEGERS if known else LAYOUT) or foreign or not isinstance(weights, dict):
+        what = f"quantized activations {outputs or inputs}" if foreign else f"the layout {layout!r}"
         raise UserError(
             f"The checkpoint is compressed-tensors with {what}; llmslim reads weight-only {LAYOUT!r}, and {INTEGERS!r} "
-            "with activations at 8 bits per token."
+            "with activations at 8 bits, symmetric, per token or of one scale."
         )
     if (
         weights.get("type", "int") != "int"
@@ -250,12 +258,17 @@ def _scheme(group: dict[str, Any], layout: Any, dtype: torch.dtype) -> Scheme:
             group_size=size if strategy == "group" else strategy,  # type: ignore[arg-type]
             symmetric=weights.get("symmetric", True),
             scale_dtype=scale,  # type: ignore[arg-type]
-            activation_bits=8 if tokens else None,
+            activation_bits=8 if known else None,
+            activation_scale=known[0] if known else "token",  # type: ignore[arg-type]
         )
     except ValueError as error:
         raise UserError(
             f"The checkpoint is compressed-tensors with weights {weights}, which llmslim does not read."
         ) from error
+
+
+def _has(given: Any, fields: dict[str, Any]) -> bool:
+    return isinstance(given, dict) and all(given.get(key) == value for key, value in fields.items())
 
 
 def _strings(value: Any) -> list[str]:

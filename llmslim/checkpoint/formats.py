@@ -178,6 +178,17 @@ def expect(name: str, tensor: Tensor, like: Tensor) -> Tensor:
     return tensor
 
 
+def input_step(name: str, tensors: dict[str, Tensor], scheme: Scheme) -> Tensor | None:
+    """The stored step of a Linear's inputs as float32 [1]; None where there is none."""
+    step = tensors.get(f"{name}.input_scale")
+    if step is None:
+        return None
+    values = exact_scale(name, step, scheme)
+    if not (values.isfinite() & (values > 0)).all():
+        raise UserError(f"The checkpoint's {name}.input_scale is {values.tolist()}: it is damaged.")
+    return values
+
+
 def exact_scale(name: str, scale: Tensor, scheme: Scheme) -> Tensor:
     """Scales as float32, or a UserError when the scheme's type cannot hold them."""
     values = scale.float()

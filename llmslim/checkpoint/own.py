@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmslim.checkpoint.formats import Compact, Format, Get, exact_scale, expect
+from llmslim.checkpoint.formats import Compact, Format, Get, exact_scale, expect, input_step
 from llmslim.checkpoint.names import absolute, relative
 from llmslim.edit import Edit, parse_edit
 from llmslim.errors import UserError
@@ -36,9 +36,8 @@ class Own(Format):
     def stored(self, name: str, module: Compact) -> dict[str, Tensor]:
         if isinstance(module, SparseLinear | BnbLinear):
             return {f"{name}.{part}": tensor for part, tensor in module.stored().items()}
-        parts = {
-            part: getattr(module, part) for part in ("weight_packed", "weight_scale", "weight_zero_point")
-        }
+        names = ("weight_packed", "weight_scale", "weight_zero_point", "input_scale")
+        parts = {part: getattr(module, part) for part in names}
         return {f"{name}.{part}": tensor.detach() for part, tensor in parts.items() if tensor is not None}
 
     def read(
@@ -58,7 +57,8 @@ class Own(Format):
         scheme = module.scheme
         codes = packing.unpack(tensors[f"{name}.weight_packed"], scheme.bits, module.shape[1])
         scale = exact_scale(name, tensors[f"{name}.weight_scale"], scheme)
-        return QuantizedWeight(scheme, codes, scale, tensors.get(f"{name}.weight_zero_point"))
+        step = input_step(name, tensors, scheme)
+        return QuantizedWeight(scheme, codes, scale, tensors.get(f"{name}.weight_zero_point"), step)
 
     def config(self, edits: Sequence[Edit], model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
         records = [edit.to_json() for edit in relative(edits, model)]

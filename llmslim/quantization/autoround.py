@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from llmslim.quantization.fake_quantize import TrainedWeight
+from llmslim.quantization.fake_quantize import TrainedInputs, TrainedWeight
 from llmslim.quantization.grid import QuantizedWeight, Scheme
 from llmslim.quantization.quantizer import Quantizer
 from llmslim.quantization.reconstruction import Reconstruction, Schedule, TrainedVector
@@ -35,7 +35,9 @@ class AutoRound(Reconstruction):
     def trained(self, weight: Tensor, start: QuantizedWeight) -> RoundedWeight:
         return RoundedWeight(weight, start.scheme)
 
-    def schedule(self, weights: list[TrainedWeight], vectors: list[TrainedVector], chunks: int) -> Schedule:
+    def schedule(
+        self, weights: list[TrainedWeight], small: list[TrainedVector | TrainedInputs], chunks: int
+    ) -> Schedule:
         offsets = [weight.offset for weight in weights]  # type: ignore[attr-defined]
         ends = [end for weight in weights for end in (weight.alpha, weight.beta)]  # type: ignore[attr-defined]
         peak = 1 / self.iterations

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmslim.quantization.grid import QuantizedWeight, Scheme, assemble, round_scale
+from llmslim.quantization.grid import QuantizedWeight, Scheme, assemble, quantize_static, round_scale
 
 
 def fake_quantize(
@@ -111,3 +112,31 @@ class TrainedWeight(nn.Module):
     def stored_zero(self, zero: Tensor) -> Tensor:
         """Zero points as whole numbers."""
         return straight_through(zero, zero.detach().round().clamp(0, self.scheme.max_code))
+
+
+class TrainedInputs(nn.Module):
+    """The inputs of a Linear on a grid of 8 bits with one step for all, learned as in LSQ.
+
+    Args:
+        start: the step at first, float32 [1].
+        width: inputs of the Linear.
+    """
+
+    def __init__(self, start: Tensor, width: int, scheme: Scheme) -> None:
+        super().__init__()
+        self.start, self.scheme = start, scheme
+        self.damping = 1 / math.sqrt(width * 127)  # LSQ's gradient scale
+        self.change = nn.Parameter(torch.zeros_like(start))
+        """As a share of the start, so that learning rates mean the same for all."""
+
+    def scale(self) -> Tensor:
+        """The step as it is stored, float32 [1], with gradients."""
+        scale = self.start * (1 + scaled_gradient(self.change, self.damping))
+        return straight_through(scale, round_scale(scale.detach(), self.scheme))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return quantize_static(x, self.scale())
+        scale = self.scale().unsqueeze(0)
+        rounded = fake_quantize(x.float().reshape(1, 1, -1), scale, torch.full_like(scale, 128.0), 255)
+        return rounded.reshape(x.shape).to(x.dtype)

@@ -25,7 +25,9 @@ class Scheme(BaseModel):
         group_size: inputs that share a scale, or "channel" (one scale per output row) or "tensor" (one in all).
         symmetric: the zero point is 2**(bits-1) everywhere and is not stored.
         scale_dtype: the type that scales are rounded to before codes are chosen, and stored in.
-        activation_bits: 8 when the inputs are put on a grid too, token by token (`quantize_tokens`).
+        activation_bits: 8 when the inputs are put on a grid too.
+        activation_scale: whether its step follows each token (`quantize_tokens`) or is one number that is stored
+            (`quantize_static`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,6 +37,12 @@ class Scheme(BaseModel):
     symmetric: bool = True
     scale_dtype: ScaleDtype = "bfloat16"
     activation_bits: int | None = Field(None, ge=8, le=8)
+    activation_scale: Literal["token", "tensor"] = "token"
+
+    @property
+    def static_inputs(self) -> bool:
+        """Whether the step of the inputs is stored with the weight."""
+        return self.activation_bits is not None and self.activation_scale == "tensor"
 
     @property
     def max_code(self) -> int:
@@ -66,12 +74,14 @@ class QuantizedWeight:
         codes: uint8 [out, in], values 0 .. 2**bits - 1.
         scale: float32 [rows, groups] (`Scheme.scale_shape`), already rounded to `scheme.scale_dtype`.
         zero_point: uint8 [rows, groups], or None when the scheme is symmetric.
+        input_scale: float32 [1], the step of the inputs, if `scheme.static_inputs` and it is known.
     """
 
     scheme: Scheme
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None = None
+    input_scale: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The float32 weight [out, in] that the codes stand for."""
@@ -194,6 +204,19 @@ def quantize_tokens(x: Tensor) -> Tensor:
     values = x.detach().float()
     scale = (values.abs().amax(-1, keepdim=True) / 127.5).clamp_min(torch.finfo(torch.float32).tiny)
     rounded = ((values / scale).round_().clamp_(-128, 127) * scale).to(x.dtype)
+    return x + (rounded - x.detach()) if x.requires_grad and torch.is_grad_enabled() else rounded
+
+
+def quantize_static(x: Tensor, scale: Tensor) -> Tensor:
+    """x [..., in] on a symmetric grid of 8 bits of a given step, in x's dtype; the gradient passes straight through.
+
+    s round(x / s), between -128 s and 127 s: what compressed-tensors' static "tensor" strategy computes.
+
+    Args:
+        scale: s, [1].
+    """
+    values, step = x.detach().float(), scale.detach().float()
+    rounded = ((values / step).round_().clamp_(-128, 127) * step).to(x.dtype)
     return x + (rounded - x.detach()) if x.requires_grad and torch.is_grad_enabled() else rounded
 
 

@@ -5,6 +5,7 @@ One layout is stored, saved and computed with (see `packing.py`); no second copy
     weight_packed      uint8 [out, ceil(in * bits / 8)]
     weight_scale       scheme.scale_dtype [rows, groups]   (Scheme.scale_shape)
     weight_zero_point  uint8 [rows, groups], absent when the scheme is symmetric
+    input_scale        scheme.scale_dtype [1], present when the inputs have a step that is stored
     bias               [out], optional, in the model's dtype
 
 Casting the model (`.to(bfloat16)`, `.half()`) casts the bias but leaves the scales alone: they belong to the
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from llmslim.quantization import native, packing, routes
-from llmslim.quantization.grid import QuantizedWeight, Scheme, quantize_tokens
+from llmslim.quantization.grid import QuantizedWeight, Scheme, quantize_static, quantize_tokens
 
 
 class _Packed(nn.Module):
@@ -30,6 +31,7 @@ class _Packed(nn.Module):
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    input_scale: Tensor | None
 
     def __init__(self, rows: int, cols: int, scheme: Scheme, device: torch.device | str | None) -> None:
         super().__init__()
@@ -47,22 +49,27 @@ class _Packed(nn.Module):
             None if scheme.symmetric else _frozen(torch.empty(grid, dtype=torch.uint8, device=device))
         )
         self.register_parameter("weight_zero_point", zero_point)
+        step = torch.ones(1, dtype=self.weight_scale.dtype, device=device) if scheme.static_inputs else None
+        self.register_parameter("input_scale", None if step is None else _frozen(step))
 
     @torch.no_grad()
     def store(self, weight: QuantizedWeight) -> None:
-        """Packs a weight of this layer's shape and scheme into the storage."""
+        """Packs a weight of this layer's shape and scheme into the storage; a step of the inputs, where it has one."""
         self.weight_packed.copy_(packing.pack(weight.codes, self.scheme.bits))
         self.weight_scale.copy_(weight.scale)
         if self.weight_zero_point is not None:
             assert weight.zero_point is not None
             self.weight_zero_point.copy_(weight.zero_point)
+        if self.input_scale is not None and weight.input_scale is not None:
+            self.input_scale.copy_(weight.input_scale)
         self.int4pack = None
 
     def quantized(self) -> QuantizedWeight:
         """The codes, scales and zero points, exactly as they were stored."""
         codes = packing.unpack(self.weight_packed.detach(), self.scheme.bits, self.shape[1])
         zero_point = None if self.weight_zero_point is None else self.weight_zero_point.detach().clone()
-        return QuantizedWeight(self.scheme, codes, self.weight_scale.detach().float(), zero_point)
+        step = None if self.input_scale is None else self.input_scale.detach().float()
+        return QuantizedWeight(self.scheme, codes, self.weight_scale.detach().float(), zero_point, step)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight [out, in]: computed in float32, then rounded to `dtype`."""
@@ -80,9 +87,9 @@ class _Packed(nn.Module):
         """`fn` moves or casts a tensor. It sees the scales as bytes, which a cast does not touch."""
 
         def keep_scale(t: Tensor) -> Tensor:
-            return fn(t.view(torch.uint8)).view(t.dtype) if t is scale else fn(t)
+            return fn(t.view(torch.uint8)).view(t.dtype) if any(t is one for one in scales) else fn(t)
 
-        scale = self.weight_scale
+        scales = (self.weight_scale, self.input_scale)
         self.int4pack = None
         return super()._apply(keep_scale, recurse)
 
@@ -135,6 +142,8 @@ class PackedLinear(_Packed):
 
     def quantized_inputs(self, x: Tensor) -> Tensor:
         """The inputs as the product takes them: on their grid, if the scheme says so."""
+        if self.input_scale is not None:
+            return quantize_static(x, self.input_scale)
         return x if self.scheme.activation_bits is None else quantize_tokens(x)
 
     def extra_repr(self) -> str:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
-from llmslim.quantization.fake_quantize import TrainedWeight, scaled_gradient
+from llmslim.quantization.fake_quantize import TrainedInputs, TrainedWeight, scaled_gradient
 from llmslim.quantization.gptq import GPTQ
-from llmslim.quantization.grid import QuantizedWeight
+from llmslim.quantization.grid import QuantizedWeight, Scheme
 from llmslim.quantization.quantizer import Quantizer
 from llmslim.quantization.reconstruction import Reconstruction, Schedule, TrainedVector
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MARGIN = 0.25
 """How far from the edge between two codes a weight begins at least, in steps of its grid.
@@ -35,9 +38,10 @@ class QAT(Reconstruction):
 
     Training begins at GPTQ's codes: each weight is the original, moved as far as it takes to be rounded to GPTQ's
     code. Weights and step sizes are trained in units of their grid as it is at first, so that learning rates mean the
-    same in every model. Weights that are zero stay zero. With `activation_bits` 8 the inputs of
-    the Linears are rounded in training as they will be, straight through: per token, by each token's largest value.
-    That is what standard formats hold and runtimes compute; one learned step for all would be set by a few outliers.
+    same in every model. Weights that are zero stay zero. With `activation_bits` 8 the inputs of the Linears are rounded
+    in training as they will be, straight through: per token, by each token's largest value, or, `activation_scale`
+    "learned", by one step for all inputs of a Linear, which is stored and trained as in LSQ. It begins at the one of
+    least square error on the first windows.
     """
 
     kind: ClassVar[str] = "qat"
@@ -50,10 +54,30 @@ class QAT(Reconstruction):
         2e-3, gt=0, description="that of step sizes, norms and biases, as a share of them, and of zero points"
     )
     epochs: float = Field(8.0, gt=0, description="passes over the calibration windows")
+    activation_scale: Literal["token", "learned"] = Field(
+        "token",
+        description="step of the inputs with activation_bits: by each token's largest, or one for each Linear, learned",
+    )
+
+    @model_validator(mode="after")
+    def _of_activations(self) -> Self:
+        if self.activation_scale != "token" and self.activation_bits is None:
+            raise ValueError(
+                f"activation_scale {self.activation_scale} is of quantized inputs: give activation_bits 8"
+            )
+        return self
 
     @property
     def trains_vectors(self) -> bool:
         return True
+
+    @property
+    def trains_inputs(self) -> bool:
+        return self.activation_scale == "learned"
+
+    def scheme(self, name: str) -> Scheme:
+        scheme = super().scheme(name)
+        return scheme.model_copy(update={"activation_scale": "tensor"}) if self.trains_inputs else scheme
 
     def windows_trained(self, windows: int) -> float:
         return self.epochs * windows
@@ -69,12 +93,14 @@ class QAT(Reconstruction):
     def trained(self, weight: Tensor, start: QuantizedWeight) -> LearnedGrid:
         return LearnedGrid(weight, start)
 
-    def schedule(self, weights: list[TrainedWeight], vectors: list[TrainedVector], chunks: int) -> Schedule:
+    def schedule(
+        self, weights: list[TrainedWeight], small: list[TrainedVector | TrainedInputs], chunks: int
+    ) -> Schedule:
         matrices = [weight.weight for weight in weights]  # type: ignore[attr-defined]
-        small = [p for weight in weights for name, p in weight.named_parameters() if name != "weight"]
+        grids = [p for weight in weights for name, p in weight.named_parameters() if name != "weight"]
         groups = [
             {"params": matrices, "lr": self.lr},
-            {"params": [*small, *(vector.change for vector in vectors)], "lr": self.scale_lr},
+            {"params": [*grids, *(one.change for one in small)], "lr": self.scale_lr},
         ]
         steps = max(1, math.ceil(chunks * self.epochs))
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)

@@ -9,10 +9,9 @@ import math
 import time
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -24,7 +23,8 @@ from llmslim.anatomy.parts import dense_weight, is_conv1d
 from llmslim.calibration.stream import BlockStream
 from llmslim.edit import in_place
 from llmslim.memory import resident_bytes
-from llmslim.quantization.fake_quantize import TrainedWeight
+from llmslim.quantization._inputs import fix_inputs, input_steps, inputs_quantized
+from llmslim.quantization.fake_quantize import TrainedInputs, TrainedWeight
 from llmslim.quantization.grid import QuantizedWeight
 from llmslim.quantization.packed import PackedLinear
 from llmslim.quantization.quantizer import Quantizer
@@ -54,6 +54,7 @@ class Kept:
     error: float
     weights: dict[str, QuantizedWeight]
     vectors: dict[str, Tensor]
+    inputs: dict[str, Tensor]
 
 
 class TrainedVector(nn.Module):
@@ -76,6 +77,7 @@ class BlockTrainer:
         targets: what the block is to make of each chunk of the lane.
         weights: by dotted name of their Linear.
         vectors: by dotted name of the parameter.
+        inputs: by dotted name of their Linear, which takes them so already.
         validation: share of the chunks held out; what is best on them is kept, on all when there are none.
     """
 
@@ -86,10 +88,11 @@ class BlockTrainer:
         targets: list[Tensor],
         weights: dict[str, TrainedWeight],
         vectors: dict[str, TrainedVector],
+        inputs: dict[str, TrainedInputs],
         validation: float,
     ) -> None:
         self.block, self.stream, self.targets = block, stream, targets
-        self.weights, self.vectors = weights, vectors
+        self.weights, self.vectors, self.inputs = weights, vectors, inputs
         self.lane = stream.lanes["calibration"]
         self.module = block.module.requires_grad_(False)
         chunks = list(range(len(targets)))
@@ -118,7 +121,8 @@ class BlockTrainer:
         vectors = {name: vector().detach().to(self.stream.dtype) for name, vector in self.vectors.items()}
         dense = {name: weight.dequantize() for name, weight in weights.items()}
         errors = [float(self.error(index, dense, vectors)) for index in self.judged]
-        return Kept(sum(errors) / len(errors), weights, vectors)
+        inputs = {name: trained.scale().detach() for name, trained in self.inputs.items()}
+        return Kept(sum(errors) / len(errors), weights, vectors, inputs)
 
     def train(self, schedule: Schedule, record: StepRecord, limit: float = math.inf) -> tuple[Kept, Kept]:
         """What the block is before, and what it is at the best of all passes over the windows.
@@ -228,9 +232,16 @@ class Reconstruction(Quantizer):
         """Whether the block's norms and biases are trained too."""
         return False
 
+    @property
+    def trains_inputs(self) -> bool:
+        """Whether the inputs of Linears get one step, which is trained too, in the place of one per token."""
+        return False
+
     @abstractmethod
-    def schedule(self, weights: list[TrainedWeight], vectors: list[TrainedVector], chunks: int) -> Schedule:
-        """How long and how fast to train, on so many chunks."""
+    def schedule(
+        self, weights: list[TrainedWeight], small: list[TrainedVector | TrainedInputs], chunks: int
+    ) -> Schedule:
+        """How long and how fast to train weights, and what is small and trained as shares, on so many chunks."""
 
     def compress_block(
         self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
@@ -250,7 +261,7 @@ class Reconstruction(Quantizer):
         if packed:
             own = {name: dense[name] for name in packed}
             start, best = self._train(block, stream, targets, own, packed, record, until)
-            self._put(stream, packed, best)
+            self._put(stream, packed, best, record)
             for row in record.linears[rows:]:
                 row.pop("output_error", None)  # of where training began
             record.linears.append(
@@ -288,19 +299,26 @@ class Reconstruction(Quantizer):
         record: StepRecord,
         until: float,
     ) -> tuple[Kept, Kept]:
-        with in_place(stream.model, dense), _inputs_quantized(dense, packed):
-            weights = {
-                name: self.trained(dense_weight(linear).detach().float(), packed[name].quantized())
-                for name, linear in dense.items()
-            }
-            vectors = _vectors(block) if self.trains_vectors else {}
-            trainer = BlockTrainer(block, stream, targets, weights, vectors, self.validation)
-            schedule = self.schedule(list(weights.values()), list(vectors.values()), len(trainer.seen))
-            return trainer.train(schedule, record, max(until - time.monotonic(), 1e-3))
+        with in_place(stream.model, dense):
+            inputs = input_steps(block, stream, dense, packed) if self.trains_inputs else {}
+            with inputs_quantized(dense, {n: inputs.get(n) or p.quantized_inputs for n, p in packed.items()}):
+                weights = {
+                    name: self.trained(dense_weight(linear).detach().float(), packed[name].quantized())
+                    for name, linear in dense.items()
+                }
+                vectors = _vectors(block) if self.trains_vectors else {}
+                trainer = BlockTrainer(block, stream, targets, weights, vectors, inputs, self.validation)
+                small: list[TrainedVector | TrainedInputs] = [*vectors.values(), *inputs.values()]
+                schedule = self.schedule(list(weights.values()), small, len(trainer.seen))
+                return trainer.train(schedule, record, max(until - time.monotonic(), 1e-3))
 
-    def _put(self, stream: BlockStream, packed: dict[str, PackedLinear], best: Kept) -> None:
+    def _put(
+        self, stream: BlockStream, packed: dict[str, PackedLinear], best: Kept, record: StepRecord
+    ) -> None:
         for name, weight in best.weights.items():
-            packed[name].store(weight)
+            if name in best.inputs:
+                fix_inputs(stream.model, name, packed[name], best.inputs[name], record)
+            stream.model.get_submodule(name).store(weight)  # type: ignore[operator]
         with torch.no_grad():
             for name, vector in best.vectors.items():
                 stream.model.get_parameter(name).copy_(vector)
@@ -310,21 +328,6 @@ def _packed(model: nn.Module, names: Sequence[str] | dict[str, nn.Module]) -> di
     """Those of these Linears that have just been packed."""
     now = {name: model.get_submodule(name) for name in names}
     return {name: module for name, module in now.items() if isinstance(module, PackedLinear)}
-
-
-@contextmanager
-def _inputs_quantized(dense: dict[str, nn.Module], packed: dict[str, PackedLinear]) -> Iterator[None]:
-    """Has Linears take their inputs as the packed ones of the same names do."""
-
-    def hook(packed: PackedLinear) -> Any:
-        return lambda module, args: (packed.quantized_inputs(args[0]), *args[1:])
-
-    hooks = [linear.register_forward_pre_hook(hook(packed[name])) for name, linear in dense.items()]
-    try:
-        yield
-    finally:
-        for one in hooks:
-            one.remove()
 
 
 def _vectors(block: Block) -> dict[str, TrainedVector]:
