@@ -21,6 +21,7 @@ from variants import Steps
 
 WINDOWS = 448  # to train on
 QAT = {"bits": 2, "group_size": 64, "symmetric": False}
+W8A8 = {"bits": 8, "group_size": "channel", "activation_bits": 8}
 STARTS: dict[str, Steps] = {
     "float": [],
     "3-bit": [{"gptq": {"bits": 3, "group_size": 64, "symmetric": False}}],
@@ -29,9 +30,13 @@ STARTS: dict[str, Steps] = {
     "shared-half+deltas": [{"share": {"unique_blocks": 15, "delta_rank": 64}}],
     "2-bit-gptq": [{"gptq": QAT}],
     "2-bit-qat": [{"qat": {**QAT, "epochs": 4}}],
+    "w8a8-rtn": [{"rtn": W8A8}],
+    "w8a8-qat-token": [{"qat": {**W8A8, "epochs": 2}}],
+    "w8a8-qat-learned": [{"qat": {**W8A8, "epochs": 2, "activation_scale": "learned"}}],
 }
 TEXTS = {"2-bit-qat": 64}  # windows to compress on, where it is not --num-samples
 SCALES: dict[str, Any] = {"lr": 3e-4, "batch_size": 1}
+MERGED: dict[str, Any] = {"lr": 1e-3, "batch_size": 1, "objective": "next_token"}
 LORA: dict[str, Any] = {"lr": 1e-3, "batch_size": 1, "save_adapter": True}
 FULL: dict[str, Any] = {"lr": 1e-4, "batch_size": 1}
 LABELS: dict[str, Any] = {**FULL, "alpha": 0.5}  # beside the teacher
@@ -42,6 +47,8 @@ TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> na
         "scales@c4": (20, {"scales": {**SCALES, "lr": 1e-3}}),
         "qlora@c4": (20, {"lora": LORA}),
         "qlora-next-token": (15, {"lora": {**LORA, "objective": "next_token"}}),
+        "qlora-next-token-merged": (15, {"lora": MERGED}),
+        "qlora-next-token-rounded": (15, {"lora": {**MERGED, "rounding": "nearest"}}),
     },
     "pruned-20%": {
         "distill@c4": (10, {"response": FULL}),
@@ -54,6 +61,9 @@ TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> na
     "shared-half": {"distill+labels": (5, {"response": LABELS})},
     "shared-half+deltas": {"distill+labels": (5, {"response": LABELS})},
     "2-bit-gptq": {},
+    "w8a8-rtn": {},
+    "w8a8-qat-token": {},
+    "w8a8-qat-learned": {},
     "2-bit-qat": {"scales": (10, {"scales": SCALES})},
 }
 
