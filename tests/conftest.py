@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
 
 # as the command line sets it, which is too late where a test has imported datasets before
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Modules, which stay, are no longer looked through for garbage: that was a third of the time of training tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
