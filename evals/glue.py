@@ -35,7 +35,11 @@ SCHOOLING: dict[str, dict[str, Any]] = {  # of students, where it is not the tea
     "sst2/taught": {"epochs": 0.5},  # which takes as long: the teacher runs beside
 }
 STUDENT = [0, 2, 4]  # the blocks that go; those that stay learn from their own place in the teacher
-KINDS = ("teacher", "labels", "taught", "8bit", "4bit")
+BESIDE: dict[str, dict[str, float]] = {  # what more the teacher shows
+    "maps": {"attention_maps": 1.0},
+    "tokens": {"token_distance": 1.0, "token_angle": 2.0},
+}
+KINDS = ("teacher", "labels", "taught", *BESIDE, "8bit", "4bit")
 
 
 def steps_of(name: str, options: Namespace) -> tuple[str, list[dict[str, Any]]]:
@@ -48,7 +52,8 @@ def steps_of(name: str, options: Namespace) -> tuple[str, list[dict[str, Any]]]:
         bits = {"rtn": {"bits": 8}} if kind == "8bit" else {"gptq": {"bits": 4, "group_size": 64}}
         return f"{task}/taught", [bits]
     learn = {**learn, "lr": 2 * learn["lr"], **SCHOOLING.get(name, {})}
-    if kind == "taught":
+    learn |= BESIDE.get(kind, {})
+    if kind != "labels":
         learn["teacher"] = str(place(f"{task}/teacher", options))
     return f"{task}/teacher", [{"layers": {"drop": STUDENT}}, {"finetune": learn}]
 
