@@ -45,6 +45,8 @@ class Bars:
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(what, total=total, note=note)
+        elif done < next(task.completed for task in self._bars.tasks if task.id == self._tasks[what]):
+            self._bars.reset(self._tasks[what])  # the next of its kind: blocks, behind training
         self._bars.update(self._tasks[what], completed=done, total=total, note=note)
 
 
@@ -54,9 +56,8 @@ class Lines:
     def __init__(self, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._file, self._clock = file or sys.stderr, clock
         self._last = clock()
-        self._begun: dict[
-            str, tuple[float, int]
-        ] = {}  # when a kind of work was first heard of, and how far then
+        # when a kind of work was first heard of, how far it was then, and how far it is
+        self._begun: dict[str, tuple[float, int, int]] = {}
 
     def __enter__(self) -> Lines:
         return self
@@ -68,7 +69,10 @@ class Lines:
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
         now = self._clock()
-        start, first = self._begun.setdefault(what, (now, done))
+        start, first, before = self._begun.get(what, (now, done, done))
+        if done < before:  # the next of its kind: blocks, behind training
+            start, first = now, done
+        self._begun[what] = (start, first, done)
         if now - self._last < EVERY:
             return
         self._last = now

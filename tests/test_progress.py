@@ -33,6 +33,20 @@ def test_a_resumed_run_counts_only_what_it_does_itself() -> None:
     assert out.getvalue() == "gptq: 25/30, 10 s left\n"
 
 
+def test_blocks_behind_the_training_of_the_same_step_are_timed_anew() -> None:
+    now, out = [0.0], io.StringIO()
+    lines = Lines(out, clock=lambda: now[0])
+    for at, done, total in ((0, 0, 100), (1000, 100, 100), (1000, 0, 30), (1010, 10, 30)):
+        now[0] = float(at)
+        lines("lora", done, total)
+    assert out.getvalue().splitlines() == ["lora: 100/100", "lora: 10/30, 20 s left"]
+    with Bars(io.StringIO()) as bars:
+        bars("lora", 100, 100)
+        bars("lora", 1, 30)
+        (task,) = bars._bars.tasks
+        assert (task.completed, task.total) == (1, 30) and task.elapsed < 1 and not task.finished
+
+
 def test_what_else_there_is_to_tell_stands_at_the_end() -> None:
     now, out = [0.0], io.StringIO()
     lines = Lines(out, clock=lambda: now[0])
