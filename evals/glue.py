@@ -4,10 +4,10 @@
 
 Of each task: `teacher` is all of MiniLM fine-tuned; `labels` and `taught` are every second block of it, fine-tuned in
 the same way by the labels alone and by the teacher beside (classes, hidden states, attention relations), on SST-2 for
-the same time; `8bit` (rtn) and `4bit` (gptq, calibrated on 256 x 32 tokens of the task's own sentences) are the taught
-student, quantized. Judged on GLUE's validation data in float32. Models stay in --work, from where later variants take
-them; one that is not there is made. Matrix products of the training are bfloat16 where the CPU is fast at them, weights
-float32.
+the same time; `maps` and `tokens` are taught by attention maps, or by how tokens lie to each other, besides; `8bit`
+(rtn) and `4bit` (gptq, calibrated on 256 x 32 tokens of the task's own sentences) are the taught student, quantized.
+Judged on GLUE's validation data in float32. Models stay in --work, from where later variants take them; one that is not
+there is made. Matrix products of the training are bfloat16 where the CPU is fast at them, weights float32.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ STARTS: dict[str, Steps] = {
 TEXTS = {"2-bit-qat": 64}  # windows to compress on, where it is not --num-samples
 SCALES: dict[str, Any] = {"lr": 3e-4, "batch_size": 1}
 MERGED: dict[str, Any] = {"lr": 1e-3, "batch_size": 1, "objective": "next_token"}
-LORA: dict[str, Any] = {"lr": 1e-3, "batch_size": 1, "save_adapter": True}
+BESIDE: dict[str, Any] = {**MERGED, "save_adapter": True}
 FULL: dict[str, Any] = {"lr": 1e-4, "batch_size": 1}
 LABELS: dict[str, Any] = {**FULL, "alpha": 0.5}  # beside the teacher
 NEXT_TOKEN = {"full": {**FULL, "objective": "next_token"}}
@@ -45,8 +45,8 @@ TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> na
     "float": {"next-token": (10, NEXT_TOKEN), "next-token@c4": (10, NEXT_TOKEN)},
     "3-bit": {
         "scales@c4": (20, {"scales": {**SCALES, "lr": 1e-3}}),
-        "qlora@c4": (20, {"lora": LORA}),
-        "qlora-next-token": (15, {"lora": {**LORA, "objective": "next_token"}}),
+        "qlora@c4": (20, {"lora": {**BESIDE, "objective": "distill"}}),
+        "qlora-next-token": (15, {"lora": BESIDE}),
         "qlora-next-token-merged": (15, {"lora": MERGED}),
         "qlora-next-token-rounded": (15, {"lora": {**MERGED, "rounding": "nearest"}}),
     },

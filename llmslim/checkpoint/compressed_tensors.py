@@ -164,7 +164,7 @@ class CompressedTensors(Format):
         if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
             raise UserError("The checkpoint's compressed-tensors config has no readable config_groups.")
         cache = config.get("kv_cache_scheme")
-        if cache and (not isinstance(cache, dict) or any(cache.get(key) != SCHEME[key] for key in SCHEME)):
+        if cache and not _has(cache, SCHEME):
             raise UserError(
                 f"The checkpoint has the kv_cache_scheme {cache!r}, and llmslim reads FP8 with a scale per tensor only."
             )

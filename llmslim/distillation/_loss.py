@@ -68,8 +68,7 @@ class Distill(InsideFields, WholeStep):
             raise ValueError(
                 "the weight is 0, and so is that of all that is inside: there is nothing to learn"
             )
-        if self.batch_size < self.related:
-            raise ValueError(f"a batch_size of {self.batch_size} makes no such relation; {self.related} does")
+        self.require_batch(self.batch_size)
         return self
 
     @property

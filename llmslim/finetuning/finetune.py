@@ -87,8 +87,7 @@ class Finetune(InsideFields, WholeStep):
         changed = next((n for n in OF_TEACHER if getattr(self, n) != fields[n].default), None)
         if changed and not self.teacher:
             raise ValueError(f"{changed} is about learning from a teacher, and none is given")
-        if self.batch_size < self.related:
-            raise ValueError(f"a batch_size of {self.batch_size} makes no such relation; {self.related} does")
+        self.require_batch(self.batch_size)
         return self
 
     @property

@@ -115,6 +115,11 @@ class InsideFields(BaseModel):
         """Samples that make one relation of each kind between samples."""
         return 3 if self.angle else 2 if self.distance else 1
 
+    def require_batch(self, size: int) -> None:
+        """Refuse batches that make no relation between samples; of a validator."""
+        if size < self.related:
+            raise ValueError(f"a batch_size of {size} makes no such relation; {self.related} does")
+
     def inside_bytes(self, anatomy: Anatomy, batch: int, window: int) -> int:
         """What comparing takes beside the two models, for a batch of windows of so many tokens; for the plan."""
         held = 0
