@@ -23,7 +23,7 @@ from llmslim.pruning.weights import Magnitude
 from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration, Recipe
 from llmslim.recovery.full import Full
-from llmslim.recovery.lora import LoRA, _Trained
+from llmslim.recovery.lora import LoRA
 from llmslim.recovery.scales import ScaledLinear, Scales
 from llmslim.sharing.share import ShareBlocks
 from llmslim.training.loop import Schedule, _Watch, train
@@ -149,7 +149,7 @@ def test_a_merged_model_is_the_one_with_adapters(family: str, folders: dict[str,
     with LoRA(rank=4).training(model) as (trained, finish), torch.no_grad():
         for parameter in trained:
             parameter.normal_(std=0.05)
-        wanted, added = model(tokens).logits, _Trained(finish(), 32 / 4)
+        wanted, added = model(tokens).logits, LoRA(rank=4)._added(finish())
     plain = whole(folders[family])
     assert not torch.allclose(plain(tokens).logits, wanted, atol=1e-2)
     with torch.no_grad():

@@ -201,10 +201,8 @@ def quantize_tokens(x: Tensor) -> Tensor:
     s round(x / s) with s = max |x| / 127.5 over a token's inputs, between -128 s and 127 s: what compressed-tensors'
     dynamic "token" strategy computes.
     """
-    values = x.detach().float()
-    scale = (values.abs().amax(-1, keepdim=True) / 127.5).clamp_min(torch.finfo(torch.float32).tiny)
-    rounded = ((values / scale).round_().clamp_(-128, 127) * scale).to(x.dtype)
-    return x + (rounded - x.detach()) if x.requires_grad and torch.is_grad_enabled() else rounded
+    top = x.detach().float().abs().amax(-1, keepdim=True)
+    return quantize_static(x, (top / 127.5).clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def quantize_static(x: Tensor, scale: Tensor) -> Tensor:
@@ -213,7 +211,7 @@ def quantize_static(x: Tensor, scale: Tensor) -> Tensor:
     s round(x / s), between -128 s and 127 s: what compressed-tensors' static "tensor" strategy computes.
 
     Args:
-        scale: s, [1].
+        scale: s, of a shape that broadcasts to x: [1] for all.
     """
     values, step = x.detach().float(), scale.detach().float()
     rounded = ((values / step).round_().clamp_(-128, 127) * step).to(x.dtype)

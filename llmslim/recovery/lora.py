@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -158,7 +158,12 @@ class LoRA(MergingStep, ObjectiveStep):
         self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
     ) -> None:
         if not self.save_adapter:
-            self.merge(block, stream, _Trained(record.survey, self.alpha / self.rank), record)
+            self.merge(block, stream, self._added(record.survey), record)
+
+    def _added(self, trained: dict[str, Tensor]) -> Added:
+        return Added(
+            [key for key in trained if key != TURNED], trained.__getitem__, lambda rank: self.alpha / rank
+        )
 
     def write_beside(self, folder: Path, record: StepRecord) -> None:
         if not self.save_adapter:
@@ -166,7 +171,7 @@ class LoRA(MergingStep, ObjectiveStep):
         from safetensors.torch import save_file
 
         tensors = {name: tensor for name, tensor in record.survey.items() if name.startswith(PEFT)}
-        names = _Trained(tensors).names
+        names = self._added(tensors).names
         config = self._config(names, bool(record.survey[TURNED]))
         config.inference_mode = True
         made = json.loads((folder / "config.json").read_text())["architectures"][0]
@@ -179,18 +184,28 @@ class LoRA(MergingStep, ObjectiveStep):
         record.note(self.kind, f"the adapter is in {ADAPTER}/; what is measured is the model without it")
 
 
-class _Trained:
-    """What adapters add, of the tensors of a survey."""
+class Added:
+    """What adapters add, of their tensors as peft names them.
 
-    def __init__(self, tensors: dict[str, Tensor], scaling: float = 1.0) -> None:
-        self._tensors, self._scaling = tensors, scaling
-        self.names = sorted(
-            {n.removeprefix(PEFT).partition(".lora_")[0] for n in tensors if n.startswith(PEFT)}
-        )
+    Args:
+        keys: names of the tensors.
+        get: a tensor by its name.
+        scaling: of a rank, how many times B A of that rank counts.
+
+    Attributes:
+        names: of the Linears that have an adapter.
+    """
+
+    def __init__(
+        self, keys: Iterable[str], get: Callable[[str], Tensor], scaling: Callable[[int], float]
+    ) -> None:
+        self._get, self._scaling = get, scaling
+        self.names = sorted({key.removeprefix(PEFT).partition(".lora_")[0] for key in keys})
 
     def delta(self, name: str) -> Tensor:
-        down, up = (self._tensors[f"{PEFT}{name}.lora_{part}.weight"].float() for part in ("A", "B"))
-        return self._scaling * up @ down
+        """What is added to the weight of that Linear, float32 [out, in]."""
+        down, up = (self._get(f"{PEFT}{name}.lora_{part}.weight").float() for part in ("A", "B"))
+        return (up @ down) * self._scaling(len(down))
 
 
 def with_adapter(model: PreTrainedModel, folder: str | Path) -> Any:

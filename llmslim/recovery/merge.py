@@ -16,7 +16,7 @@ from llmslim.calibration.stream import BlockStream
 from llmslim.errors import UserError
 from llmslim.recovery._base import require_base
 from llmslim.recovery._merging import MergingStep, has_no_grid, linears_of
-from llmslim.recovery.lora import PEFT
+from llmslim.recovery.lora import PEFT, Added
 from llmslim.step import Outlook, Step, StepRecord
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class MergeAdapter(MergingStep):
         self.merge(block, stream, self._adapter, record)
 
 
-class Adapter:
+class Adapter(Added):
     """An adapter's folder: what it adds to which weight.
 
     Raises:
@@ -116,18 +116,16 @@ class Adapter:
             what = extra or other or f"peft_type {config.get('peft_type')}"
             raise UserError(f"The adapter {folder} has {what}, and merge takes plain LoRA of Linears alone.")
         self.file, self._shapes = folder / "adapter_model.safetensors", shapes
-        self._alpha, self._root = float(config["lora_alpha"]), bool(config.get("use_rslora"))
-        self.names = sorted({key.removeprefix(PEFT).partition(".lora_")[0] for key in shapes})
+        alpha, root = float(config["lora_alpha"]), bool(config.get("use_rslora"))
+        super().__init__(shapes, self._read, lambda rank: alpha / (rank**0.5 if root else rank))
 
     def shape(self, name: str) -> tuple[int, int]:
         """(out, in) of the weight that it adds to."""
         return self._shapes[f"{PEFT}{name}.lora_B.weight"][0], self._shapes[f"{PEFT}{name}.lora_A.weight"][1]
 
-    def delta(self, name: str) -> Tensor:
-        """What it adds to that weight, float32 [out, in]."""
+    def _read(self, key: str) -> Tensor:
         from safetensors import safe_open
 
         with safe_open(self.file, "pt") as opened:
-            down, up = (opened.get_tensor(f"{PEFT}{name}.lora_{part}.weight").float() for part in ("A", "B"))
-        rank = len(down)
-        return (up @ down) * (self._alpha / (rank**0.5 if self._root else rank))
+            tensor: Tensor = opened.get_tensor(key)
+            return tensor
