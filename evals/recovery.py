@@ -5,7 +5,8 @@
 Compressed on 32 x 512 tokens of WikiText-2 valid; trained on up to 448 windows of 512 tokens of the same split, or in
 rows with `@c4` of C4, as many as the minutes allow, on --threads cores. See variants.py for how a variant is judged. A
 row is what was compressed / how it was trained; `untrained` is where its training began. `float` is the model as it
-was, trained in the same way: what a text alone does to it.
+was, trained in the same way: what a text alone does to it; it is the teacher of the rows `corrected` (teacher
+correction, Minitron, arXiv:2408.11796), whose minutes are those of the teacher besides.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> na
         "features@c4": (10, {"features": {**FULL, "hidden": 10, "attention": 0}}),
         "distill+labels": (10, {"response": LABELS}),
         "distill+labels@c4": (15, {"response": LABELS}),
+        "distill+labels-corrected": (20, {"response": LABELS}),
         "next-token": (10, NEXT_TOKEN),
+        "next-token-30": (30, NEXT_TOKEN),
         "next-token@c4": (15, NEXT_TOKEN),
     },
     "shared-half": {"distill+labels": (5, {"response": LABELS})},
@@ -66,6 +69,7 @@ TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> na
     "w8a8-qat-learned": {},
     "2-bit-qat": {"scales": (10, {"scales": SCALES})},
 }
+CORRECTION = "float/next-token"  # makes the teacher of the rows `-corrected`
 
 
 def names() -> list[str]:
@@ -88,16 +92,21 @@ def measure(name: str, options: Namespace) -> dict[str, Any]:
         variants.measure(name, STARTS[start], options, keep=folder)
     minutes, step = TRAININGS[start][training]
     kind, fields = next(iter(step.items()))
-    steps = [{kind: {**fields, "teacher": options.model, "max_minutes": minutes, "epochs": 1000}}]
+    corrected, teacher = training.endswith("-corrected"), options.work / "teacher"
+    if corrected and not teacher.is_dir():
+        measure(CORRECTION, asked)
+    fields = {**fields, "max_minutes": minutes, "epochs": 1000}
+    if fields.get("objective") != "next_token":
+        fields["teacher"] = str(teacher) if corrected else options.model
     begun = str(folder) if STARTS[start] else options.model
     trained = Namespace(**{**vars(options), "model": begun, "num_samples": WINDOWS})
     text = texts(options.data, options.work)["c4"] if training.endswith("@c4") else None
-    if fields.get("objective") == "next_token":
-        del steps[0][kind]["teacher"]
     return {
-        **variants.measure(name, steps, trained, text=text),
+        **variants.measure(
+            name, [{kind: fields}], trained, keep=teacher if name == CORRECTION else None, text=text
+        ),
         "options": variants.settings(asked),
-        "minutes": minutes,
+        "minutes": minutes + (TRAININGS["float"]["next-token"][0] if corrected else 0),
     }
 
 
