@@ -3,10 +3,11 @@
     python evals/recovery.py [--variants '3-bit/*']    --list names the variants
 
 Compressed on 32 x 512 tokens of WikiText-2 valid; trained on up to 448 windows of 512 tokens of the same split, or in
-rows with `@c4` of C4, as many as the minutes allow, on --threads cores. See variants.py for how a variant is judged. A
-row is what was compressed / how it was trained; `untrained` is where its training began. `float` is the model as it
-was, trained in the same way: what a text alone does to it; it is the teacher of the rows `corrected` (teacher
-correction, Minitron, arXiv:2408.11796), whose minutes are those of the teacher besides.
+rows with `@c4` of C4, as many as the minutes allow, on --threads cores. See variants.py for how a variant is judged;
+the same is done with documents of C4 that none is trained on. A row is what was compressed / how it was trained;
+`untrained` is where its training began. `float` is the model as it was, trained in the same way: what a text alone does
+to it; it is the teacher of the rows `corrected` (teacher correction, Minitron, arXiv:2408.11796), whose minutes are
+those of the teacher besides.
 """
 
 from __future__ import annotations
@@ -79,14 +80,15 @@ def names() -> list[str]:
 
 def measure(name: str, options: Namespace) -> dict[str, Any]:
     """One row; the start is made when it is not in the work folder, and stays there."""
+    c4 = texts(options.data, options.work)
     if name == "base":
-        return variants.measure(name, [], options)
+        return variants.measure(name, [], options, elsewhere=c4["c4-test"])
     start, _, training = name.partition("/")
     asked = options
     options = Namespace(**{**vars(options), "num_samples": TEXTS.get(start, options.num_samples)})
     folder = options.work / start.replace("%", "")
     if training == "untrained":
-        row = variants.measure(name, STARTS[start], options, keep=folder)
+        row = variants.measure(name, STARTS[start], options, keep=folder, elsewhere=c4["c4-test"])
         return {**row, "options": variants.settings(asked), "compressed_on": options.num_samples}
     if STARTS[start] and not folder.is_dir():
         variants.measure(name, STARTS[start], options, keep=folder)
@@ -100,10 +102,14 @@ def measure(name: str, options: Namespace) -> dict[str, Any]:
         fields["teacher"] = str(teacher) if corrected else options.model
     begun = str(folder) if STARTS[start] else options.model
     trained = Namespace(**{**vars(options), "model": begun, "num_samples": WINDOWS})
-    text = texts(options.data, options.work)["c4"] if training.endswith("@c4") else None
     return {
         **variants.measure(
-            name, [{kind: fields}], trained, keep=teacher if name == CORRECTION else None, text=text
+            name,
+            [{kind: fields}],
+            trained,
+            keep=teacher if name == CORRECTION else None,
+            text=c4["c4"] if training.endswith("@c4") else None,
+            elsewhere=c4["c4-test"],
         ),
         "options": variants.settings(asked),
         "minutes": minutes + (TRAININGS["float"]["next-token"][0] if corrected else 0),

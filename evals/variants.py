@@ -58,27 +58,31 @@ def each(
 
 
 def measure(
-    name: str, steps: Steps, options: Namespace, keep: Path | None = None, text: str | None = None
+    name: str,
+    steps: Steps,
+    options: Namespace,
+    keep: Path | None = None,
+    text: str | None = None,
+    elsewhere: str | None = None,
 ) -> dict[str, Any]:
     """Run one variant and judge it; without steps the model is judged as it is.
 
     Args:
         keep: where its checkpoint is to stay; removed when not given.
         text: to calibrate and train on, if not WikiText-2 valid.
+        elsewhere: another text to judge by, besides.
     """
-    folder = keep or options.work / name.replace("/", "-").replace("%", "").replace(":", "-")
     prefix = f"{Path(options.data).absolute()}/" if options.data else ""
-    wikitext = f"{prefix}Salesforce/wikitext:wikitext-2-raw-v1"
+    judged = {"quality": f"{prefix}Salesforce/wikitext:wikitext-2-raw-v1:test"}
+    judged |= {"elsewhere": elsewhere} if elsewhere else {}
+    folder = keep or options.work / name.replace("/", "-").replace("%", "").replace(":", "-")
     if not steps:
-        return {
-            "name": name,
-            "options": settings(options),
-            "quality": judge(options.model, f"{wikitext}:test", options),
-        }
+        found = {kind: judge(options.model, test, options) for kind, test in judged.items()}
+        return {"name": name, "options": settings(options), **found}
     recipe = {
         "steps": steps,
         "calibration": {
-            "text": text or f"{wikitext}:validation",
+            "text": text or judged["quality"].replace(":test", ":validation"),
             "num_samples": options.num_samples,
             "seq_len": options.seq_len,
         },
@@ -90,8 +94,9 @@ def measure(
     path.write_text(json.dumps(recipe))  # JSON is YAML
     report, cost = record.quantized(record.llmslim("compress", options.model, str(path)), folder)
     beside = folder / "adapter"
-    quality = judge(str(folder), f"{wikitext}:test", options, beside if beside.is_dir() else None)
-    extra = {"adapter_bytes": sum(f.stat().st_size for f in beside.iterdir())} if beside.is_dir() else {}
+    adapter = beside if beside.is_dir() else None
+    found = {kind: judge(str(folder), test, options, adapter) for kind, test in judged.items()}
+    extra = {"adapter_bytes": sum(f.stat().st_size for f in beside.iterdir())} if adapter else {}
     if keep is None:
         shutil.rmtree(folder)
     path.unlink()
@@ -103,7 +108,7 @@ def measure(
         **extra,
         "steps": steps,
         "blocks_left": blocks_left(report),
-        "quality": quality,
+        **found,
     }
 
 

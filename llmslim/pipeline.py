@@ -36,7 +36,7 @@ from llmslim.report import write_report
 from llmslim.report.schema import SCHEMA_VERSION
 from llmslim.step import BlockStep, Step, StepRecord
 from llmslim.survey import run_survey
-from llmslim.teacher import check_training
+from llmslim.teacher import check_others
 from llmslim.work import Progress, WorkFolder, silent
 
 
@@ -173,7 +173,7 @@ class Prepared:
     """A run that has passed every check, before a weight is read.
 
     Attributes:
-        teachers: that steps learn from.
+        others: models that steps take from, beside the one that is changed.
         fresh_head: whether the config of the files names a head that their weights have not.
     """
 
@@ -183,7 +183,7 @@ class Prepared:
     format: Format
     text: TextSample | None
     plan: Plan
-    teachers: list[ModelFiles]
+    others: list[ModelFiles]
     fresh_head: bool = False
 
 
@@ -218,7 +218,7 @@ def prepare(
     def form_of(edits: list[Edit]) -> Format:
         return choose(recipe.format, [*before, *edits], origin, stored)
 
-    steps, students, outlook, chosen = _resolved(recipe.steps, Foresight(reader_model, (), form_of, stored))
+    steps, fronts, outlook, chosen = _resolved(recipe.steps, Foresight(reader_model, (), form_of, stored))
     if not plan_only:
         recipe.steps[0].check_source(files)
     chosen += (heads,) if heads else ()
@@ -237,14 +237,17 @@ def prepare(
         stored,
         files,
     )
-    teachers = check_training(recipe.steps, files, text, students)
+    others = check_others(recipe.steps, files, text, fronts)
+    chosen += tuple(dict.fromkeys(f"{step.kind} {step.takes} {other.spec}" for step, other in others))
     if recipe.evaluation is not None:
         _check_length(recipe.evaluation.seq_len, files)
         if recipe.evaluation.tasks:  # refused now and not when the run is over
             load_tasks(recipe.evaluation.tasks, recipe.evaluation.tasks_data)
     streams = reader.streams if reader else True
     plan = make_plan(files, reader_model, recipe, options, form, outlook, streams, chosen)
-    return Prepared(files, recipe, options, form, text, plan, teachers, headed is not None)
+    return Prepared(
+        files, recipe, options, form, text, plan, [other for _, other in others], headed is not None
+    )
 
 
 def _resolved(
@@ -318,7 +321,9 @@ def _fingerprint(prepared: Prepared) -> dict[str, Any]:
         "model": [str(files.folder), _stamps(_weight_files(files))],
         **recipe.to_json(),
         "text": prepared.text.data_hash if prepared.text else None,
-        "teacher": [[str(one.folder), _stamps(_weight_files(one))] for one in prepared.teachers],
+        "teacher or earlier model": [
+            [str(one.folder), _stamps(_weight_files(one))] for one in prepared.others
+        ],
         "data": _stamps(beside),
         "versions": [llmslim.__version__, torch.__version__],
         "device": str(prepared.options.device),

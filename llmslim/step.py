@@ -163,8 +163,8 @@ class Survey(Protocol):
     @property
     def tokens(self) -> Tensor: ...
 
-    def tokenizer(self) -> Any:
-        """The model's."""
+    def tokenizer(self, step: BlockStep | None = None) -> Any:
+        """The model's, or that of the other one that a step takes from."""
 
     @property
     def mask_token(self) -> int | None:
@@ -179,8 +179,8 @@ class Survey(Protocol):
     def loaded(self) -> PreTrainedModel:
         """The whole model in float32, for gradients; takes the memory that this needs."""
 
-    def teacher(self, spec: str, exact: bool = False) -> PreTrainedModel:
-        """The whole model of that spec, or else the uncompressed one, frozen; in the run's type, or exact."""
+    def other(self, step: BlockStep, exact: bool = False) -> PreTrainedModel:
+        """The other model that a step takes from, whole and frozen; in the run's type, or exact."""
 
     @property
     def scratch(self) -> Path:
@@ -210,6 +210,17 @@ class BlockStep(Step):
     def survey_copies(self) -> int:
         """How often the survey holds all weights in float32 (itself loaded, gradients, sums); for the plan."""
         return 0
+
+    def other(self, base: ModelFiles) -> ModelFiles | None:
+        """The model, beside the one that it changes, that its survey takes from; None when there is none.
+
+        Args:
+            base: what the run starts from.
+
+        Raises:
+            UserError: it is not there.
+        """
+        return None
 
     def write_beside(self, folder: Path, record: StepRecord) -> None:
         """Write to the checkpoint's folder, which is complete, what belongs to it and is none of its weights."""

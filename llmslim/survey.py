@@ -19,7 +19,6 @@ from llmslim.files import load_tensors, save_tensors
 from llmslim.loaders.models import ModelFiles
 from llmslim.passes import PassOptions
 from llmslim.step import BlockStep
-from llmslim.teacher import teacher_files
 from llmslim.work import Progress
 
 
@@ -39,8 +38,8 @@ class Look:
         assert self.options.tokens is not None, "the step's needs_calibration says that it needs no text"
         return self.options.tokens
 
-    def tokenizer(self) -> Any:
-        return self.files.tokenizer()
+    def tokenizer(self, step: BlockStep | None = None) -> Any:
+        return (self.files if step is None else self._other(step)).tokenizer()
 
     @property
     def mask_token(self) -> int | None:
@@ -64,11 +63,16 @@ class Look:
     def loaded(self) -> PreTrainedModel:
         return load_model(self.files, torch.float32, self.options.device)
 
-    def teacher(self, spec: str, exact: bool = False) -> PreTrainedModel:
-        assert self.options.base is not None
-        files = teacher_files(spec, self.options.base)
+    def other(self, step: BlockStep, exact: bool = False) -> PreTrainedModel:
+        files = self._other(step)
         model = load_model(files, files.dtype if exact else self.options.dtype, self.options.device)
         return model.requires_grad_(False)
+
+    def _other(self, step: BlockStep) -> ModelFiles:
+        assert self.options.base is not None
+        files = step.other(self.options.base)
+        assert files is not None, "a step that takes from no other model asks for none"
+        return files
 
 
 def run_survey(

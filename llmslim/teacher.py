@@ -1,77 +1,52 @@
-"""The model that training learns from: which it is, and whether it fits; told before weights are read."""
+"""Whether the other models that steps take from fit: teachers, and what is gone back to; before weights are read."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from llmslim.anatomy import Anatomy
 from llmslim.checkpoint.reader import plain_config, read_edits
 from llmslim.edit import replay
 from llmslim.errors import UserError
-from llmslim.loaders.models import ModelFiles, find, skeleton
+from llmslim.loaders.models import ModelFiles, skeleton
 from llmslim.loaders.texts import TextSample
 from llmslim.step import Step
-from llmslim.training.step import TrainStep
+from llmslim.training.step import PlacingStep, TrainStep
 
 
-def teacher_files(spec: str, base: ModelFiles, otherwise: str = "") -> ModelFiles:
-    """The named model; else the one that `base` was made from, as its report tells, or `base` itself.
-
-    Args:
-        otherwise: what else would do, for the message: ", or ...".
-
-    Raises:
-        UserError: it is not there.
-    """
-    report = base.folder / "report.json"
-    if spec or not report.is_file():
-        return find(spec) if spec else base
-    origin = json.loads(report.read_text()).get("base", {})
-    try:
-        return find(origin["spec"], origin.get("revision"))
-    except (UserError, KeyError) as error:
-        raise UserError(
-            f"{base.spec} was made from {origin.get('spec')!r}, which is not here to distill from: name it with "
-            f"--teacher{otherwise}."
-        ) from error
-
-
-def check_training(
-    steps: Sequence[Step], files: ModelFiles, text: TextSample | None, students: Sequence[Anatomy]
-) -> list[ModelFiles]:
-    """Refuse teachers and texts that steps which train cannot learn from.
+def check_others(
+    steps: Sequence[Step], files: ModelFiles, text: TextSample | None, fronts: Sequence[Anatomy]
+) -> list[tuple[PlacingStep, ModelFiles]]:
+    """Refuse teachers, texts and earlier models that steps cannot learn from, or go back to.
 
     Args:
-        students: what stands in front of each step, on meta.
+        fronts: what stands in front of each step, on meta.
 
     Returns:
-        The teachers.
+        The steps that take from another model, and which.
 
     Raises:
         UserError: in one sentence.
     """
-    teachers: list[ModelFiles] = []
+    others: list[tuple[PlacingStep, ModelFiles]] = []
     for number, step in enumerate(steps):
-        if not isinstance(step, TrainStep):
+        if not isinstance(step, PlacingStep):
             continue
-        if text is not None and step.needs_calibration:
+        if isinstance(step, TrainStep) and text is not None and step.needs_calibration:
             step.check_text(len(text.tokens))
-        if not step.distills:
+        other = step.other(files)
+        if other is None:
             continue
-        teacher = teacher_files(step.teacher, files, step.without_teacher)
-        if number == 0 and teacher.folder == files.folder:
-            raise UserError(
-                f"{files.spec} would be distilled from itself: name the uncompressed model with --teacher"
-                f"{step.without_teacher}."
-            )
-        check_tokens(teacher, files)
-        step.check_teacher(teacher.config, teacher.spec)
-        model = skeleton(plain_config(teacher))
-        replay(model, read_edits(teacher)[1])
-        step.check_pair(students[number], Anatomy(model))
-        teachers.append(teacher)
-    return teachers
+        if number == 0 and other.folder == files.folder:
+            raise UserError(step.of_itself(files.spec))
+        if isinstance(step, TrainStep):
+            check_tokens(other, files)
+            step.check_teacher(other.config, other.spec)
+        model = skeleton(plain_config(other))
+        replay(model, read_edits(other)[1])
+        step.check_pair(fronts[number], Anatomy(model))
+        others.append((step, other))
+    return others
 
 
 def check_tokens(teacher: ModelFiles, student: ModelFiles) -> None:

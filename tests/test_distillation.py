@@ -362,7 +362,7 @@ def test_tokens_are_related_in_runs_without_padding() -> None:
     tokens = torch.randint(5, 512, (2, 40))
     mask = torch.ones(2, 40, dtype=torch.bool)
     mask[1, 35:] = False
-    comparison = Response(token_angle=1, response=0).comparison(model, teacher, tokens)
+    comparison = Response(token_angle=1, response=0).comparison(model, teacher, (tokens, tokens))
     with torch.no_grad():
         seen = [v.of(m, tokens) for v, m in zip(comparison.views, (model, teacher), strict=True)]
         found = comparison.losses(*seen, mask)[0]
@@ -536,6 +536,8 @@ def test_bad_input_is_refused_before_weights_are_read(
             {"hidden": 1, "cached_logits": 8},
             "cached_logits spares the teacher, whose inside hidden",
         ),
+        (Response, {"relation_heads": 3}, "relation_heads splits what attention compares"),
+        (Response, {"attention": 1, "layer_map": "last"}, "layer_map last pairs blocks for hidden"),
         (Relations, {"batch_size": 2}, "a batch_size of 2 makes no such relation; 3 does"),
     ],
 )

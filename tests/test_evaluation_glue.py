@@ -72,7 +72,7 @@ def test_padding_changes_no_prediction(family: str, data: str) -> None:
         task,
         task_rows(task, "validation", data),
         tokenizer,
-        inputs_of(model),
+        inputs_of(model, tokenizer),
         pad_token(model.config, tokenizer),
         64,
     )
@@ -95,6 +95,21 @@ def test_labels_are_matched_by_name(bert: Path, data: str, tmp_path: Path) -> No
     tiny_tokenizer().save_pretrained(tmp_path)
     named = evaluate_glue(str(tmp_path), ["sst2"], data=data, subset=9)["tasks"]["sst2"]["score"]
     assert named == pytest.approx(1 - plain) and named != plain
+
+
+@pytest.mark.parametrize(("without", "found"), [("train", True), ("validation", False)])
+def test_only_the_split_that_is_measured_must_be_there(
+    without: str, found: bool, bert: Path, tmp_path: Path
+) -> None:
+    root = write_glue(tmp_path, ["sst2"], train=2, validation=4) / "nyu-mll/glue"
+    next((root / "sst2").glob(f"{without}*")).unlink()
+    card = (root / "README.md").read_text()
+    (root / "README.md").write_text(card.replace(f"  - split: {without}\n    path: sst2/{without}-*\n", ""))
+    if found:
+        assert evaluate_glue(str(bert), ["sst2"], data=str(tmp_path))["tasks"]["sst2"]["examples"] == 4
+        return
+    with pytest.raises(UserError, match="No GLUE data for sst2"):
+        evaluate_glue(str(bert), ["sst2"], data=str(tmp_path))
 
 
 def test_mnli_has_two_splits_and_a_subset_is_named(data: str, tmp_path: Path) -> None:

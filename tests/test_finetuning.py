@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -77,7 +78,7 @@ def test_a_classifier_learns_and_loads_without_llmslim(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "c")
     rows = task_rows(TASKS["sst2"], "validation", data)
     batch = tokenizer([row["sentence"] for row in rows], padding=True, return_tensors="pt")
-    batch = {name: tensor for name, tensor in batch.items() if name in inputs_of(model)}
+    batch = {name: tensor for name, tensor in batch.items() if name in inputs_of(model, tokenizer)}
     with torch.no_grad():
         predicted = model(**batch).logits.argmax(-1).tolist()
     assert sum(p == row["label"] for p, row in zip(predicted, rows, strict=True)) / len(rows) == found
@@ -97,12 +98,14 @@ def test_the_loss_is_that_of_labels_and_teacher(glue: str, data: str) -> None:
     student, teacher = (AutoModelForSequenceClassification.from_config(config).eval() for _ in range(2))
     randomize(student, 0)
     randomize(teacher, 1)
-    examples = Sentences(task, task_rows(task, "validation", data), tokenizer, inputs_of(student), 0, 64)
+    examples = Sentences(
+        task, task_rows(task, "validation", data), tokenizer, inputs_of(student, tokenizer), 0, 64
+    )
     batch = examples.collate([examples[index] for index in range(9)])
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     step = Finetune(glue=glue, teacher="t", alpha=0.3, temperature=2.0, hidden=0.0, attention=0.0)
     with torch.no_grad():
-        found = step.criterion(student, teacher, examples)[0](student, batch)
+        found = step.criterion(student, (teacher, examples.inputs), examples)[0](student, batch)
         mine, its = (model(**inputs).logits for model in (student, teacher))
     if glue == "sst2":
         p, q = (logits.div(2).softmax(-1) for logits in (its, mine))
@@ -166,14 +169,17 @@ def test_what_is_inside_is_learned_without_padding(data: str) -> None:
     )
     randomize(student, 0)
     randomize(teacher, 1)
-    examples = Sentences(task, task_rows(task, "validation", data), tokenizer, inputs_of(student), 0, 64)
+    examples = Sentences(
+        task, task_rows(task, "validation", data), tokenizer, inputs_of(student, tokenizer), 0, 64
+    )
     rows = [examples[index] for index in (0, 1, 2)]
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     assert len(set(lengths.tolist())) > 1
     with torch.no_grad():
-        loss, _ = Finetune(glue="sst2", teacher="t").criterion(student, teacher, examples)
+        beside = (teacher, examples.inputs)
+        loss, _ = Finetune(glue="sst2", teacher="t").criterion(student, beside, examples)
         bare, _ = Finetune(glue="sst2", teacher="t", hidden=0.0, attention=0.0).criterion(
-            student, teacher, examples
+            student, beside, examples
         )
         inside = [float(loss(student, b) - bare(student, b)) for b in (examples.collate([r]) for r in rows)]
         batch = examples.collate(rows)
@@ -231,7 +237,7 @@ def test_a_run_does_not_go_on_with_other_data_or_another_teacher(
     for file, what in ((next(data.rglob("train*")), "data"), (school / "model.safetensors", "teacher")):
         before = file.stat()
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
-        with pytest.raises(UserError, match=f"holds an unfinished run with another {what}:"):
+        with pytest.raises(UserError, match=f"holds an unfinished run with another {what}"):
             finetune(folders["bert"], tmp_path / "c", str(data), **fields)
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert finetune(folders["bert"], tmp_path / "c", str(data), **fields).report["run"]["resumed"]
@@ -336,12 +342,70 @@ def test_validation_scores_as_the_evaluator_does(teacher: Path, data: str) -> No
     model = AutoModelForSequenceClassification.from_pretrained(teacher).eval()
     step = Finetune(glue="sst2", data=data)
     rows = task_rows(TASKS["sst2"], "validation", data)
-    examples = Sentences(TASKS["sst2"], rows, tiny_tokenizer(), inputs_of(model), 0, 64)
-    judge = step.judge(model)
+    tokenizer = tiny_tokenizer()
+    examples = Sentences(TASKS["sst2"], rows, tokenizer, inputs_of(model, tokenizer), 0, 64)
+    judge = step.judge(model, examples)
     with torch.no_grad():
         found = judge.predict(model, examples.collate([examples[index] for index in range(len(rows))]))
     scores = judge.scores(found.numpy(), examples.labels.numpy())
     assert scores == {"accuracy": pytest.approx(accuracy(teacher, data)), "score": scores["accuracy"]}
+
+
+def test_a_teacher_of_segments_sees_them_whatever_its_student_takes(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A BERT knows by token_type_ids which of two sentences a token is of; a DistilBERT knows no such thing."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import BertForSequenceClassification
+
+    for family in ("bert", "distilbert"):
+        config = tiny_config(family, num_labels=2)
+        model = AutoModelForSequenceClassification.from_config(config)
+        randomize(model, 0)
+        model.save_pretrained(tmp_path / family)
+        tokenizer = tiny_tokenizer()
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="$A", pair="$A [SEP] $B:1", special_tokens=[("[SEP]", 2)]
+        )
+        tokenizer.save_pretrained(tmp_path / family)
+        told = json.loads((tmp_path / family / "tokenizer_config.json").read_text())
+        told["model_input_names"] = ["input_ids", *["token_type_ids"] * (family == "bert"), "attention_mask"]
+        (tmp_path / family / "tokenizer_config.json").write_text(json.dumps(told))
+    forward, seen = BertForSequenceClassification.forward, []
+
+    @functools.wraps(forward)  # which inputs a model takes is read from its signature
+    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs.get("token_type_ids"))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", spy)
+    taught = {"teacher": str(tmp_path / "bert"), "hidden": 0.0, "attention": 0.0, "max_steps": 2}
+    finetune(tmp_path / "distilbert", tmp_path / "out", data, "mrpc", **taught)
+    assert seen and all(types is not None and types.any() and not types.all() for types in seen)
+
+
+def test_a_decoder_that_names_no_padding_learns_and_teaches(
+    folders: dict[str, Path], data: str, tmp_path: Path
+) -> None:
+    """As one comes that was fine-tuned with a single sentence to a batch."""
+    model = AutoModelForSequenceClassification.from_config(
+        tiny_config("gpt2", num_labels=2, pad_token_id=None)
+    )
+    randomize(model, 0)
+    model.save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    assert model.config.pad_token_id is None
+    taught = {"teacher": str(tmp_path / "gpt2"), "hidden": 0.0, "attention": 0.0}
+    for base, fields in ((tmp_path / "gpt2", {}), (folders["gpt2"], taught)):
+        result = finetune(base, tmp_path / f"out-{len(fields)}", data, max_steps=2, **fields)
+        assert result.report["verification"]["ok"]
+
+
+def test_the_positions_of_roberta_begin_behind_its_padding(data: str, tmp_path: Path) -> None:
+    save_tiny("roberta", tmp_path / "roberta", max_position_embeddings=34, pad_token_id=1)
+    recipe = {"steps": [{"finetune": {"glue": "sst2", "data": data, "max_length": 33}}], **QUICK}
+    with pytest.raises(UserError, match="max_length 33 is more than the 32 positions"):
+        prepare(str(tmp_path / "roberta"), Recipe.parse(recipe))
 
 
 def test_the_plan_knows_the_sentences(data: str) -> None:

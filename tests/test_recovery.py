@@ -20,8 +20,10 @@ from llmslim.loaders.models import find
 from llmslim.loaders.texts import sample
 from llmslim.pipeline import compress, prepare
 from llmslim.pruning.weights import Magnitude
+from llmslim.quantization.gptq import GPTQ
 from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration, Recipe
+from llmslim.recovery._merging import open_weights
 from llmslim.recovery.full import Full
 from llmslim.recovery.lora import LoRA
 from llmslim.recovery.scales import ScaledLinear, Scales
@@ -143,18 +145,26 @@ def test_pruned_models_recover_and_masks_hold(
             assert not after[weight][before[weight] == 0].any()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_merged_model_is_the_one_with_adapters(family: str, folders: dict[str, Path]) -> None:
-    model, tokens = whole(folders[family]), torch.randint(5, 500, (2, 16))
+@pytest.mark.parametrize(("family", "sparse"), [("llama", ""), ("gpt2", ""), ("gpt2", "*.attn.c_proj")])
+def test_a_merged_model_is_the_one_with_adapters(
+    family: str, sparse: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Where some Linears are sparse, too: [out, in], beside GPT-2's [in, out]."""
+    base = folders[family]
+    if sparse:
+        compress(str(base), [Magnitude(sparsity=0.5, include=(sparse,))], tmp_path / "sparse", **QUICK)
+        base = tmp_path / "sparse"
+    model, tokens = whole(base), torch.randint(5, 500, (2, 16))
     with LoRA(rank=4).training(model) as (trained, finish), torch.no_grad():
         for parameter in trained:
             parameter.normal_(std=0.05)
         wanted, added = model(tokens).logits, LoRA(rank=4)._added(finish())
-    plain = whole(folders[family])
+    plain = whole(base)
     assert not torch.allclose(plain(tokens).logits, wanted, atol=1e-2)
     with torch.no_grad():
         for name in added.names:
-            dense_weight(plain.get_submodule(name)).add_(added.delta(name))
+            module = plain.get_submodule(name)
+            dense_weight(module).add_(added.delta(name) * open_weights(module))
     torch.testing.assert_close(plain(tokens).logits, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -190,10 +200,30 @@ def test_pruned_weights_stay_zero_when_lora_is_merged_into_packed_ones(
 ) -> None:
     steps = [Magnitude(sparsity=0.5), RTN(bits=4, group_size=32, symmetric=False)]
     compress(str(folders["llama"]), steps, tmp_path / "packed", **QUICK)
-    lora = LoRA(rank=8, teacher=str(folders["llama"]), **{**FAST, "lr": 3e-2})
-    report = compress(str(tmp_path / "packed"), [lora], tmp_path / "out", **QUICK).report
+    check_zeros_stay(tmp_path, LoRA(rank=8, teacher=str(folders["llama"]), **{**FAST, "lr": 3e-2}))
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_what_gptq_pruned_as_it_packed_stays_zero_or_is_told(
+    rounding: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The layouts of others have no place for it."""
+    lora = LoRA(rank=8, rounding=rounding, teacher=str(folders["llama"]), **{**FAST, "lr": 3e-2})
+    for form in ("llmslim", "compressed-tensors"):
+        step = GPTQ(bits=4, group_size=32, symmetric=True, pattern="2:4")
+        folder = tmp_path / form
+        compress(str(folders["llama"]), [step], folder / "packed", format=form, **QUICK)
+        if form == "llmslim":
+            check_zeros_stay(folder, lora)
+            continue
+        report = compress(str(folder / "packed"), [lora], folder / "out", **QUICK).report
+        assert sum("if they were pruned, quantize with --format" in n["what"] for n in report["notes"]) > 10
+
+
+def check_zeros_stay(folder: Path, lora: LoRA) -> None:
+    report = compress(str(folder / "packed"), [lora], folder / "out", **QUICK).report
     assert any("pruned weights stay zero" in note["what"] for note in report["notes"])
-    before, after, changed = whole(tmp_path / "packed"), whole(tmp_path / "out"), 0
+    before, after, changed = whole(folder / "packed"), whole(folder / "out"), 0
     for module, packed in before.named_modules():
         if hasattr(packed, "quantized"):
             one, two = (m.quantized().dequantize() for m in (packed, after.get_submodule(module)))
@@ -250,7 +280,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     steps = (
         [RTN3, Scales(**fields)]
         if step == "scales"
-        else [LoRA(rank=4, dropout=0.1, teacher=str(folders["qwen3"]), **fields)]
+        else [LoRA(rank=4, dropout=0.1, objective="next_token", **fields)]
     )
     compress(str(folders["llama"]), steps, tmp_path / "unbroken", **QUICK)
 
@@ -395,6 +425,8 @@ def test_tensorboard_gets_the_curves_beside_the_log_where_it_is_installed(
 def test_time_stops_training(folders: dict[str, Path], tmp_path: Path) -> None:
     step = Scales(objective="next_token", max_steps=10_000, max_minutes=0.01)
     assert compress(str(folders["llama"]), [step], tmp_path / "r", **QUICK).report["verification"]["ok"]
+    entries = [json.loads(line) for line in (tmp_path / "r/training.jsonl").read_text().splitlines()]
+    assert 0 < max(entry["step"] for entry in entries) < 5_000
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
@@ -450,3 +482,22 @@ def test_bad_input_is_refused_before_weights_are_read(
     steps = [s.model_copy(update={"teacher": str(other)}) if getattr(s, "teacher", "") else s for s in steps]
     with pytest.raises(UserError, match=message):
         prepare(str(folders[family]), Recipe(steps=tuple(steps), **QUICK))
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "message"),
+    [
+        (LoRA, {"dropout": 0.1}, "dropout is for objective next_token"),
+        (Full, {"objective": "next_token", "teacher": "t"}, "teacher is about learning from a teacher"),
+        (
+            Scales,
+            {"objective": "next_token", "temperature": 2.0},
+            "temperature is about learning from a teacher",
+        ),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(
+    cls: Any, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        cls(**fields)

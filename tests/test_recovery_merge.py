@@ -146,6 +146,9 @@ def test_what_is_no_plain_adapter_is_refused(
     (tmp_path / "dora/adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
     with pytest.raises(UserError, match="has use_dora, and merge takes plain LoRA"):
         compress(base, [MergeAdapter(adapter=str(tmp_path / "dora"))], tmp_path / "out", **QUICK)
+    (tmp_path / "dora/adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
+    with pytest.raises(UserError, match="began as 'pissa', for which peft changes the weights below it"):
+        compress(base, [MergeAdapter(adapter=str(tmp_path / "dora"))], tmp_path / "out", **QUICK)
     (tmp_path / "dora/adapter_config.json").write_text(json.dumps(config))
     file = tmp_path / "dora/adapter_model.safetensors"
     save_file({**load_file(file), "base_model.model.lm_head.weight": torch.zeros(2)}, file)

@@ -107,7 +107,7 @@ class Distill(InsideFields, WholeStep):
         self, model: PreTrainedModel, teacher: Any, tokens: Tensor
     ) -> tuple[Loss, list[nn.Parameter]]:
         some = tokens[: max(1, SAMPLE // tokens.shape[1])].to(model.device)
-        inside = self.comparison(model, teacher, some)
+        inside = self.comparison(model, teacher, (some, some))
         return self._beside(teacher, inside, tokens.shape[1] // 2), list(inside.projections.parameters())
 
     def _beside(self, teacher: PreTrainedModel, inside: Comparison, prompt: int) -> Loss:

@@ -12,7 +12,7 @@ from llmslim.checkpoint.load import load_model
 from llmslim.errors import UserError
 from llmslim.evaluation.run import resolve_dtype
 from llmslim.loaders.glue import DATASET, Sentences, Task, pad_token, require_data, task_of, task_rows
-from llmslim.loaders.heads import inputs_of, label_columns, require_head
+from llmslim.loaders.heads import inputs_of, label_columns, positions, require_head
 from llmslim.loaders.models import default_device, find
 from llmslim.metrics import predicted, require_metrics, score
 
@@ -29,8 +29,9 @@ MAX_LENGTH = 512  # tokens of a sentence or pair, where the model can take as ma
 def interval(metric: str, predicted: Any, labels: Any, seed: int = 0) -> tuple[float, float]:
     """95 % confidence interval by the percentile bootstrap over examples (1000 resamples)."""
     predicted, labels = np.asarray(predicted), np.asarray(labels)
-    draws = np.random.default_rng(seed).integers(len(labels), size=(RESAMPLES, len(labels)))
-    values = [score(metric, predicted[rows], labels[rows]) for rows in draws]
+    draw = np.random.default_rng(seed)
+    resamples = (draw.integers(len(labels), size=len(labels)) for _ in range(RESAMPLES))
+    values = [score(metric, predicted[rows], labels[rows]) for rows in resamples]
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
@@ -53,8 +54,7 @@ def predictions(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = data.collate([data[index] for index in rows])
-        del batch["labels"]
-        logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+        logits = model(**{name: batch[name].to(model.device) for name in data.inputs}).logits
         logits = logits.float().cpu()[:, columns]
         if not logits.isfinite().all():
             raise UserError(
@@ -81,12 +81,12 @@ def task_scores(
         subset: the first so many examples of each split; all when None.
     """
     record: dict[str, Any] = {"examples": 0, "total": 0, "metrics": {}}
-    length = min(MAX_LENGTH, positions(model.config, tokenizer))
+    length = min(MAX_LENGTH, positions(model) or MAX_LENGTH, tokenizer.model_max_length)
     pad = model.config.pad_token_id = pad_token(model.config, tokenizer)
     for split in task.splits:
         rows = task_rows(task, split, folder)
         used = rows[:subset]
-        data = Sentences(task, used, tokenizer, inputs_of(model), pad, length)
+        data = Sentences(task, used, tokenizer, inputs_of(model, tokenizer), pad, length)
         found, labels = predictions(model, task, data, batch_size, progress), data.labels.numpy()
         record["examples"] += len(used)
         record["total"] += len(rows)
@@ -97,12 +97,6 @@ def task_scores(
             record["metrics"][metric + suffix] = {"value": value, "low": low, "high": high}
     values = [metric["value"] for metric in record["metrics"].values()]
     return {**record, "score": sum(values) / len(values)}
-
-
-def positions(config: Any, tokenizer: Any) -> int:
-    """Tokens that a model can take; RoBERTa and its kin count from 2, which their tokenizer knows."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH
-    return min(limit, tokenizer.model_max_length)
 
 
 def evaluate_glue(
@@ -138,7 +132,7 @@ def evaluate_glue(
         raise UserError(f"subset {subset} is too few: it takes at least 1 example.")
     require_metrics()
     for task in chosen:
-        require_data(task, data)
+        require_data(task, task.splits, data)
     files = find(model, revision)
     for task in chosen:
         require_head(files.config, task, files.spec)

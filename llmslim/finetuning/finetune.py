@@ -23,7 +23,7 @@ from llmslim.loaders.glue import (
     task_rows,
     train_size,
 )
-from llmslim.loaders.heads import classifies, headed_config, inputs_of, label_columns, require_head
+from llmslim.loaders.heads import classifies, headed_config, inputs_of, label_columns, positions, require_head
 from llmslim.metrics import predicted, require_metrics, scores
 from llmslim.training.inside import InsideFields
 from llmslim.training.whole import WholeStep
@@ -134,55 +134,63 @@ class Finetune(InsideFields, WholeStep):
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
-        require_data(self.task, self.data)
+        require_data(self.task, ("train",), self.data)
         if self.validation:
             require_metrics()
         config = anatomy.model.config
         require_head(config, self.task, "The model of this step")  # a recipe with two tasks
-        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        limit = positions(anatomy.model)
         if limit and self.max_length > limit:
             raise UserError(f"max_length {self.max_length} is more than the {limit} positions of the model.")
 
     def check_teacher(self, config: PreTrainedConfig, spec: str) -> None:
         require_head(config, self.task, f"The teacher {spec}")
 
+    def learned_from(self, look: Survey) -> tuple[PreTrainedModel, list[str]] | None:
+        """The teacher, and the names of what it takes."""
+        model = super().learned_from(look)
+        return None if model is None else (model, inputs_of(model, look.tokenizer(self)))
+
     def examples(self, look: Survey, model: PreTrainedModel) -> Sentences:
         """The task's training sentences, in an order that the seed gives."""
         rows = task_rows(self.task, "train", self.data)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(look.seed)).tolist()
         tokenizer = look.tokenizer()
-        pad = pad_token(model.config, tokenizer)
+        pad = model.config.pad_token_id = pad_token(model.config, tokenizer)
         mixed = [rows[index] for index in order]
-        return Sentences(self.task, mixed, tokenizer, inputs_of(model), pad, self.max_length)
+        others = look.tokenizer(self).model_input_names if self.teacher else ()
+        return Sentences(
+            self.task, mixed, tokenizer, inputs_of(model, tokenizer), pad, self.max_length, others
+        )
 
     def products(self, look: Survey) -> torch.dtype:
         return super().products(look) if self.precision == "auto" else getattr(torch, self.precision)
 
     def criterion(
-        self, model: PreTrainedModel, teacher: PreTrainedModel | None, data: Any
+        self, model: PreTrainedModel, teacher: tuple[PreTrainedModel, list[str]] | None, data: Any
     ) -> tuple[Loss, list[nn.Parameter]]:
         from llmslim.training.forward import run
 
         columns = label_columns(model.config, self.task)
-        learn = None if teacher is None else _Teacher(self, model, teacher, data)
+        learn = None if teacher is None else _Teacher(self, model, *teacher, data)
 
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            inputs = {name: batch[name] for name in data.inputs}
             if learn is None:
                 return self._labels(run(model, inputs).logits[:, columns].float(), batch["labels"])
             mine = learn.inside.views[0].of(model, inputs)
             logits = mine.output.logits[:, columns].float()
-            return learn(self._labels(logits, batch["labels"]), logits, mine, inputs)
+            return learn(self._labels(logits, batch["labels"]), logits, mine, batch)
 
         return loss, list(learn.inside.projections.parameters()) if learn else []
 
-    def judge(self, model: PreTrainedModel) -> Judge:
+    def judge(self, model: PreTrainedModel, data: Any) -> Judge:
         from llmslim.training.loop import Judge
 
         columns = label_columns(model.config, self.task)
 
         def predict(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            inputs = {name: batch[name] for name in data.inputs}
             return predicted(self.task, model(**inputs).logits[:, columns])
 
         return Judge(predict, lambda found, labels: scores(self.task, found, labels))
@@ -198,25 +206,29 @@ class _Teacher:
     """What a batch teaches: adds the teacher's part to the loss of the labels."""
 
     def __init__(
-        self, step: Finetune, model: PreTrainedModel, teacher: PreTrainedModel, data: Sentences
+        self,
+        step: Finetune,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel,
+        names: list[str],
+        data: Sentences,
     ) -> None:
-        self.step, self.model = step, teacher
-        self.columns, self.names = label_columns(teacher.config, step.task), inputs_of(teacher)
+        self.step, self.model, self.names = step, teacher, names
+        self.columns = label_columns(teacher.config, step.task)
+        teacher.config.pad_token_id = data.pad  # a decoder finds the last token of a text by it
         some = data.collate([data[index] for index in range(min(SAMPLE, len(data)))])
-        sample = {name: tensor.to(model.device) for name, tensor in self._inputs(some).items()}
-        self.inside = step.comparison(model, teacher, sample, sample["attention_mask"].bool())
+        sample = {name: tensor.to(model.device) for name, tensor in some.items()}
+        mine, its = ({name: sample[name] for name in taken} for taken in (data.inputs, names))
+        self.inside = step.comparison(model, teacher, (mine, its), sample["attention_mask"].bool())
 
-    def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in batch.items() if name in self.names and name != "labels"}
-
-    def __call__(self, value: Tensor, logits: Tensor, mine: Seen, inputs: dict[str, Tensor]) -> Tensor:
+    def __call__(self, value: Tensor, logits: Tensor, mine: Seen, batch: dict[str, Tensor]) -> Tensor:
         from llmslim.training.losses import divergence
 
         step = self.step
         with torch.no_grad():
-            its = self.inside.views[1].of(self.model, self._inputs(inputs))
+            its = self.inside.views[1].of(self.model, {name: batch[name] for name in self.names})
         target = its.output.logits[:, self.columns].float()
         classes = bool(step.task.labels)
         response = divergence(logits, target, step.temperature) if classes else F.mse_loss(logits, target)
         value = (1 - step.alpha) * value + step.alpha * response
-        return torch.stack([value, *self.inside.losses(mine, its, inputs["attention_mask"].bool())]).sum()
+        return torch.stack([value, *self.inside.losses(mine, its, batch["attention_mask"].bool())]).sum()

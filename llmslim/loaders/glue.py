@@ -110,9 +110,10 @@ def data_files(task: Task, split: str, folder: str = "") -> list[Path]:
     return sorted((Path(folder).expanduser() / DATASET / task.name).glob(f"{split}*")) if folder else []
 
 
-def require_data(task: Task, folder: str = "") -> None:
-    """Refuse data that are not there, without reading them."""
-    _records(task, "train", folder)
+def require_data(task: Task, splits: Sequence[str], folder: str = "") -> None:
+    """Refuse data of which one of these splits is not there, without reading them."""
+    for split in splits:
+        _records(task, split, folder)
 
 
 def _records(task: Task, split: str, folder: str) -> Iterable[dict[str, Any]]:
@@ -131,9 +132,14 @@ class Sentences(torch.utils.data.Dataset):
 
     Args:
         rows: of the task's data set.
-        inputs: what the model takes; of what the tokenizer gives, the rest is left out.
+        inputs: names of what the model takes, of what the tokenizer can give.
         pad: id of the token that fills up a batch.
         max_length: tokens that a sentence, or pair, is cut to.
+        others: names of what another model takes that gets the same batches.
+
+    Attributes:
+        inputs: as given.
+        pad: as given.
     """
 
     def __init__(
@@ -144,12 +150,14 @@ class Sentences(torch.utils.data.Dataset):
         inputs: Sequence[str],
         pad: int,
         max_length: int,
+        others: Sequence[str] = (),
     ) -> None:
+        self.inputs, self.pad = list(inputs), pad
+        wanted = {*inputs, *others}
         texts = [[str(row[column]) for row in rows] for column in task.columns]
-        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
-        names = [name for name in encoded if name in inputs]
-        self._columns = {name: encoded[name] for name in names}
-        self._pad = pad
+        segments = "token_type_ids" in wanted  # which a tokenizer may be silent about and yet know
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=segments)
+        self._columns = {name: rows for name, rows in encoded.items() if name in wanted}
         self.labels = torch.tensor(
             [row["label"] for row in rows], dtype=torch.int64 if task.labels else torch.float32
         )
@@ -166,7 +174,7 @@ class Sentences(torch.utils.data.Dataset):
         batch = {}
         for name in self._columns:
             rows = [torch.tensor(example[name]) for example in examples]
-            pad = self._pad if name == "input_ids" else 0
+            pad = self.pad if name == "input_ids" else 0
             batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
         return {**batch, "labels": torch.stack([example["labels"] for example in examples])}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -73,9 +73,23 @@ def replaced_head(before: transformers.PreTrainedConfig, after: transformers.Pre
     return f"a fresh classification head ({labels}) in the place of one of {before.num_labels} labels"
 
 
-def inputs_of(model: torch.nn.Module) -> list[str]:
-    """Names of what the forward of a model takes."""
-    return list(inspect.signature(model.forward).parameters)
+def inputs_of(model: torch.nn.Module, tokenizer: Any) -> list[str]:
+    """Names of what a model's tokenizer gives and its forward takes."""
+    taken = inspect.signature(model.forward).parameters
+    return [name for name in tokenizer.model_input_names if name in taken]
+
+
+def positions(model: transformers.PreTrainedModel) -> int | None:
+    """Tokens that a model can take; None where nothing limits them.
+
+    RoBERTa and its kin count positions from behind the id of the padding token.
+    """
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if limit and name.endswith("position_embeddings") and padding is not None:
+            return limit - int(padding) - 1
+    return limit
 
 
 def headed_config(files: ModelFiles, task: Task) -> transformers.PreTrainedConfig:

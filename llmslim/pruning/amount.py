@@ -109,11 +109,18 @@ class Amount(BlockStep):
         asked = [
             f"{name} {getattr(self, name)}" for name in (*targets, "rounds") if name in self.model_fields_set
         ] or ["retrain"]
-        between = self.between()
+        before, between = self.before(), self.between()
         then = " and ".join(["", *(step.kind for step in between)])
         chosen = ", then ".join(f"{self._of(one):g}{then}" for one in steps)
-        told = f"{self.kind} with {' and '.join(asked)}: {self.amount} {chosen}; leaves {_extent(after)}"
-        return [step for one in steps for step in (one, *between)], told
+        first = "".join(f"{step.kind}, then " for step in before)
+        told = (
+            f"{self.kind} with {' and '.join(asked)}: {first}{self.amount} {chosen}; leaves {_extent(after)}"
+        )
+        return [*before, *(step for one in steps for step in (one, *between))], told
+
+    def before(self) -> list[Step]:
+        """What comes in front of the first round."""
+        return []
 
     def between(self) -> list[Step]:
         """What follows each round."""

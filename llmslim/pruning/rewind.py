@@ -16,6 +16,7 @@ from llmslim.training.step import PlacingStep
 
 if TYPE_CHECKING:
     from llmslim.calibration.stream import BlockStream
+    from llmslim.loaders.models import ModelFiles
 
 
 class Rewind(PlacingStep):
@@ -23,17 +24,43 @@ class Rewind(PlacingStep):
 
     What stays after training and pruning by magnitude trains, from its first weights, to the accuracy of the whole
     (Frankle & Carbin 2018, arXiv:1803.03635); in pretrained models from the pretrained ones (Chen et al. 2020,
-    arXiv:2007.12223). `--rewind` with `--retrain` does this after each round. The earlier model is loaded whole.
+    arXiv:2007.12223). `--rewind` with `--retrain` of the pruning methods does that: it trains, then in each round
+    prunes, puts back and trains again. The earlier model is loaded whole.
     """
 
     kind: ClassVar[str] = "rewind"
     verb: ClassVar[str] = "prune"
+    takes: ClassVar[str] = "goes back to"
 
-    source: str = Field("", description="the earlier model; the uncompressed one when not given")
+    source: str = Field(
+        "",
+        description="the earlier model; the one that the run starts from when not given",
+    )
 
     @property
     def survey_copies(self) -> int:
         return 1
+
+    def other(self, base: ModelFiles) -> ModelFiles:
+        from llmslim.loaders.models import find  # brings transformers, which help must not wait for
+
+        return find(self.source) if self.source else base
+
+    def of_itself(self, spec: str) -> str:
+        return f"rewind would put {spec} back to itself: name the earlier model with --source."
+
+    def check_pair(self, front: Anatomy, other: Anatomy) -> None:
+        earlier, there = dict(other.model.named_parameters()), dict(other.model.named_modules())
+        for name, module in front.model.named_modules():
+            if isinstance(module, SparseLinear) and name in there:  # [out, in], whatever it was before
+                earlier[f"{name}.weight"] = dense_weight(there[name])
+        for name, parameter in front.model.named_parameters():
+            if name not in earlier or earlier[name].shape != parameter.shape:
+                has = list(earlier[name].shape) if name in earlier else "no such weight"
+                raise UserError(
+                    f"rewind: {name} has the shape {list(parameter.shape)}, and in the earlier model it is {has}: only "
+                    "models of the same shape are put back."
+                )
 
     def check(self, anatomy: Anatomy) -> None:
         packed = next((name for name, module in anatomy.model.named_modules() if is_packed(module)), None)
@@ -43,21 +70,11 @@ class Rewind(PlacingStep):
             )
 
     def survey(self, look: Survey) -> dict[str, Tensor]:
-        model = look.teacher(self.source, exact=True)
+        model = look.other(self, exact=True)
         earlier = model.state_dict()
         sparse = [n for n, m in look.anatomy.model.named_modules() if isinstance(m, SparseLinear)]
         earlier |= {f"{name}.weight": dense_weight(model.get_submodule(name)) for name in sparse}
-        found = {}
-        for name, parameter in look.anatomy.model.named_parameters():
-            if name not in earlier or earlier[name].shape != parameter.shape:
-                has = list(earlier[name].shape) if name in earlier else "no such weight"
-                raise UserError(
-                    f"rewind: {name} has the shape {list(parameter.shape)}, and in "
-                    f"{self.source or 'the uncompressed model'} it is {has}: "
-                    "only models of the same shape are put back."
-                )
-            found[name] = earlier[name]
-        return found
+        return {name: earlier[name] for name, _ in look.anatomy.model.named_parameters()}
 
     def compress_block(
         self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord

@@ -24,6 +24,7 @@ from llmslim.pruning.rewind import Rewind
 from llmslim.pruning.sparsegpt import sparsegpt
 from llmslim.sparse import SparseLinear, SparsifyLinear
 from llmslim.step import Outlook, Step, StepRecord, Survey
+from llmslim.training.step import TrainStep
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -56,8 +57,12 @@ class WeightPruner(Amount, LinearStep):
 
     rewind: bool = Field(
         False,
-        description="before each retraining, put the weights that are left back to the first ones (lottery tickets)",
+        description="lottery tickets: train before the first round as well, and before each retraining put the weights "
+        "that are left back to the first ones",
     )
+
+    def before(self) -> list[Step]:
+        return super().between() if self.rewind else []
 
     def between(self) -> list[Step]:
         return [*([Rewind()] if self.rewind else []), *super().between()]
@@ -66,6 +71,11 @@ class WeightPruner(Amount, LinearStep):
     def _consistent(self) -> WeightPruner:
         if self.rewind and not self.retrain:
             raise ValueError("rewind is for a ticket that is trained again: set retrain as well")
+        if any(isinstance(step, TrainStep) and step.distills and not step.teacher for step in self.before()):
+            raise ValueError(
+                "rewind trains before it prunes, and a model learns nothing from itself: let retrain learn from the "
+                "text, as full:objective=next_token does, or from another teacher"
+            )
         if self.pattern != "unstructured":
             if self.sparsity != 0.5:
                 raise ValueError(f"pattern {self.pattern} keeps half of the weights: leave sparsity at 0.5")

@@ -86,4 +86,4 @@ def fix_inputs(model: nn.Module, name: str, packed: PackedLinear, step: Tensor, 
     index = next(
         i for i, edit in enumerate(record.edits) if isinstance(edit, PackLinear) and edit.module == name
     )
-    record.edits[index] = PackLinear(module=name, scheme=scheme)
+    record.edits[index] = record.edits[index].model_copy(update={"scheme": scheme})

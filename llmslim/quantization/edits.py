@@ -15,11 +15,16 @@ from llmslim.ties import replace_table
 
 
 class PackLinear(Edit):
-    """Replace the Linear (or Conv1D) at `module` by an empty `PackedLinear` of the same shape."""
+    """Replace the Linear (or Conv1D) at `module` by an empty `PackedLinear` of the same shape.
+
+    `pruned` says that weights were pruned as it was quantized: what is 0 is to stay so. Of a `SparseLinear` that is
+    known without it. Layouts of others have no place for it.
+    """
 
     kind: ClassVar[str] = "pack_linear"
     module: str
     scheme: Scheme
+    pruned: bool = False
 
     def apply(self, model: nn.Module) -> None:
         linear = model.get_submodule(self.module)
@@ -38,7 +43,7 @@ class PackLinear(Edit):
             device="meta",
         )
         packed.bias = cast(Tensor | None, linear.bias)
-        packed.pruned = isinstance(linear, SparseLinear)
+        packed.pruned = self.pruned or isinstance(linear, SparseLinear)
         replace_module(model, self.module, packed)
 
 

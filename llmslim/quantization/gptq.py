@@ -302,6 +302,7 @@ class GPTQ(Quantizer):
         if self.prunes:
             assert isinstance(packed, PackedLinear)
             record.linears[-1]["sparsity"] = float((packed.dequantize() == 0).float().mean())
+            packed.pruned, edit = True, edit.model_copy(update={"pruned": True})
         return edit, packed
 
     def quantize(

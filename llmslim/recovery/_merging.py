@@ -19,6 +19,8 @@ from llmslim.ties import shared_modules
 if TYPE_CHECKING:
     from llmslim.calibration.stream import BlockStream
 
+FILLED = 0.1  # share of a packed weight: more zeros than rounding anew moves off their place by chance
+
 
 class Additions(Protocol):
     """What adapters add.
@@ -34,7 +36,10 @@ class Additions(Protocol):
 
 
 class MergingStep(BlockStep):
-    """A step that merges: into dense weights exactly, into sparse ones where the mask is, into packed ones anew."""
+    """A step that merges: into dense weights exactly, into sparse ones where the mask is, into packed ones anew.
+
+    The sum is stored in the weights' own type: of 16 bits it loses what is smaller than half their last digit.
+    """
 
     masked: ClassVar[bool]
     """Whether what is added was trained under the masks of sparse weights, so that they leave nothing out."""
@@ -93,6 +98,13 @@ class MergingStep(BlockStep):
             row["tokens"] = stats.tokens
         module.store(grid)
         record.linears.append(row)
+        were, are = (float((weight == 0).float().mean()) for weight in (before, grid.dequantize()))
+        if not module.pruned and were - are > FILLED:
+            record.note(
+                name,
+                f"{were:.0%} of its weights were zero and {are:.0%} are: if they were pruned, quantize with --format "
+                "llmslim, which remembers it",
+            )
 
     def _kept(self, name: str, module: nn.Module, delta: Tensor, record: StepRecord) -> Tensor:
         """What is added where weights were not pruned; the rest, if it counted until now, is noted."""

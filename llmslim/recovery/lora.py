@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,6 +26,7 @@ from llmslim.training.step import Finish
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from typing_extensions import Self
 
     from llmslim.calibration.stream import BlockStream
 
@@ -41,11 +42,11 @@ class LoRA(MergingStep, ObjectiveStep):
     """Train low-rank adapters beside frozen Linears, dense, sparse or packed, and merge them.
 
     y = W x + (alpha / rank) B A x (Hu et al. 2021, arXiv:2106.09685); over packed weights that is QLoRA (Dettmers
-    et al. 2023, arXiv:2305.14314). Merging into dense weights is exact; of sparse ones the adapter is masked while
-    it trains. Packed weights are quantized anew, to the bits and groups that they have: `gptq` searches scales and
-    codes on up to 32,768 tokens of the text, `nearest` rounds to the grid that is there, which loses most of what is
-    smaller than half a step. Each weight's row in the report tells what that cost. Weights that blocks share get no
-    adapters (their corrections do).
+    et al. 2023, arXiv:2305.14314). Merging into dense weights is exact, up to the type that they are stored in; of
+    sparse ones the adapter is masked while it trains. Packed weights are quantized anew, to the bits and groups that
+    they have: `gptq` searches scales and codes on up to 32,768 tokens of the text, `nearest` rounds to the grid that
+    is there, which loses most of what is smaller than half a step. Each weight's row in the report tells what that
+    cost. Weights that blocks share get no adapters (their corrections do).
 
     With `save_adapter` the model stays as it is and the adapter lies in its folder `adapter`, as peft saves it:
     `PeftModel.from_pretrained(model, "OUTPUT/adapter")`, over packed weights `llmslim.recovery.lora.with_adapter`. That
@@ -60,7 +61,9 @@ class LoRA(MergingStep, ObjectiveStep):
     lr: float = Field(2e-4, gt=0, description="peak learning rate of AdamW; cosine to 0 at the end")
     rank: int = Field(16, ge=1, description="rank of the adapters")
     alpha: float = Field(32.0, gt=0, description="adapters count alpha / rank times")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs dropped in training")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of an adapter's inputs dropped in training, without a teacher"
+    )
     target_modules: tuple[str, ...] = Field(
         (),
         description="modules that get adapters, by name: 'q_proj'; all Linears of the blocks when not given",
@@ -69,6 +72,12 @@ class LoRA(MergingStep, ObjectiveStep):
     save_adapter: bool = Field(
         False, description="keep the adapter beside the model, in its folder adapter, instead of merging it"
     )
+
+    @model_validator(mode="after")
+    def _drops_without_a_teacher(self) -> Self:
+        if self.dropout and self.distills:
+            raise ValueError("beside a teacher nothing is dropped out: dropout is for objective next_token")
+        return self
 
     @property
     def writes_beside(self) -> bool:
@@ -241,6 +250,10 @@ def _masked(linear: Any) -> Any:
     """peft's Linear whose adapter, too, reaches only the weights that a `SparseLinear` keeps."""
 
     class MaskedLinear(linear):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.fan_in_fan_out = False  # a SparseLinear is [out, in], whatever the other targets are
+
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             base, delta = self.get_base_layer(), self.get_delta_weight("default")
             return base(x) + F.linear(self.lora_dropout["default"](x), delta * base.mask)

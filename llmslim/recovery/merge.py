@@ -22,14 +22,27 @@ from llmslim.step import Outlook, Step, StepRecord
 if TYPE_CHECKING:
     from llmslim.loaders.models import ModelFiles
 
-_BEYOND = ("use_dora", "modules_to_save", "alpha_pattern", "lora_bias", "trainable_token_indices")
+_BEYOND = (
+    *("use_dora", "use_qalora", "modules_to_save", "alpha_pattern", "lora_bias", "trainable_token_indices"),
+    *(
+        "layer_replication",
+        "alora_invocation_tokens",
+        "arrow_config",
+        "use_bdlora",
+        "kasa_config",
+        "monteclora_config",
+    ),
+)
 """What peft can put into an adapter beside B A, by the key of its config."""
+BEGINNINGS = (True, False, None, "gaussian", "eva")
+"""`init_lora_weights` that leave the weights below as they are; peft changes them for PiSSA and its kin."""
 
 
 class MergeAdapter(MergingStep):
     """Merge an adapter of peft's LoRA that was kept beside the model, such as `lora --save-adapter` leaves.
 
-    W + (alpha / rank) B A in the place of W: exactly where W is dense, where the mask is where it is sparse. Packed
+    W + (alpha / rank) B A in the place of W: exactly, up to the type it is stored in, where W is dense, where the mask
+    is where it is sparse. Packed
     weights are quantized anew, to the bits and groups that they have: `gptq` searches scales and codes on the
     calibration text (Frantar et al. 2023, arXiv:2210.17323), `nearest` keeps the scales and rounds, which loses most
     of what is smaller than half a step. How far the outputs are from those with the adapter beside is in the report.
@@ -115,6 +128,12 @@ class Adapter(Added):
         if config.get("peft_type") != "LORA" or extra or other:
             what = extra or other or f"peft_type {config.get('peft_type')}"
             raise UserError(f"The adapter {folder} has {what}, and merge takes plain LoRA of Linears alone.")
+        begun = config.get("init_lora_weights")
+        if begun not in BEGINNINGS:
+            raise UserError(
+                f"The adapter {folder} began as {begun!r}, for which peft changes the weights below it as well: save "
+                "it again with path_initial_model_for_weight_conversion, which makes plain LoRA of it."
+            )
         self.file, self._shapes = folder / "adapter_model.safetensors", shapes
         alpha, root = float(config["lora_alpha"]), bool(config.get("use_rslora"))
         super().__init__(shapes, self._read, lambda rank: alpha / (rank**0.5 if root else rank))

@@ -57,7 +57,7 @@ class CachedStep(TrainStep):
         cache = TeacherCache(look.scratch / "teacher", look.tokens)
         if not cache.complete:
             cache.write(
-                look.teacher(self.teacher),
+                look.other(self),
                 self.cached_logits,
                 self.temperature,
                 lambda done, total: look.progress("teacher", done, total),

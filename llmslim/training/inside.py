@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +21,7 @@ from llmslim.training.pairing import alikenesses, ascending, outputs, projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from typing_extensions import Self
 
     from llmslim.training.forward import Inputs, Seen
 
@@ -101,6 +102,16 @@ class InsideFields(BaseModel):
     token_distance: float = Field(0.0, ge=0, description="weight of the distances between tokens")
     token_angle: float = Field(0.0, ge=0, description="weight of the angles between three tokens")
 
+    @model_validator(mode="after")
+    def _of_what_is_compared(self) -> Self:
+        if self.relation_heads is not None and not self.attention:
+            raise ValueError("relation_heads splits what attention compares, whose weight is 0")
+        if self.layer_map != "uniform" and not self.hidden and not self.attention_maps:
+            raise ValueError(
+                f"layer_map {self.layer_map} pairs blocks for hidden and attention_maps, whose weights are 0"
+            )
+        return self
+
     @property
     def inside(self) -> list[str]:
         """The names of the weights that are not 0."""
@@ -158,23 +169,35 @@ class InsideFields(BaseModel):
                 )
 
     def comparison(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, sample: Inputs, mask: Tensor | None = None
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        samples: tuple[Inputs, Inputs],
+        mask: Tensor | None = None,
     ) -> Comparison:
         """Pair the parts of two models.
 
         Args:
-            sample: what projections are fitted to, and the most alike blocks found by, before training.
+            samples: what projections are fitted to, and the most alike blocks found by, before training: the same
+                sentences, as each of the two takes them.
             mask: of the sample, which tokens are no padding.
         """
         models, seen, projections = (student, teacher), _Views(), nn.ModuleList()
         terms: list[tuple[float, Term]] = []
         if self.hidden or self.attention_maps:
             students, teachers = (Anatomy(model).blocks for model in models)
-            chosen = [teachers[index] for index in self._chosen(student, teacher, sample, mask)]
+            chosen = [teachers[index] for index in self._mapped(len(students), len(teachers))]
+            mine, its = [block.module for block in students], [block.module for block in chosen]
+            if self.layer_map == "learned":
+                every = [block.module for block in teachers]
+                states, targets = outputs(models, (mine, every), samples, mask)
+                order = ascending(alikenesses(states, targets))
+                chosen, targets = [teachers[index] for index in order], [targets[index] for index in order]
+                its = [block.module for block in chosen]
+            elif self.hidden:
+                states, targets = outputs(models, (mine, its), samples, mask)
             if self.hidden:
-                mine, its = [block.module for block in students], [block.module for block in chosen]
-                given = zip(*outputs(*models, mine, its, sample, mask), strict=True)
-                projections.extend(projection(x, y) for x, y in given)
+                projections.extend(projection(x, y) for x, y in zip(states, targets, strict=True))
                 terms.append((self.hidden, _hidden(seen.watch(mine, its), projections)))
             if self.attention_maps:
                 for view, blocks in zip(seen.views, (students, chosen), strict=True):
@@ -233,18 +256,8 @@ class InsideFields(BaseModel):
         ]
         return [(weight, term) for weight, term in weighted if weight]
 
-    def _chosen(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, sample: Inputs, mask: Tensor | None
-    ) -> list[int]:
-        """For each block of the student, the index of its block of the teacher."""
-        blocks, targets = ([block.module for block in Anatomy(one).blocks] for one in (student, teacher))
-        fixed = self._mapped(len(blocks), len(targets))
-        if self.layer_map != "learned":
-            return fixed
-        return ascending(alikenesses(*outputs(student, teacher, blocks, targets, sample, mask)))
-
     def _mapped(self, students: int, teachers: int) -> list[int]:
-        """The same where it does not depend on what the blocks do."""
+        """For each block of the student the index of its block of the teacher; of `learned`, before it looks."""
         if students > teachers:
             raise UserError(
                 f"The student has {students} blocks and the teacher {teachers}: features are learned from a teacher "

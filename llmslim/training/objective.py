@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
@@ -17,6 +17,7 @@ from llmslim.training.cached import CachedStep, TeacherCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from typing_extensions import Self
 
     from llmslim.training.loop import Loss
 
@@ -38,6 +39,16 @@ class ObjectiveStep(CachedStep):
         description="match the teacher's distribution over tokens, or predict the text's own: the next one, or, with "
         "encoders, 15 % that are masked",
     )
+
+    @model_validator(mode="after")
+    def _of_a_teacher(self) -> Self:
+        fields = type(self).model_fields
+        changed = next((n for n in ("teacher", "temperature") if getattr(self, n) != fields[n].default), None)
+        if changed and not self.distills:
+            raise ValueError(
+                f"{changed} is about learning from a teacher, and objective {self.objective} has none"
+            )
+        return self
 
     @property
     def distills(self) -> bool:

@@ -12,29 +12,42 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from llmslim.training.forward import Inputs
 
+PART = 512  # tokens of a sample that pass at once
 DAMP = 1e-3  # of the fit of projections, as a share of the mean square of a student's channel
 
 
 @torch.no_grad()
 def outputs(
-    student: nn.Module,
-    teacher: nn.Module,
-    blocks: Sequence[nn.Module],
-    targets: Sequence[nn.Module],
-    sample: Inputs,
+    models: tuple[nn.Module, nn.Module],
+    blocks: tuple[Sequence[nn.Module], Sequence[nn.Module]],
+    samples: tuple[Inputs, Inputs],
     mask: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What blocks of the student, and of the teacher, give for a sample: [tokens, width] each.
 
+    The sample passes in small parts: a large vocabulary's logits of all of it would take gigabytes.
+
     Args:
-        sample: on the models' device.
+        samples: the same for both, as each takes it, on the models' device.
         mask: bool [batch, seq], which of its tokens are no padding; all when None.
     """
     from llmslim.training.forward import observe
 
+    found: list[list[Tensor]] = []
+    for model, modules, sample in zip(models, blocks, samples, strict=True):
+        parts = [observe(model, part, modules).given for part in _parts(sample)]
+        found.append([torch.cat([x.flatten(0, -2) for x in given]) for given in zip(*parts, strict=True)])
     rows = slice(None) if mask is None else mask.flatten()
-    mine, its = observe(student, sample, blocks).given, observe(teacher, sample, targets).given
-    return [x.flatten(0, -2)[rows] for x in mine], [y.flatten(0, -2)[rows] for y in its]
+    mine, its = ([x[rows] for x in given] for given in found)
+    return mine, its
+
+
+def _parts(sample: Inputs) -> list[Inputs]:
+    """The rows of a sample, some at a time."""
+    if isinstance(sample, Tensor):
+        return list(sample.split(max(1, PART // sample.shape[1])))
+    columns = [[*_parts(column)] for column in sample.values()]
+    return [dict(zip(sample, part, strict=True)) for part in zip(*columns, strict=True)]
 
 
 def alikeness(x: Tensor, y: Tensor) -> float:
@@ -45,14 +58,22 @@ def alikeness(x: Tensor, y: Tensor) -> float:
     Args:
         x, y: [tokens, width]; widths may differ.
     """
-    x, y = (z.float() - z.float().mean(0) for z in (x, y))
-    scale = (x.T @ x).norm() * (y.T @ y).norm()
-    return float((y.T @ x).square().sum() / scale.clamp_min(1e-30))
+    return float(alikenesses([x], [y]))
 
 
 def alikenesses(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
     """`alikeness` of each of the student's (rows) with each of the teacher's (columns)."""
-    return torch.tensor([[alikeness(x, y) for y in teachers] for x in students])
+    sides = [[x.float() - x.float().mean(0) for x in side] for side in (students, teachers)]
+    mine, its = ([(x.T @ x).norm() for x in side] for side in sides)
+    return torch.tensor(
+        [
+            [
+                float((y.T @ x).square().sum() / (a * b).clamp_min(1e-30))
+                for y, b in zip(sides[1], its, strict=True)
+            ]
+            for x, a in zip(sides[0], mine, strict=True)
+        ]
+    )
 
 
 def ascending(scores: Tensor) -> list[int]:

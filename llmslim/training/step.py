@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from llmslim.calibration.stream import BlockStream
+    from llmslim.loaders.models import ModelFiles
     from llmslim.training.loop import Examples, Judge, Loss
 
 Finish = Callable[[], dict[str, Tensor]]
@@ -35,6 +36,16 @@ def held_out(windows: int, share: float) -> int:
 
 class PlacingStep(BlockStep):
     """A step whose survey finds values of parameters, by name; its pass puts them in the place of what was there."""
+
+    takes: ClassVar[str] = "learns from"
+    """What it does with another model, in words."""
+
+    @abstractmethod
+    def of_itself(self, spec: str) -> str:
+        """What to say when that is the model itself."""
+
+    def check_pair(self, front: Anatomy, other: Anatomy) -> None:
+        """Refuse another model that the step cannot take from, by their shapes; on meta."""
 
     @property
     def needs_survey(self) -> bool:
@@ -61,7 +72,10 @@ class TrainStep(PlacingStep):
     without_teacher: ClassVar[str] = ""
     """What a step can do instead when there is no teacher, for messages: ', or ...'."""
 
-    teacher: str = Field("", description="model to distill from; the uncompressed one when not given")
+    teacher: str = Field(
+        "",
+        description="model to distill from; when not given the uncompressed one, as reports of what it became tell",
+    )
     temperature: float = Field(1.0, gt=0, description="divides the logits of both sides when distilling")
     lr: float = Field(1e-4, gt=0, description="peak learning rate of AdamW; cosine to 0 at the end")
     epochs: float = Field(1.0, gt=0, description="passes over the calibration windows")
@@ -116,6 +130,20 @@ class TrainStep(PlacingStep):
         """Whether the step learns from a teacher."""
         return True
 
+    def other(self, base: ModelFiles) -> ModelFiles | None:
+        from llmslim.lineage import uncompressed
+        from llmslim.loaders.models import find  # brings transformers, which help must not wait for
+
+        if not self.distills:
+            return None
+        return find(self.teacher) if self.teacher else uncompressed(base, self.without_teacher)
+
+    def of_itself(self, spec: str) -> str:
+        return (
+            f"{spec} would be distilled from itself: name the uncompressed model with --teacher"
+            f"{self.without_teacher}."
+        )
+
     @property
     def dropout_trains(self) -> bool:
         """Whether the model drops out while it trains, as its config says: not beside a teacher, which has none."""
@@ -135,8 +163,12 @@ class TrainStep(PlacingStep):
             data: what training will take: the windows, int64 [windows, seq], or what else `examples` gives.
         """
 
-    def judge(self, model: PreTrainedModel) -> Judge | None:
-        """What validation keeps the best by; the loss when None."""
+    def judge(self, model: PreTrainedModel, data: Any) -> Judge | None:
+        """What validation keeps the best by; the loss when None.
+
+        Args:
+            data: as of `criterion`.
+        """
         return None
 
     @property
@@ -167,9 +199,6 @@ class TrainStep(PlacingStep):
     def check_teacher(self, config: PreTrainedConfig, spec: str) -> None:
         """Refuse a teacher, of that spec, that the step cannot learn from; by its config."""
 
-    def check_pair(self, student: Anatomy, teacher: Anatomy) -> None:
-        """Refuse a teacher that this student cannot learn from, by their shapes; on meta."""
-
     @abstractmethod
     def training(self, model: PreTrainedModel) -> AbstractContextManager[tuple[list[nn.Parameter], Finish]]:
         """Bring a loaded float32 model into the shape in which it trains.
@@ -188,7 +217,7 @@ class TrainStep(PlacingStep):
 
     def learned_from(self, look: Survey) -> Any:
         """The teacher, frozen, or what stands for it; None for a step that learns from none."""
-        return look.teacher(self.teacher) if self.distills else None
+        return look.other(self) if self.distills else None
 
     def survey(self, look: Survey) -> dict[str, Tensor]:
         from llmslim.training.loop import Schedule, train
@@ -209,7 +238,7 @@ class TrainStep(PlacingStep):
                 model, [*trained, *beside], data, loss, schedule, look.scratch,
                 look.scratch.parent / TRAINING,
                 lambda done, total, note: look.progress(self.kind, done, total, note), self.dropout_trains,
-                self.judge(model),
+                self.judge(model, data),
             )  # fmt: skip
             with torch.no_grad():
                 return {name: tensor.detach().cpu().clone() for name, tensor in finish().items()}

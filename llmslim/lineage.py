@@ -1,0 +1,57 @@
+"""What a model was made from, as its report tells, and which of that is uncompressed."""
+
+from __future__ import annotations
+
+import json
+
+from llmslim.errors import UserError
+from llmslim.loaders.models import ModelFiles, find
+from llmslim.step import STEPS, load_steps
+
+TRAINS = ("recover", "distill", "finetune")
+"""The verbs whose steps make no model smaller."""
+
+
+def uncompressed(base: ModelFiles, otherwise: str = "") -> ModelFiles:
+    """The nearest model that nothing has compressed in the line that `base` comes from, itself first.
+
+    A model's line is what its report tells: what it was made from, what that was made from, and so on.
+
+    Args:
+        otherwise: what else would do, for the message: ", or ...".
+
+    Raises:
+        UserError: it is not there.
+    """
+    model, seen = base, {base.folder}
+    whole: ModelFiles | None = None  # since which, seen from above, nothing was compressed
+    while (made := _making(model)) is not None:
+        origin, revision, compressed = made
+        whole = None if compressed else whole or model
+        try:
+            above = find(origin, revision)
+            if above.folder in seen:
+                raise UserError(f"{origin} was overwritten by what was made from it")
+        except UserError as error:
+            if whole is not None:  # as far as is known
+                return whole
+            raise UserError(
+                f"{base.spec} was made from {origin!r}, which is not here to distill from: name it with "
+                f"--teacher{otherwise}."
+            ) from error
+        model = above
+        seen.add(model.folder)
+    return whole or model
+
+
+def _making(files: ModelFiles) -> tuple[str, str | None, bool] | None:
+    """What a model was made from, its revision, and whether the making compressed; None where no report tells."""
+    try:
+        report = json.loads((files.folder / "report.json").read_text("utf-8"))
+        base, steps = report["base"], report["recipe"]["steps"]
+        origin, revision = str(base["spec"]), base.get("revision")
+        kinds = [next(iter(step)) for step in steps]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        return None
+    load_steps()
+    return origin, revision, any(kind not in STEPS or STEPS[kind].verb not in TRAINS for kind in kinds)
