@@ -130,30 +130,38 @@ def by_bytes(result: Result) -> str:
 
 
 def recovery(result: Result) -> str:
-    """A line per row: what training took, and how much of the perplexity that was lost it won back."""
-    found = {row["name"]: row["quality"]["perplexity"] for row in result["rows"]}
-    base = found.get("base", float("nan"))
+    """A line per row: what training took, and how much of the perplexity that was lost it won back, on two texts."""
     listed = []
     for row in result["rows"]:
+        won = [text for judged in ("quality", "elsewhere") for text in _won_back(row, judged, result["rows"])]
         if row["name"] == "base":
-            listed.append(["float32", "", "", f"{base:.2f}", "", "", ""])
+            listed.append(["float32", "", "", *won, "", ""])
             continue
-        perplexity = row["quality"]["perplexity"]
-        before = found.get(f"{row['name'].split('/')[0]}/untrained", float("nan"))
-        gone = f"{100 * (before - perplexity) / (before - base):.0f} %" if "minutes" in row else ""
         listed.append(
             [
                 row["name"],
                 f"{(row['size']['bytes_on_disk'] + row.get('adapter_bytes', 0)) / 1e6:.1f}",
                 f"{row['minutes']:g}" if "minutes" in row else "",
-                f"{perplexity:.2f}",
-                gone,
+                *won,
                 f"{row['cpu_seconds']['steps']:.0f}",
                 f"{row['peak_memory_mb']['process']:.0f}",
             ]
         )
-    headings = ["what / training", "MB on disk", "minutes", "WikiText-2 perplexity", "of the increase gone"]
-    return table([*headings, "CPU s", "peak MB"], listed)
+    texts = [
+        heading for text in ("WikiText-2", "C4") for heading in (f"{text} perplexity", "of the increase gone")
+    ]
+    return table(["what / training", "MB on disk", "minutes", *texts, "CPU s", "peak MB"], listed)
+
+
+def _won_back(row: dict[str, Any], judged: str, rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """The perplexity of a row on one text, and what share of the increase is gone; empty where not measured."""
+    found = {one["name"]: one[judged]["perplexity"] for one in rows if judged in one}
+    perplexity = found.get(row["name"])
+    if perplexity is None:
+        return "", ""
+    base, before = found.get("base"), found.get(f"{row['name'].split('/')[0]}/untrained")
+    known = "minutes" in row and base is not None and before is not None
+    return f"{perplexity:.2f}", f"{100 * (before - perplexity) / (before - base):.0f} %" if known else ""
 
 
 def pruning(result: Result) -> str:
