@@ -147,9 +147,7 @@ def recovery(result: Result) -> str:
                 f"{row['peak_memory_mb']['process']:.0f}",
             ]
         )
-    texts = [
-        heading for text in ("WikiText-2", "C4") for heading in (f"{text} perplexity", "of the increase gone")
-    ]
+    texts = ["WikiText-2 perplexity", "of the increase gone", "C4 perplexity", "of that increase gone"]
     return table(["what / training", "MB on disk", "minutes", *texts, "CPU s", "peak MB"], listed)
 
 
@@ -160,8 +158,9 @@ def _won_back(row: dict[str, Any], judged: str, rows: list[dict[str, Any]]) -> t
     if perplexity is None:
         return "", ""
     base, before = found.get("base"), found.get(f"{row['name'].split('/')[0]}/untrained")
-    known = "minutes" in row and base is not None and before is not None
-    return f"{perplexity:.2f}", f"{100 * (before - perplexity) / (before - base):.0f} %" if known else ""
+    if "minutes" not in row or base is None or before is None:
+        return f"{perplexity:.2f}", ""
+    return f"{perplexity:.2f}", f"{100 * (before - perplexity) / (before - base):.0f} %"
 
 
 def pruning(result: Result) -> str:
