@@ -41,15 +41,21 @@ class ModelFiles:
     @property
     def weights(self) -> SafetensorsFolder:
         if self._weights is None:
-            self._weights = SafetensorsFolder(self.folder)
-            if not self._weights.entries:
+            weights = SafetensorsFolder(self.folder)
+            if not weights.entries:
                 pickles = sorted(p.name for p in self.folder.glob("*.bin"))
                 hint = (
                     f" (it has {pickles[0]}: llmslim reads no pickle files; save it as safetensors)"
                     if pickles
                     else ""
                 )
-                raise UserError(f"The folder {self.folder} has no .safetensors weights{hint}.")
+                raise UserError(f"The folder {self.folder} has no model.safetensors{hint}.")
+            if (self.folder / "adapter_config.json").exists():  # transformers would load it, pickled or not
+                raise UserError(
+                    f"The folder {self.folder} has an adapter among the files of the model: move its two files, "
+                    "adapter_config.json and adapter_model.*, to a folder of their own."
+                )
+            self._weights = weights
         return self._weights
 
     @property
@@ -121,9 +127,11 @@ def _download(spec: str, revision: str | None, metadata_only: bool) -> Path:
 
 def _read_config(folder: Path) -> transformers.PreTrainedConfig:
     try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # unknown model types, damaged JSON and remote code all end here
         raise UserError(f"{folder}/config.json cannot be used: {_first(error)}.") from error
+    config.__dict__.pop("transformers_weights", None)  # weight files of other names, which may be pickles
+    return config
 
 
 def _first(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from llmslim.anatomy import Anatomy, Block
 from llmslim.anatomy.parts import is_conv1d, is_linear, is_matrix, is_packed
 from llmslim.errors import UserError
 from llmslim.loaders.safetensors_io import SafetensorsFolder
-from llmslim.recovery._base import KEY, seal
+from llmslim.recovery._base import KEY, require_files, seal
 from llmslim.recovery._merging import MergingStep, has_no_grid, linears_of
 from llmslim.sparse import SparseLinear
 from llmslim.step import Outlook, Step, StepRecord, matches
@@ -212,9 +212,10 @@ def with_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
     """A peft model: `model` with the adapter of a folder, also where its Linears are packed.
 
     Raises:
-        UserError: the adapter is for another model.
+        UserError: there is no adapter, or it is for another model.
     """
     _installed()
+    require_files(Path(folder))
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(str(folder))
