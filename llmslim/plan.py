@@ -21,6 +21,7 @@ from llmslim.outlook import Foresight
 from llmslim.passes import PassOptions
 from llmslim.recipe import Recipe
 from llmslim.step import BlockStep
+from llmslim.work import nearest_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,9 +63,7 @@ class Plan:
         Raises:
             UserError: with what is needed and what is free.
         """
-        place = output.absolute().parent
-        while not place.exists():
-            place = place.parent
+        place = nearest_folder(output)
         free = shutil.disk_usage(place).free
         if free < self.disk_bytes:
             raise UserError(

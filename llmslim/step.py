@@ -84,7 +84,7 @@ class Outlook(Protocol):
 class Step(BaseModel):
     """A method. Subclasses set `kind` (the name in recipes) and `verb` (the CLI verb that offers it)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     kind: ClassVar[str]
     verb: ClassVar[str]
 
@@ -354,5 +354,5 @@ def explain(error: ValidationError, what: str, cls: type[BaseModel]) -> str:
     if detail["type"] == "extra_forbidden":
         known = ", ".join(cls.model_fields)
         return f"Unknown option {key!r} for {what}{nearest(key, cls.model_fields)}; it takes {known}."
-    message = detail["msg"].removeprefix("Value error, ")
+    message = detail["msg"].removeprefix("Value error, ").rstrip(".")
     return f"{what}: {key} = {detail['input']!r}: {message}." if key else f"{what}: {message}."

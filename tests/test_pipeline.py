@@ -22,6 +22,7 @@ from llmslim.pipeline import compress, prepare
 from llmslim.quantization.gptq import GPTQ
 from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration, Evaluation, Recipe
+from llmslim.work import WorkFolder
 from tests.tiny import DECODERS, FAMILIES, save_tiny
 
 pytestmark = pytest.mark.usefixtures("verified_here")
@@ -290,6 +291,41 @@ def test_a_folder_in_the_way_of_the_work_is_not_thrown_away(folders: dict[str, P
     with pytest.raises(UserError, match="is not an unfinished run"):
         compress(str(folders["llama"]), [STEP], tmp_path / "out", overwrite=True, **QUICK)
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "ten years of work"
+
+
+def test_outputs_that_cannot_be_made_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("ten years of work")
+    (tmp_path / "out.partial").write_text("ten years of work")
+    for output, said in (
+        ("file/out", "file, which is a file"),
+        ("file/above/out", "file, which is a file"),
+        ("out", "is not an unfinished run"),
+    ):
+        with pytest.raises(UserError, match=said):
+            WorkFolder(tmp_path / output, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Path, "mkdir", lambda *args, **options: (_ for _ in ()).throw(PermissionError(13, "no"))
+        )
+        with pytest.raises(UserError, match="cannot be a folder: no; name another"):
+            WorkFolder(tmp_path / "other", {}).save()
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    with pytest.raises(UserError, match="may not write to; name another"):
+        WorkFolder(tmp_path / "other", {})
+
+
+def test_the_folder_that_one_is_in_is_replaced_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "model")
+    with pytest.raises(UserError, match="exists"):
+        WorkFolder(Path(), {})
+    work = WorkFolder(Path(), {}, overwrite=True)
+    work.save()
+    assert work.path == tmp_path / "model.partial"
+    assert work.publish() == tmp_path / "model" and not list(work.output.iterdir())
 
 
 def test_a_nan_weight_is_named_and_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:

@@ -111,9 +111,14 @@ class Amount(BlockStep):
         ] or ["retrain"]
         between = self.between()
         then = " and ".join(["", *(step.kind for step in between)])
-        chosen = ", then ".join(f"{self._of(one):g}{then}" for one in steps)
-        told = f"{self.kind} with {' and '.join(asked)}: {self.amount} {chosen}; leaves {_extent(after)}"
+        chosen = ", then ".join(f"{one.removes[1]}{then}" for one in steps)
+        told = f"{self.kind} with {' and '.join(asked)}: {self.removes[0]} {chosen}; leaves {_extent(after)}"
         return [step for one in steps for step in (one, *between)], told
+
+    @property
+    def removes(self) -> tuple[str, str]:
+        """What goes, in words: the option that says so, and its value."""
+        return self.amount, f"{self._of(self):g}"
 
     def between(self) -> list[Step]:
         """What follows each round."""
