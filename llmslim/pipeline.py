@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from llmslim.loaders.texts import TextSample, sample
 from llmslim.measure import measure
 from llmslim.memory import return_freed_memory
 from llmslim.outlook import Foresight
-from llmslim.passes import BlockPass, PassOptions
+from llmslim.passes import BlockPass, PassOptions, recorded
 from llmslim.plan import Plan, make_plan
 from llmslim.recipe import Recipe
 from llmslim.report import write_report
@@ -128,21 +129,42 @@ def run_steps(
     for number, step in enumerate(recipe.steps):
         last = number == len(recipe.steps) - 1
         folder = work.path if last else work.scratch(f"step-{number}")
-        form = prepared.format if last else choose("llmslim", [], None)
-        done = run_step(step, made[-1], folder, form, options, work, number, progress)
-        record.edits += done.edits
-        record.linears += (
-            [{**row, "step": number} for row in done.linears] if number or not last else done.linears
-        )
-        record.notes += done.notes
         if not work.state.get(f"saved-{number}"):
+            form = prepared.format if last else choose("llmslim", [], None)
+            done = run_step(step, made[-1], folder, form, options, work, number, progress)
             CheckpointWriter(folder, form, options.stored).finish(made[-1], done.edits)
             if isinstance(step, BlockStep):
                 step.write_beside(folder, done)
             work.state[f"saved-{number}"] = True
             work.save()
+        done = recorded(work.state["passes"][str(number)], {})
+        record.edits += done.edits
+        record.linears += (
+            [{**row, "step": number} for row in done.linears] if number or not last else done.linears
+        )
+        record.notes += done.notes
+        _clear(work, number, last, number > 0 and not _measures_steps(recipe))
         made.append(find(str(folder)))
     return record, made[1:]
+
+
+def _clear(work: WorkFolder, number: int, last: bool, source: bool) -> None:
+    """Remove what nothing needs once a step's checkpoint is saved; a run that was killed meanwhile does so again.
+
+    Verification looks at the last pass, and at the tokenizer of its source.
+
+    Args:
+        source: whether the weights of what the step started from go, too.
+    """
+    if not last:
+        shutil.rmtree(work.scratch(f"pass-{number}"))
+    if source:
+        for path in work.scratch(f"step-{number - 1}").glob("*.safetensors"):
+            path.unlink()
+
+
+def _measures_steps(recipe: Recipe) -> bool:
+    return recipe.evaluation is not None and recipe.evaluation.steps
 
 
 def _report(prepared: Prepared, work: WorkFolder, record: StepRecord, started: float) -> dict[str, Any]:
@@ -218,7 +240,7 @@ def prepare(
     def form_of(edits: list[Edit]) -> Format:
         return choose(recipe.format, [*before, *edits], origin, stored)
 
-    steps, students, outlook, chosen = _resolved(recipe.steps, Foresight(reader_model, (), form_of, stored))
+    steps, fronts, outlook, chosen = _resolved(recipe.steps, Foresight(reader_model, (), form_of, stored))
     if not plan_only:
         recipe.steps[0].check_source(files)
     chosen += (heads,) if heads else ()
@@ -237,14 +259,15 @@ def prepare(
         stored,
         files,
     )
-    teachers = check_training(recipe.steps, files, text, students)
+    teachers = check_training(recipe.steps, files, text, fronts)
     if recipe.evaluation is not None:
         _check_length(recipe.evaluation.seq_len, files)
         if recipe.evaluation.tasks:  # refused now and not when the run is over
             load_tasks(recipe.evaluation.tasks, recipe.evaluation.tasks_data)
     streams = reader.streams if reader else True
-    plan = make_plan(files, reader_model, recipe, options, form, outlook, streams, chosen)
-    return Prepared(files, recipe, options, form, text, plan, teachers, headed is not None)
+    fresh = headed is not None
+    plan = make_plan(files, fronts, recipe, options, form, outlook, streams, chosen, fresh)
+    return Prepared(files, recipe, options, form, text, plan, teachers, fresh)
 
 
 def _resolved(

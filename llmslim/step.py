@@ -141,8 +141,8 @@ class Step(BaseModel):
         """Memory the step needs at its peak beside a block's weights and the calibration states; for the plan."""
         return 0
 
-    def disk_bytes(self, tokens: int) -> int:
-        """What the step keeps in the work folder of a text of so many tokens, for itself; for the plan."""
+    def disk_bytes(self, anatomy: Anatomy, tokens: int) -> int:
+        """What the step keeps in the work folder for itself, on a text of so many tokens; for the plan."""
         return 0
 
 

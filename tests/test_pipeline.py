@@ -19,9 +19,12 @@ import llmslim
 from llmslim import pipeline
 from llmslim.errors import UserError
 from llmslim.pipeline import compress, prepare
+from llmslim.plan import SMALL_FILES
 from llmslim.quantization.gptq import GPTQ
 from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration, Evaluation, Recipe
+from llmslim.recovery.full import Full
+from llmslim.recovery.lora import LoRA
 from llmslim.work import WorkFolder
 from tests.tiny import DECODERS, FAMILIES, save_tiny
 
@@ -354,6 +357,64 @@ def test_a_full_disk_is_foreseen(
     with pytest.raises(UserError, match=r"GB free and the run needs"):
         compress(str(folders["llama"]), [STEP], tmp_path / "out", **QUICK)
     assert list(tmp_path.iterdir()) == []
+
+
+PARTS = [RTN(bits=8, group_size=32, include=("mlp.*",)), RTN(bits=4, group_size=32, exclude=("mlp.*",))]
+
+
+@pytest.mark.parametrize("killed", ["clear 0", "clear 1", "verify"])
+def test_what_is_not_needed_goes_and_a_killed_run_goes_on(
+    killed: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clear = pipeline._clear
+
+    def clearing(work: WorkFolder, number: int, *rest: Any) -> None:
+        if killed == f"clear {number}":
+            raise Stop
+        clear(work, number, *rest)
+
+    def progress(what: str, *rest: Any) -> None:
+        if what == killed:
+            raise Stop
+
+    whole = compress(str(folders["llama"]), PARTS, tmp_path / "whole", **QUICK)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(pipeline, "_clear", clearing)
+        compress(str(folders["llama"]), PARTS, tmp_path / "out", progress=progress, **QUICK)
+    left = tmp_path / "out.partial"
+    assert (left / ".pass-0").exists() == (killed == "clear 0")
+    assert (left / ".step-0/model.safetensors").exists() == (killed != "verify")
+    resumed = compress(str(folders["llama"]), PARTS, tmp_path / "out", **QUICK)
+    assert resumed.report["run"]["resumed"] and weights(resumed.folder) == weights(whole.folder)
+    assert resumed.report["linears"] == whole.report["linears"]
+
+
+@pytest.mark.parametrize("step", [
+    Full(max_steps=4, save_steps=1, batch_size=2, objective="next_token"),
+    LoRA(max_steps=4, save_steps=1, batch_size=2, objective="next_token", rank=32, rounding="nearest"),
+])  # fmt: skip
+@pytest.mark.parametrize("measured", [False, True])
+def test_the_plan_knows_what_the_disk_holds_at_most(
+    measured: bool, step: Any, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+
+    def watch(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def noting(*args: Any, **options: Any) -> Any:
+            held.append(sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, name, noting)
+
+    for owner, name in ((os, "replace"), (shutil, "rmtree"), (Path, "unlink")):  # in front of each it is most
+        watch(owner, name)
+    evaluation = Evaluation(windows=1, seq_len=32, speed=False, steps=True) if measured else None
+    options = {**QUICK, "evaluation": evaluation}
+    result = compress(str(folders["llama"]), [step, *PARTS], tmp_path / "out", **options)
+    planned = result.report["plan"]["disk_bytes"] - SMALL_FILES
+    assert 0.6 * planned < max(held) < planned + 400_000  # tokenizers
 
 
 def test_the_plan_knows_the_size_of_the_output(folders: dict[str, Path], tmp_path: Path) -> None:

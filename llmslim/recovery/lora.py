@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmslim.anatomy import Anatomy, Block
-from llmslim.anatomy.parts import is_conv1d, is_linear, is_matrix, is_packed
+from llmslim.anatomy.parts import features, is_conv1d, is_linear, is_matrix, is_packed
 from llmslim.errors import UserError
 from llmslim.loaders.safetensors_io import SafetensorsFolder
 from llmslim.recovery._base import KEY, require_files, seal
@@ -110,6 +110,10 @@ class LoRA(MergingStep, ObjectiveStep):
                 f"target_modules {', '.join(map(repr, missing))}: no such Linear in the blocks; there are "
                 f"{', '.join(leaves)}."
             )
+
+    def placed(self, anatomy: Anatomy) -> int:
+        known = linears_of(anatomy)
+        return sum(self.rank * sum(features(known[n])) for n in self._named(known, self.target_modules))
 
     @staticmethod
     def _named(known: dict[str, nn.Module], patterns: tuple[str, ...]) -> list[str]:
