@@ -16,7 +16,7 @@ import llmslim
 from llmslim.anatomy import Anatomy
 from llmslim.checkpoint.formats import Format, choose
 from llmslim.checkpoint.head import write_headed
-from llmslim.checkpoint.reader import CheckpointReader, plain_config, read_edits
+from llmslim.checkpoint.reader import CheckpointReader, edited_skeleton, plain_config, read_edits
 from llmslim.checkpoint.verify import verify_in_fresh_process
 from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import Edit
@@ -38,7 +38,7 @@ from llmslim.report.schema import SCHEMA_VERSION
 from llmslim.step import BlockStep, Step, StepRecord
 from llmslim.survey import run_survey
 from llmslim.teacher import check_training
-from llmslim.work import Progress, WorkFolder, silent
+from llmslim.work import Progress, WorkFolder, check_output, silent
 
 
 @dataclass
@@ -81,6 +81,7 @@ def compress(
     """
     recipe = steps if isinstance(steps, Recipe) else Recipe(steps=tuple(steps), **fields)
     started = time.time()
+    check_output(Path(output), overwrite)
     return_freed_memory()
     prepared = prepare(model, recipe, revision=revision, device=device)
     files, recipe, options = prepared.files, prepared.recipe, prepared.options
@@ -116,7 +117,8 @@ def _with_head(prepared: Prepared, work: WorkFolder) -> Prepared:
         write_headed(prepared.files, prepared.recipe.seed, folder)
         work.state["started"] = True
         work.save()
-    files = replace(prepared.files, folder=folder, config=find(str(folder)).config, _weights=None)
+    config = find(str(folder)).config
+    files = replace(prepared.files, folder=folder, config=config, hub=False, _weights=None)
     return replace(prepared, files=files, options=replace(prepared.options, base=files))
 
 
@@ -219,10 +221,12 @@ def prepare(
 ) -> Prepared:
     """Check a run and plan it; reads configuration, tokenizer, texts and file headers, but no weights.
 
+    Those of Hub models are fetched when all that needs only their configuration has been checked; for a plan never.
+
     Raises:
         UserError: for a model, text, option or format that cannot work.
     """
-    files = find(model, revision, metadata_only=plan_only)
+    files = find(model, revision)
     headed = next((config for step in recipe.steps if (config := step.starts_from(files))), None)
     heads = "" if headed is None else replaced_head(files.config, headed)
     if headed is not None:
@@ -232,17 +236,14 @@ def prepare(
     recipe = recipe.model_copy(
         update={"steps": tuple(_settled(step, stored, recipe) for step in recipe.steps)}
     )
-    reader = None if plan_only else CheckpointReader(files)
-    reader_model = reader.model_skeleton() if reader else skeleton(files.config)
     before = read_edits(files)[1]  # a format must hold what was done to the model earlier, too
-    origin = skeleton(plain_config(files)) if before else reader_model
+    whole = edited_skeleton(files, before)
+    origin = skeleton(plain_config(files)) if before else whole
 
     def form_of(edits: list[Edit]) -> Format:
         return choose(recipe.format, [*before, *edits], origin, stored)
 
-    steps, fronts, outlook, chosen = _resolved(recipe.steps, Foresight(reader_model, (), form_of, stored))
-    if not plan_only:
-        recipe.steps[0].check_source(files)
+    steps, fronts, outlook, chosen = _resolved(recipe.steps, Foresight(whole, (), form_of, stored))
     chosen += (heads,) if heads else ()
     recipe = recipe.model_copy(update={"steps": steps})
     form = form_of(list(outlook.edits))
@@ -264,7 +265,10 @@ def prepare(
         _check_length(recipe.evaluation.seq_len, files)
         if recipe.evaluation.tasks:  # refused now and not when the run is over
             load_tasks(recipe.evaluation.tasks, recipe.evaluation.tasks_data)
-    streams = reader.streams if reader else True
+    streams = True
+    if not (plan_only and files.hub):
+        recipe.steps[0].check_source(files)
+        streams = CheckpointReader(files).streams
     fresh = headed is not None
     plan = make_plan(files, fronts, recipe, options, form, outlook, streams, chosen, fresh)
     return Prepared(files, recipe, options, form, text, plan, teachers, fresh)

@@ -17,6 +17,7 @@ from llmslim.checkpoint.formats import Format, formats
 from llmslim.checkpoint.writer import weight_bytes
 from llmslim.errors import UserError
 from llmslim.loaders.models import ModelFiles
+from llmslim.loaders.safetensors_io import SafetensorsFolder
 from llmslim.memory import available_memory, resident_bytes
 from llmslim.outlook import Foresight
 from llmslim.passes import PROBE_TOKENS, PassOptions
@@ -236,6 +237,7 @@ def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 def _input_bytes(files: ModelFiles, parameters: int) -> int:
     """Bytes of the weights in the files as they are; of a Hub model not fetched yet, what its config says."""
     try:
-        return files.weights.stored_bytes
+        here = SafetensorsFolder(files.folder).stored_bytes
     except UserError:
-        return parameters * files.dtype.itemsize
+        here = 0
+    return here or parameters * files.dtype.itemsize

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import llmslim
 from llmslim import pipeline
+from llmslim.distillation.response import Response
 from llmslim.errors import UserError
 from llmslim.pipeline import compress, prepare
 from llmslim.plan import SMALL_FILES
@@ -268,6 +269,47 @@ def test_bad_requests_cost_nothing(
     with pytest.raises(UserError, match=message):
         compress(str(folders["llama"]), steps, tmp_path / "out", **{**QUICK, **fields})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def hub(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that were fetched of the models hub/<family>, in order."""
+    fetched: list[Path] = []
+
+    def snapshot_download(spec: str, revision: str | None, allow_patterns: list[str]) -> str:
+        snapshot = tmp_path / "hub" / spec.partition("/")[2] / "a1b2c3"
+        assert revision in (None, snapshot.name)
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for path in sorted({path for pattern in allow_patterns for path in folders[spec[4:]].glob(pattern)}):
+            if not (snapshot / path.name).exists():
+                shutil.copyfile(path, snapshot / path.name)
+                fetched.append(Path(spec) / path.name)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return fetched
+
+
+def test_weights_of_the_hub_are_fetched_when_all_is_checked(
+    hub: list[Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    def weights_of(family: str) -> bool:
+        return Path("hub", family, "model.safetensors") in hub
+
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="exists"):
+        compress("hub/llama", [STEP], tmp_path / "there", **QUICK)
+    assert not hub  # nothing at all
+    for step, message in ((GPTQ(group_size=48), "does not divide"), (RTN(include=("no",)), "Nothing to")):
+        with pytest.raises(UserError, match=message):
+            compress("hub/llama", [step], tmp_path / "out", **QUICK)
+    taught = Response(teacher="hub/qwen2", max_steps=1, batch_size=2)
+    recipe = Recipe(steps=(taught,), **QUICK)
+    plan = prepare("hub/llama", recipe, plan_only=True).plan
+    assert plan.input_bytes == prepare(str(folders["llama"]), recipe, plan_only=True).plan.input_bytes
+    assert not weights_of("llama") and not weights_of("qwen2")
+    result = compress("hub/llama", [taught], tmp_path / "out", **QUICK)
+    assert weights_of("llama") and weights_of("qwen2") and result.report["verification"]["ok"]
 
 
 def test_too_short_a_text_is_refused_with_what_would_do(folders: dict[str, Path], tmp_path: Path) -> None:

