@@ -184,25 +184,6 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def bind(model: nn.Module, names: set[str]) -> dict[str, str] | None:
-    """Map each parameter and stored buffer of `model` to the tensor of that name in the files.
-
-    Files of a model saved with or without its head differ by the base model's prefix, which is put on or taken
-    off. Returns None when something has no tensor: such a checkpoint needs transformers' own conversion.
-    """
-    prefix = getattr(model, "base_model_prefix", "")
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    binding: dict[str, str] = {}
-    for name in model.state_dict():
-        options = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
-        match = next((option for option in options if option in names), None)
-        if match is not None:
-            binding[name] = match
-        elif name not in tied:
-            return None
-    return binding
-
-
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a tensor where a parameter or buffer of that dotted name is, whatever was there."""
     parent_name, _, leaf = name.rpartition(".")
