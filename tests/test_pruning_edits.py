@@ -17,6 +17,7 @@ from llmslim.errors import UserError
 from llmslim.experts import UnfuseExperts
 from llmslim.loaders.models import skeleton
 from llmslim.pipeline import compress
+from llmslim.pruning import residual  # noqa: F401  its edits
 from llmslim.pruning.edits import (
     NarrowAttention,
     NarrowMLP,
