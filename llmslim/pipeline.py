@@ -87,7 +87,7 @@ def compress(
     files, recipe, options = prepared.files, prepared.recipe, prepared.options
     work = WorkFolder(Path(output), _fingerprint(prepared), overwrite)
     on_plan(prepared.plan)
-    prepared.plan.require_disk(Path(output))
+    prepared.plan.require_disk(Path(output), work.held)
     work.save()
     return_freed_memory()  # reading and tokenizing the text left holes
     if prepared.fresh_head:

@@ -59,17 +59,20 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def require_disk(self, output: Path) -> None:
+    def require_disk(self, output: Path, held: int = 0) -> None:
         """Refuse a run that the disk cannot hold.
+
+        Args:
+            held: bytes that an unfinished run has there already.
 
         Raises:
             UserError: with what is needed and what is free.
         """
         place = nearest_folder(output)
-        free = shutil.disk_usage(place).free
-        if free < self.disk_bytes:
+        free, needed = shutil.disk_usage(place).free, self.disk_bytes - held
+        if free < needed:
             raise UserError(
-                f"{place} has {free / 1e9:.2f} GB free and the run needs {self.disk_bytes / 1e9:.2f} GB: "
+                f"{place} has {free / 1e9:.2f} GB free and the run needs {needed / 1e9:.2f} GB: "
                 "free some space or give --output on another disk."
             )
 

