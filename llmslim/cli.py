@@ -90,8 +90,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _complain(str(error), 2)
     except KeyboardInterrupt:
-        resumes = " The same command goes on where this one stopped." if "--output" in " ".join(argv) else ""
-        return _complain(f"interrupted.{resumes}", 130)
+        resumes = "--output" in " ".join(argv) and argv[0] in {*step_verbs(), "compress"}
+        on = " The same command goes on where this one stopped." if resumes else ""
+        return _complain(f"interrupted.{on}", 130)
     except BrokenPipeError:  # `llmslim inspect MODEL | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from llmslim.errors import UserError
+from llmslim.errors import UserError, first_line
 from llmslim.ties import put, share, tie_shared
 
 EDITS: dict[str, type[Edit]] = {}
@@ -65,7 +65,7 @@ class DropBlocks(Edit):
         blocks = model.get_submodule(self.stack)
         if not isinstance(blocks, nn.ModuleList):
             raise ValueError(f"{self.stack} is no list of blocks")
-        if not self.keep or max(self.keep) >= len(blocks) or list(self.keep) != sorted(set(self.keep)):
+        if not self.keep or list(self.keep) != [n for n in range(len(blocks)) if n in self.keep]:
             raise ValueError(
                 f"{self.stack} has {len(blocks)} blocks, of which {list(self.keep)} cannot be kept"
             )
@@ -137,9 +137,9 @@ def replay(model: nn.Module, edits: Sequence[Edit]) -> None:
     for edit in edits:
         try:
             edit.apply(model)
-        except (AttributeError, ValueError, TypeError) as error:
+        except (AttributeError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
             raise UserError(
-                f"The checkpoint's edit {edit.to_json()} does not fit the model: {error}."
+                f"The checkpoint's edit {edit.to_json()} does not fit the model: {first_line(error)}."
             ) from error
     try:
         tie_shared(model)

@@ -13,6 +13,11 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, for a message that goes on behind it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """' (did you mean X?)' when something known is close to the word, for a message."""
     close = difflib.get_close_matches(word, list(known), 1)

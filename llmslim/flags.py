@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -92,7 +93,8 @@ def add_field(
         options["action"] = argparse.BooleanOptionalAction
     elif origin is dict:
         name = name.removesuffix("s")
-        options |= {"action": _Entries, "type": _entry, "metavar": "'PATTERN:KEY=VALUE,...'"}
+        form, example = _FORMS[name]
+        options |= {"action": _Entries, "type": partial(_entry, form, example), "metavar": f"'{form}'"}
     elif origin is tuple and int in get_args(annotation):
         options |= {"type": number_or_text, "metavar": "N,N,..."}
     elif origin is tuple:
@@ -132,15 +134,22 @@ class _Entries(argparse.Action):
         setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), **value})
 
 
-def _entry(text: str) -> dict[str, dict[str, Any]]:
-    """{'*.down_proj': {'bits': 8}} from '*.down_proj:bits=8'."""
-    pattern, _, rest = text.rpartition(":")
+_FORMS = {
+    "override": ("PATTERN:KEY=VALUE,...", "*.down_proj:bits=8"),
+    "retrain": ("METHOD[:KEY=VALUE,...]", "full:max_steps=50"),
+}
+"""How an entry of a mapping is written, by flag, and an example."""
+
+
+def _entry(form: str, example: str, text: str) -> dict[str, dict[str, Any]]:
+    """{'*.down_proj': {'bits': 8}} from '*.down_proj:bits=8'; {'full': {}} from 'full' where options may be missing."""
+    if "[" in form and text and not set(text) & set(":="):
+        return {text: {}}
+    name, _, rest = text.rpartition(":")
     pairs = [pair.partition("=") for pair in rest.split(",")]
-    if not pattern or not all(key and equals and value for key, equals, value in pairs):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not PATTERN:KEY=VALUE,..., such as '*.down_proj:bits=8'"
-        )
-    return {pattern: {key: number_or_text(value) for key, _, value in pairs}}
+    if not name or not all(key and equals and value for key, equals, value in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {form}, such as {example!r}")
+    return {name: {key: number_or_text(value) for key, _, value in pairs}}
 
 
 def number_or_text(text: str) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmslim.errors import UserError
+from llmslim.errors import UserError, first_line
 from llmslim.loaders.digest import sha256_of
 from llmslim.report.head import card_problem
 from llmslim.report.public import cutter, published
@@ -374,14 +374,10 @@ def _said_plainly(repo_id: str) -> Iterator[None]:
         OSError,
         RuntimeError,
     ) as error:  # the file and the upload behind a RuntimeError of huggingface_hub
-        raise UserError(f"The upload to {repo_id} broke off ({_first(error)}): {again}.") from None
+        raise UserError(f"The upload to {repo_id} broke off ({first_line(error)}): {again}.") from None
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "huggingface_hub"):
             raise
         raise UserError(
-            f"The Hub at {_endpoint()} cannot be reached ({_first(error)}): {again}, when it can."
+            f"The Hub at {_endpoint()} cannot be reached ({first_line(error)}): {again}, when it can."
         ) from None
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -28,7 +28,7 @@ def inspect(model: str, revision: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: there is no such model.
     """
-    files = find(model, revision, metadata_only=True)
+    files = find(model, revision)
     form, edits = read_edits(files)
     whole = skeleton(plain_config(files))
     facts = summary(whole, files.dtype)

@@ -91,12 +91,7 @@ class BlockPass:
                 "notes": [],
             },
         )
-        self.record = StepRecord(
-            [parse_edit(edit) for edit in self.state["edits"]],
-            self.state["linears"],
-            self.state["notes"],
-            survey,
-        )
+        self.record = recorded(self.state, survey)
         self.drops = step.drops(self.stream.anatomy, survey)
         self.new_names = self._new_names()
         self._streams = [self.stream, *([self.reference] if self.reference else [])]
@@ -340,6 +335,11 @@ class BlockPass:
             lane = self._streams[int(which)].lanes[name]
             chunks = lane.finished.setdefault(place_, []) if place_ else lane.hidden
             chunks.append(tensors[key].to(self.options.device))
+
+
+def recorded(state: dict[str, Any], survey: dict[str, Tensor]) -> StepRecord:
+    """What a pass did so far, of its state in the work folder."""
+    return StepRecord([parse_edit(edit) for edit in state["edits"]], state["linears"], state["notes"], survey)
 
 
 def _outer_names(stream: BlockStream, tied: bool = False) -> list[str]:

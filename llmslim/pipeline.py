@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import llmslim
 from llmslim.anatomy import Anatomy
 from llmslim.checkpoint.formats import Format, choose
 from llmslim.checkpoint.head import write_headed
-from llmslim.checkpoint.reader import CheckpointReader, plain_config, read_edits
+from llmslim.checkpoint.reader import CheckpointReader, edited_skeleton, plain_config, read_edits
 from llmslim.checkpoint.verify import verify_in_fresh_process
 from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import Edit
@@ -29,7 +30,7 @@ from llmslim.loaders.texts import TextSample, sample
 from llmslim.measure import measure
 from llmslim.memory import return_freed_memory
 from llmslim.outlook import Foresight
-from llmslim.passes import BlockPass, PassOptions
+from llmslim.passes import BlockPass, PassOptions, recorded
 from llmslim.plan import Plan, make_plan
 from llmslim.recipe import Recipe
 from llmslim.report import write_report
@@ -37,7 +38,7 @@ from llmslim.report.schema import SCHEMA_VERSION
 from llmslim.step import BlockStep, Step, StepRecord
 from llmslim.survey import run_survey
 from llmslim.teacher import check_others
-from llmslim.work import Progress, WorkFolder, silent
+from llmslim.work import Progress, WorkFolder, check_output, silent
 
 
 @dataclass
@@ -80,12 +81,13 @@ def compress(
     """
     recipe = steps if isinstance(steps, Recipe) else Recipe(steps=tuple(steps), **fields)
     started = time.time()
+    check_output(Path(output), overwrite)
     return_freed_memory()
     prepared = prepare(model, recipe, revision=revision, device=device)
     files, recipe, options = prepared.files, prepared.recipe, prepared.options
     work = WorkFolder(Path(output), _fingerprint(prepared), overwrite)
     on_plan(prepared.plan)
-    prepared.plan.require_disk(Path(output))
+    prepared.plan.require_disk(Path(output), work.held)
     work.save()
     return_freed_memory()  # reading and tokenizing the text left holes
     if prepared.fresh_head:
@@ -115,7 +117,8 @@ def _with_head(prepared: Prepared, work: WorkFolder) -> Prepared:
         write_headed(prepared.files, prepared.recipe.seed, folder)
         work.state["started"] = True
         work.save()
-    files = replace(prepared.files, folder=folder, config=find(str(folder)).config, _weights=None)
+    config = find(str(folder)).config
+    files = replace(prepared.files, folder=folder, config=config, hub=False, _weights=None)
     return replace(prepared, files=files, options=replace(prepared.options, base=files))
 
 
@@ -128,21 +131,42 @@ def run_steps(
     for number, step in enumerate(recipe.steps):
         last = number == len(recipe.steps) - 1
         folder = work.path if last else work.scratch(f"step-{number}")
-        form = prepared.format if last else choose("llmslim", [], None)
-        done = run_step(step, made[-1], folder, form, options, work, number, progress)
-        record.edits += done.edits
-        record.linears += (
-            [{**row, "step": number} for row in done.linears] if number or not last else done.linears
-        )
-        record.notes += done.notes
         if not work.state.get(f"saved-{number}"):
+            form = prepared.format if last else choose("llmslim", [], None)
+            done = run_step(step, made[-1], folder, form, options, work, number, progress)
             CheckpointWriter(folder, form, options.stored).finish(made[-1], done.edits)
             if isinstance(step, BlockStep):
                 step.write_beside(folder, done)
             work.state[f"saved-{number}"] = True
             work.save()
+        done = recorded(work.state["passes"][str(number)], {})
+        record.edits += done.edits
+        record.linears += (
+            [{**row, "step": number} for row in done.linears] if number or not last else done.linears
+        )
+        record.notes += done.notes
+        _clear(work, number, last, number > 0 and not _measures_steps(recipe))
         made.append(find(str(folder)))
     return record, made[1:]
+
+
+def _clear(work: WorkFolder, number: int, last: bool, source: bool) -> None:
+    """Remove what nothing needs once a step's checkpoint is saved; a run that was killed meanwhile does so again.
+
+    Verification looks at the last pass, and at the tokenizer of its source.
+
+    Args:
+        source: whether the weights of what the step started from go, too.
+    """
+    if not last:
+        shutil.rmtree(work.scratch(f"pass-{number}"))
+    if source:
+        for path in work.scratch(f"step-{number - 1}").glob("*.safetensors"):
+            path.unlink()
+
+
+def _measures_steps(recipe: Recipe) -> bool:
+    return recipe.evaluation is not None and recipe.evaluation.steps
 
 
 def _report(prepared: Prepared, work: WorkFolder, record: StepRecord, started: float) -> dict[str, Any]:
@@ -197,10 +221,12 @@ def prepare(
 ) -> Prepared:
     """Check a run and plan it; reads configuration, tokenizer, texts and file headers, but no weights.
 
+    Those of Hub models are fetched when all that needs only their configuration has been checked; for a plan never.
+
     Raises:
         UserError: for a model, text, option or format that cannot work.
     """
-    files = find(model, revision, metadata_only=plan_only)
+    files = find(model, revision)
     headed = next((config for step in recipe.steps if (config := step.starts_from(files))), None)
     heads = "" if headed is None else replaced_head(files.config, headed)
     if headed is not None:
@@ -210,17 +236,14 @@ def prepare(
     recipe = recipe.model_copy(
         update={"steps": tuple(_settled(step, stored, recipe) for step in recipe.steps)}
     )
-    reader = None if plan_only else CheckpointReader(files)
-    reader_model = reader.model_skeleton() if reader else skeleton(files.config)
     before = read_edits(files)[1]  # a format must hold what was done to the model earlier, too
-    origin = skeleton(plain_config(files)) if before else reader_model
+    whole = edited_skeleton(files, before)
+    origin = skeleton(plain_config(files)) if before else whole
 
     def form_of(edits: list[Edit]) -> Format:
         return choose(recipe.format, [*before, *edits], origin, stored)
 
-    steps, fronts, outlook, chosen = _resolved(recipe.steps, Foresight(reader_model, (), form_of, stored))
-    if not plan_only:
-        recipe.steps[0].check_source(files)
+    steps, fronts, outlook, chosen = _resolved(recipe.steps, Foresight(whole, (), form_of, stored))
     chosen += (heads,) if heads else ()
     recipe = recipe.model_copy(update={"steps": steps})
     form = form_of(list(outlook.edits))
@@ -243,11 +266,13 @@ def prepare(
         _check_length(recipe.evaluation.seq_len, files)
         if recipe.evaluation.tasks:  # refused now and not when the run is over
             load_tasks(recipe.evaluation.tasks, recipe.evaluation.tasks_data)
-    streams = reader.streams if reader else True
-    plan = make_plan(files, reader_model, recipe, options, form, outlook, streams, chosen)
-    return Prepared(
-        files, recipe, options, form, text, plan, [other for _, other in others], headed is not None
-    )
+    streams = True
+    if not (plan_only and files.hub):
+        recipe.steps[0].check_source(files)
+        streams = CheckpointReader(files).streams
+    fresh = headed is not None
+    plan = make_plan(files, fronts, recipe, options, form, outlook, streams, chosen, fresh)
+    return Prepared(files, recipe, options, form, text, plan, [other for _, other in others], fresh)
 
 
 def _resolved(

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
 from llmslim.anatomy import Anatomy
 from llmslim.anatomy.parts import features, is_matrix
-from llmslim.checkpoint.formats import Format
+from llmslim.checkpoint.formats import Format, formats
 from llmslim.checkpoint.writer import weight_bytes
 from llmslim.errors import UserError
 from llmslim.loaders.models import ModelFiles
+from llmslim.loaders.safetensors_io import SafetensorsFolder
 from llmslim.memory import available_memory, resident_bytes
 from llmslim.outlook import Foresight
-from llmslim.passes import PassOptions
+from llmslim.passes import PROBE_TOKENS, PassOptions
 from llmslim.recipe import Recipe
 from llmslim.step import BlockStep
+from llmslim.work import nearest_folder
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+SMALL_FILES = 20 * 2**20
+"""Bytes for tokenizer, logs, reports and what else is no weight."""
 
 
 @dataclass(frozen=True)
@@ -56,46 +59,49 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def require_disk(self, output: Path) -> None:
+    def require_disk(self, output: Path, held: int = 0) -> None:
         """Refuse a run that the disk cannot hold.
+
+        Args:
+            held: bytes that an unfinished run has there already.
 
         Raises:
             UserError: with what is needed and what is free.
         """
-        place = output.absolute().parent
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free
-        if free < self.disk_bytes:
+        place = nearest_folder(output)
+        free, needed = shutil.disk_usage(place).free, self.disk_bytes - held
+        if free < needed:
             raise UserError(
-                f"{place} has {free / 1e9:.2f} GB free and the run needs {self.disk_bytes / 1e9:.2f} GB: "
+                f"{place} has {free / 1e9:.2f} GB free and the run needs {needed / 1e9:.2f} GB: "
                 "free some space or give --output on another disk."
             )
 
 
 def make_plan(
     files: ModelFiles,
-    model: PreTrainedModel,
+    fronts: Sequence[Anatomy],
     recipe: Recipe,
     options: PassOptions,
     form: Format,
     outlook: Foresight,
     streams: bool,
     chosen: tuple[str, ...] = (),
+    fresh_head: bool = False,
 ) -> Plan:
-    """Work out the plan from a skeleton on meta, and what the steps will leave of it."""
-    anatomy = Anatomy.of(model)
+    """Work out the plan from what stands in front of each step, on meta, and what the last one will leave."""
+    anatomy = fronts[0]
     shape = _Shape(anatomy, options, files.dtype)
     output = weight_bytes(outlook.anatomy.model, form, options.stored)
-    lanes = 2 * shape.lane_bytes + sum(1 for _ in anatomy.blocks) * 64 * shape.hidden * 4
-    kept = sum(step.disk_bytes(shape.tokens) for step in recipe.steps)
+    start = shape.total * shape.stored if fresh_head else 0  # written for the run to begin with
+    own = formats()["llmslim"]
+    between = [weight_bytes(front.model, own, options.stored) for front in fronts[1:]]
     return Plan(
         peak_memory=_peak_memory(shape, recipe, anatomy, streams),
         available_memory=available_memory(),
         seconds=_seconds(shape, recipe, anatomy, options.device, options.dtype),
         input_bytes=_input_bytes(files, shape.total),
         output_bytes=output,
-        disk_bytes=kept + 2 * output + lanes + shape.outer * 4 + 20 * 2**20,
+        disk_bytes=start + _disk(shape, recipe, fronts, [*between, output]) + SMALL_FILES,
         format=form.name,
         streams=streams,
         compute_dtype=str(options.dtype).removeprefix("torch."),
@@ -124,6 +130,29 @@ class _Shape:
         self.tokens = 0 if options.tokens is None else options.tokens.numel()
         self.window = 0 if options.tokens is None else options.tokens.shape[1]
         self.lane_bytes = self.tokens * self.hidden * self.compute
+
+
+def _disk(shape: _Shape, recipe: Recipe, fronts: Sequence[Anatomy], made: Sequence[int]) -> int:
+    """The most that output and work folder hold at once, in the course of one step.
+
+    That is the checkpoint that it starts from (of all steps before it, where they are measured), what it keeps for
+    itself, the lanes before and after a block, and its own checkpoint: in parts, and joined.
+
+    Args:
+        made: bytes of what each step leaves.
+    """
+    measured = recipe.evaluation is not None and recipe.evaluation.steps
+    most = 0
+    for number, (step, anatomy) in enumerate(zip(recipe.steps, fronts, strict=True)):
+        lanes = 0.0
+        if isinstance(step, BlockStep) and step.streams_calibration:
+            followed = step.reference_share if step.follows_reference(anatomy, shape.tokens) else 0
+            lanes = 2 * (1 + followed) * shape.lane_bytes * len(anatomy.stacks)
+        probes = len(anatomy.blocks) * PROBE_TOKENS * shape.hidden * 4 + shape.outer * 4
+        before = sum(made[:number]) if measured else sum(made[:number][-1:])
+        own = step.disk_bytes(anatomy, shape.tokens)
+        most = max(most, before + own + int(lanes) + probes + 2 * made[number])
+    return most
 
 
 def _peak_memory(shape: _Shape, recipe: Recipe, anatomy: Anatomy, streams: bool) -> int:
@@ -211,6 +240,7 @@ def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 def _input_bytes(files: ModelFiles, parameters: int) -> int:
     """Bytes of the weights in the files as they are; of a Hub model not fetched yet, what its config says."""
     try:
-        return files.weights.stored_bytes
+        here = SafetensorsFolder(files.folder).stored_bytes
     except UserError:
-        return parameters * files.dtype.itemsize
+        here = 0
+    return here or parameters * files.dtype.itemsize

@@ -84,7 +84,7 @@ class Outlook(Protocol):
 class Step(BaseModel):
     """A method. Subclasses set `kind` (the name in recipes) and `verb` (the CLI verb that offers it)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     kind: ClassVar[str]
     verb: ClassVar[str]
 
@@ -141,8 +141,8 @@ class Step(BaseModel):
         """Memory the step needs at its peak beside a block's weights and the calibration states; for the plan."""
         return 0
 
-    def disk_bytes(self, tokens: int) -> int:
-        """What the step keeps in the work folder of a text of so many tokens, for itself; for the plan."""
+    def disk_bytes(self, anatomy: Anatomy, tokens: int) -> int:
+        """What the step keeps in the work folder for itself, on a text of so many tokens; for the plan."""
         return 0
 
 
@@ -365,5 +365,5 @@ def explain(error: ValidationError, what: str, cls: type[BaseModel]) -> str:
     if detail["type"] == "extra_forbidden":
         known = ", ".join(cls.model_fields)
         return f"Unknown option {key!r} for {what}{nearest(key, cls.model_fields)}; it takes {known}."
-    message = detail["msg"].removeprefix("Value error, ")
+    message = detail["msg"].removeprefix("Value error, ").rstrip(".")
     return f"{what}: {key} = {detail['input']!r}: {message}." if key else f"{what}: {message}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from llmslim.files import load_tensors, save_tensors
 from llmslim.loaders.models import ModelFiles
 from llmslim.passes import PassOptions
 from llmslim.step import BlockStep
+from llmslim.training.step import CHECKPOINTS
 from llmslim.work import Progress
 
 
@@ -84,4 +86,5 @@ def run_survey(
     path = scratch / "survey.safetensors"
     if not path.exists():
         save_tensors(path, step.survey(Look(files, options, progress, scratch)))
+    shutil.rmtree(scratch / CHECKPOINTS, ignore_errors=True)  # also those of a run that was killed here
     return load_tensors(path)

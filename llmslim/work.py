@@ -44,16 +44,18 @@ class WorkFolder:
     """
 
     def __init__(self, output: Path, fingerprint: dict[str, Any], overwrite: bool = False) -> None:
+        check_output(output, overwrite)
+        if output.name in ("", ".."):  # "." and what ends in "..": they have no name to put another beside
+            output = output.resolve()
         self.output = output
         self.path = output.with_name(output.name + ".partial")
         self.state: dict[str, Any] = {"fingerprint": fingerprint}
         self.resumed = False
-        check_output(output, overwrite)
         self._overwrite = overwrite
         saved = _read(self.path / "progress.json")
         if saved is not None and saved.get("fingerprint") == fingerprint:
             self.state, self.resumed = saved, True
-        elif saved is None and self.path.exists() and any(p.suffix != ".tmp" for p in self.path.iterdir()):
+        elif saved is None and self.path.exists() and not _is_begun(self.path):
             raise UserError(
                 f"{self.path}, where the output would be made, is there and is not an unfinished run: "
                 "move it away, or name another --output."
@@ -71,8 +73,19 @@ class WorkFolder:
 
     def save(self) -> None:
         """Write the state so that it is either the old or the new one, whenever the machine stops."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}, where the output would be made, cannot be a folder: {error.strerror}; "
+                "name another --output."
+            ) from error
         write_atomically(self.path / "progress.json", json.dumps(self.state))
+
+    @property
+    def held(self) -> int:
+        """Bytes of all that is there so far."""
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
 
     def scratch(self, name: str) -> Path:
         """A folder for files that are not part of the output."""
@@ -96,11 +109,15 @@ class WorkFolder:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output that exists, or that would replace something that is no model.
+    """Refuse an output that exists, that would replace something that is no model, or that cannot be written.
 
     Raises:
         UserError: see above.
     """
+    place = nearest_folder(output)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        what = "which llmslim may not write to" if place.is_dir() else "which is a file"
+        raise UserError(f"The output {output} would be made in {place}, {what}; name another one.")
     if not output.exists():
         return
     if not overwrite:
@@ -111,6 +128,19 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise UserError(
             f"The output {output} is not a model folder, so it is not overwritten; name another one."
         )
+
+
+def nearest_folder(output: Path) -> Path:
+    """The innermost of the folders around an output that is there already."""
+    place = output.absolute().parent
+    while not os.path.exists(place):  # False, too, of what lies in a folder that may not be looked into
+        place = place.parent
+    return place
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether nothing is there but the state that a run was killed while writing for the first time."""
+    return folder.is_dir() and all(path.suffix == ".tmp" for path in folder.iterdir())
 
 
 def _read(path: Path) -> dict[str, Any] | None:

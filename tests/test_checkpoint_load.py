@@ -11,6 +11,7 @@ import llmslim.plugin  # noqa: F401
 from llmslim.anatomy import Anatomy
 from llmslim.checkpoint import writer
 from llmslim.checkpoint.formats import compact_modules, formats
+from llmslim.checkpoint.head import write_headed
 from llmslim.checkpoint.load import load
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.errors import UserError
@@ -76,6 +77,55 @@ def test_a_dense_folder_loads_as_it_is(tmp_path):
     save_tiny("llama", tmp_path)
     model, _ = load(str(tmp_path), dtype=torch.float32)
     assert torch.equal(logits_of(model), logits_of(tiny_model("llama")))
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    """transformers takes pytorch_model.bin where no file of safetensors has the name that it looks for."""
+    save_tiny("llama", tmp_path)
+    torch.save(tiny_model("llama", seed=1).state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").rename(tmp_path / "decoy.safetensors")
+    files = find(str(tmp_path))
+    for read in (lambda: load(str(tmp_path)), lambda: write_headed(files, 0, tmp_path / "headed")):
+        with pytest.raises(UserError, match="pytorch_model.bin: llmslim reads no pickle files"):
+            read()
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "pytorch_model.bin"}}))
+    with pytest.raises(UserError, match="does not name safetensors files"):
+        load(str(tmp_path))
+
+
+def test_a_config_names_no_weight_file(tmp_path):
+    save_tiny("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "transformers_weights": "adapter_model.bin"}))
+    model, _ = load(str(tmp_path), dtype=torch.float32)
+    assert torch.equal(logits_of(model), logits_of(tiny_model("llama")))
+
+
+def test_an_adapter_among_the_files_of_the_model_is_refused(tmp_path):
+    """transformers would put it into the model whole, pickled or not; what is streamed would be without."""
+    save_tiny("llama", tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="to a folder of their own"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}'])
+def test_a_damaged_index_is_told(index, tmp_path):
+    save_tiny("llama", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match="does not name safetensors files"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("header", ["[]", "3", "{", '{"a": 1}', '{"a": {"data_offsets": [0, 0]}}'])
+def test_a_damaged_header_is_told(header, tmp_path):
+    save_tiny("llama", tmp_path)
+    data = header.encode()
+    (tmp_path / "model.safetensors").write_bytes(len(data).to_bytes(8, "little") + data)
+    with pytest.raises(UserError, match="has a damaged header"):
+        load(str(tmp_path))
 
 
 @pytest.mark.parametrize(("config", "reason"), [

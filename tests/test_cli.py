@@ -174,6 +174,11 @@ def test_methods_that_share_a_flag_each_take_words_of_their_own() -> None:
         methods["layers"](criterion="obs")
 
 
+def test_a_training_needs_no_options() -> None:
+    options = step_parser("llmslim prune", "prune").parse(["model", "--method", "mlp", "--retrain", "full"])
+    assert options[f"{STEP}retrain"] == {"full": {}}
+
+
 def test_untyped_flags_leave_no_trace() -> None:
     assert step_parser("llmslim quantize", "quantize").parse(["m"]) == {"model": "m", "verb": "quantize"}
 
@@ -267,6 +272,8 @@ def test_threads_are_set_for_the_run_and_its_children(
 # --- bad input ----------------------------------------------------------------------------------------------
 
 QUANTIZE = ["quantize", "demo", "--method", "rtn", "--output", "out"]
+PRUNE = ["prune", "demo", "--method", "mlp", "--output", "out"]
+RECOVER = ["recover", "demo", "--method", "full", "--output", "out"]
 BAD = {
     "misspelt verb": (["quantise", "demo"], "did you mean 'quantize'?"),
     "misspelt option": ([*QUANTIZE, "--bit", "3"], "Unknown option --bit (did you mean '--bits'?)"),
@@ -288,6 +295,15 @@ BAD = {
     "group size": ([*QUANTIZE, "--group-size", "2"], "at least 8 inputs"),
     "override": ([*QUANTIZE, "--override", "bits=8"], "PATTERN:KEY=VALUE"),
     "override's key": ([*QUANTIZE, "--override", "a:bit=8"], "'bit'"),
+    "override's group": (
+        [*QUANTIZE, "--override", "a:group_size=0"],
+        "group_size = 0: a group has at least 8",
+    ),
+    "override's bits": ([*QUANTIZE, "--override", "a:bits=9"], "rtn: bits = 9: Input should be less than"),
+    "retrain": ([*PRUNE, "--retrain", "full="], "METHOD[:KEY=VALUE,...], such as 'full:max_steps=50'"),
+    "retrain's method": ([*PRUNE, "--retrain", "fill"], "did you mean 'full'?"),
+    "no end": ([*RECOVER, "--epochs", "inf"], "epochs = inf: Input should be a finite number"),
+    "no rate": ([*RECOVER, "--lr", "inf"], "lr = inf: Input should be a finite number"),
     "format": ([*QUANTIZE, "--format", "gguf"], "format = 'gguf'"),
     "samples": ([*QUANTIZE, "--num-samples", "0"], "num_samples = 0"),
     "seed": ([*QUANTIZE, "--seed", "-1"], "seed"),
@@ -424,14 +440,15 @@ def test_a_defect_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main(QUANTIZE)
 
 
+@pytest.mark.parametrize("words", [[], ["--sensitivity", "--output", "out"]])
 def test_an_interrupted_reading_promises_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def inspect(*args: Any) -> None:
+    def run(options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llmslim.inspection.inspect", inspect)
-    assert cli.main(["inspect", "demo"]) == 130
+    monkeypatch.setattr("llmslim.commands.inspect.run", run)
+    assert cli.main(["inspect", "demo", *words]) == 130
     assert capsys.readouterr().err == "error: interrupted.\n"
 
 

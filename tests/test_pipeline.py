@@ -17,11 +17,16 @@ from safetensors.torch import load_file
 
 import llmslim
 from llmslim import pipeline
+from llmslim.distillation.response import Response
 from llmslim.errors import UserError
 from llmslim.pipeline import compress, prepare
+from llmslim.plan import SMALL_FILES
 from llmslim.quantization.gptq import GPTQ
 from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration, Evaluation, Recipe
+from llmslim.recovery.full import Full
+from llmslim.recovery.lora import LoRA
+from llmslim.work import WorkFolder
 from tests.tiny import DECODERS, FAMILIES, save_tiny
 
 pytestmark = pytest.mark.usefixtures("verified_here")
@@ -266,6 +271,47 @@ def test_bad_requests_cost_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def hub(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that were fetched of the models hub/<family>, in order."""
+    fetched: list[Path] = []
+
+    def snapshot_download(spec: str, revision: str | None, allow_patterns: list[str]) -> str:
+        snapshot = tmp_path / "hub" / spec.partition("/")[2] / "a1b2c3"
+        assert revision in (None, snapshot.name)
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for path in sorted({path for pattern in allow_patterns for path in folders[spec[4:]].glob(pattern)}):
+            if not (snapshot / path.name).exists():
+                shutil.copyfile(path, snapshot / path.name)
+                fetched.append(Path(spec) / path.name)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return fetched
+
+
+def test_weights_of_the_hub_are_fetched_when_all_is_checked(
+    hub: list[Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    def weights_of(family: str) -> bool:
+        return Path("hub", family, "model.safetensors") in hub
+
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="exists"):
+        compress("hub/llama", [STEP], tmp_path / "there", **QUICK)
+    assert not hub  # nothing at all
+    for step, message in ((GPTQ(group_size=48), "does not divide"), (RTN(include=("no",)), "Nothing to")):
+        with pytest.raises(UserError, match=message):
+            compress("hub/llama", [step], tmp_path / "out", **QUICK)
+    taught = Response(teacher="hub/qwen2", max_steps=1, batch_size=2)
+    recipe = Recipe(steps=(taught,), **QUICK)
+    plan = prepare("hub/llama", recipe, plan_only=True).plan
+    assert plan.input_bytes == prepare(str(folders["llama"]), recipe, plan_only=True).plan.input_bytes
+    assert not weights_of("llama") and not weights_of("qwen2")
+    result = compress("hub/llama", [taught], tmp_path / "out", **QUICK)
+    assert weights_of("llama") and weights_of("qwen2") and result.report["verification"]["ok"]
+
+
 def test_too_short_a_text_is_refused_with_what_would_do(folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("A few words, no more.")
     with pytest.raises(UserError, match=r"short\.txt' has \d+ tokens"):
@@ -290,6 +336,41 @@ def test_a_folder_in_the_way_of_the_work_is_not_thrown_away(folders: dict[str, P
     with pytest.raises(UserError, match="is not an unfinished run"):
         compress(str(folders["llama"]), [STEP], tmp_path / "out", overwrite=True, **QUICK)
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "ten years of work"
+
+
+def test_outputs_that_cannot_be_made_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("ten years of work")
+    (tmp_path / "out.partial").write_text("ten years of work")
+    for output, said in (
+        ("file/out", "file, which is a file"),
+        ("file/above/out", "file, which is a file"),
+        ("out", "is not an unfinished run"),
+    ):
+        with pytest.raises(UserError, match=said):
+            WorkFolder(tmp_path / output, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Path, "mkdir", lambda *args, **options: (_ for _ in ()).throw(PermissionError(13, "no"))
+        )
+        with pytest.raises(UserError, match="cannot be a folder: no; name another"):
+            WorkFolder(tmp_path / "other", {}).save()
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    with pytest.raises(UserError, match="may not write to; name another"):
+        WorkFolder(tmp_path / "other", {})
+
+
+def test_the_folder_that_one_is_in_is_replaced_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "model")
+    with pytest.raises(UserError, match="exists"):
+        WorkFolder(Path(), {})
+    work = WorkFolder(Path(), {}, overwrite=True)
+    work.save()
+    assert work.path == tmp_path / "model.partial"
+    assert work.publish() == tmp_path / "model" and not list(work.output.iterdir())
 
 
 def test_a_nan_weight_is_named_and_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
@@ -318,6 +399,71 @@ def test_a_full_disk_is_foreseen(
     with pytest.raises(UserError, match=r"GB free and the run needs"):
         compress(str(folders["llama"]), [STEP], tmp_path / "out", **QUICK)
     assert list(tmp_path.iterdir()) == []
+    needed = prepare(str(folders["llama"]), Recipe(steps=(STEP,), **QUICK)).plan.disk_bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=needed))
+    with pytest.raises(Stop):
+        compress(str(folders["llama"]), [STEP], tmp_path / "out", progress=stop_at(1), **QUICK)
+    kept = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=needed - kept))
+    assert compress(str(folders["llama"]), [STEP], tmp_path / "out", **QUICK).report["run"]["resumed"]
+
+
+PARTS = [RTN(bits=8, group_size=32, include=("mlp.*",)), RTN(bits=4, group_size=32, exclude=("mlp.*",))]
+
+
+@pytest.mark.parametrize("killed", ["clear 0", "clear 1", "verify"])
+def test_what_is_not_needed_goes_and_a_killed_run_goes_on(
+    killed: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clear = pipeline._clear
+
+    def clearing(work: WorkFolder, number: int, *rest: Any) -> None:
+        if killed == f"clear {number}":
+            raise Stop
+        clear(work, number, *rest)
+
+    def progress(what: str, *rest: Any) -> None:
+        if what == killed:
+            raise Stop
+
+    whole = compress(str(folders["llama"]), PARTS, tmp_path / "whole", **QUICK)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(pipeline, "_clear", clearing)
+        compress(str(folders["llama"]), PARTS, tmp_path / "out", progress=progress, **QUICK)
+    left = tmp_path / "out.partial"
+    assert (left / ".pass-0").exists() == (killed == "clear 0")
+    assert (left / ".step-0/model.safetensors").exists() == (killed != "verify")
+    resumed = compress(str(folders["llama"]), PARTS, tmp_path / "out", **QUICK)
+    assert resumed.report["run"]["resumed"] and weights(resumed.folder) == weights(whole.folder)
+    assert resumed.report["linears"] == whole.report["linears"]
+
+
+@pytest.mark.parametrize("step", [
+    Full(max_steps=4, save_steps=1, batch_size=2, objective="next_token"),
+    LoRA(max_steps=4, save_steps=1, batch_size=2, objective="next_token", rank=32, rounding="nearest"),
+])  # fmt: skip
+@pytest.mark.parametrize("measured", [False, True])
+def test_the_plan_knows_what_the_disk_holds_at_most(
+    measured: bool, step: Any, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+
+    def watch(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def noting(*args: Any, **options: Any) -> Any:
+            held.append(sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, name, noting)
+
+    for owner, name in ((os, "replace"), (shutil, "rmtree"), (Path, "unlink")):  # in front of each it is most
+        watch(owner, name)
+    evaluation = Evaluation(windows=1, seq_len=32, speed=False, steps=True) if measured else None
+    options = {**QUICK, "evaluation": evaluation}
+    result = compress(str(folders["llama"]), [step, *PARTS], tmp_path / "out", **options)
+    planned = result.report["plan"]["disk_bytes"] - SMALL_FILES
+    assert 0.6 * planned < max(held) < planned + 400_000  # tokenizers
 
 
 def test_the_plan_knows_the_size_of_the_output(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from llmslim.errors import UserError
 from llmslim.experts import UnfuseExperts
 from llmslim.loaders.models import skeleton
 from llmslim.pipeline import compress
+from llmslim.pruning import residual  # noqa: F401  its edits
 from llmslim.pruning.edits import (
     NarrowAttention,
     NarrowMLP,
@@ -412,8 +413,29 @@ def test_parts_that_are_not_there_are_refused():
         {"edit": "narrow_attention", "block": "model.layers.0", "heads": 4, "kv_heads": 4},
         {"edit": "narrow_attention", "block": "model.layers.0", "heads": 2, "kv_heads": 2, "kept": [0, 2]},
         {"edit": "narrow_experts", "block": "model.layers.0", "experts": 2},
+        {"edit": "narrow_residual", "block": "model.layers.0", "width": 65},
+        {"edit": "narrow_outer", "width": 65},
+        {"edit": "drop_blocks", "stack": "model.layers", "keep": [-1, 0]},
+        {"edit": "drop_blocks", "stack": "model.layers", "keep": [1, 0]},
+        {"edit": "drop_blocks", "stack": "model.layers", "keep": [0, 3]},
+        {"edit": "drop_blocks", "stack": "model.layers", "keep": []},
     ],
 )
 def test_damaged_records_are_refused(record):
-    with pytest.raises(UserError, match="does not fit the model"):
+    with pytest.raises(UserError, match=r"does not fit the model: .*[^.]\.$"):
         replay(meta_model("llama"), [parse_edit(record)])
+
+
+@pytest.mark.parametrize(
+    "family, numbers",
+    [
+        ("llama", {"edit": "narrow_mlp", "width": 10**15}),
+        ("llama", {"edit": "narrow_attention", "heads": 10**15, "kv_heads": 10**15}),
+        ("mixtral", {"edit": "narrow_experts", "experts": 10**15}),
+        ("mixtral", {"edit": "narrow_experts", "width": 10**15}),
+    ],
+)
+def test_a_record_cannot_ask_for_memory(family, numbers):
+    record = parse_edit({**numbers, "block": "model.layers.0"})
+    with pytest.raises(UserError, match=f"{10**15} cannot stay of"):
+        replay(meta_model(family), [record])

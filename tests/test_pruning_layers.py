@@ -31,7 +31,7 @@ from llmslim.pruning.layers import PruneLayers, pinned_blocks
 from llmslim.recipe import Calibration
 from llmslim.report.figures import pruned
 from llmslim.step import build_step
-from tests.checkpoints import load_elsewhere
+from tests.checkpoints import load_elsewhere, outlook
 from tests.test_pruning_structured import Look
 from tests.tiny import (
     DECODERS,
@@ -485,6 +485,11 @@ def test_what_cannot_be_removed_is_refused_before_the_work(
 def test_fields_that_contradict_are_refused(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         build_step("layers", fields)
+
+
+def test_the_plan_names_the_blocks_that_were_named() -> None:
+    step = build_step("layers", {"drop": "0,1", "retrain": {"full": {}}})
+    assert step.resolve(outlook("llama"))[1].startswith("layers with retrain: drop 0,1 and full; leaves 0.")
 
 
 def test_attention_scaled_by_the_number_of_the_block_is_refused() -> None:

@@ -104,6 +104,17 @@ def test_evaluate_takes_the_adapter_along(tmp_path: Path) -> None:
     assert abs(beside["kl"] - without["kl"]) > 1e-3
     with pytest.raises(UserError, match="OUTPUT/adapter"):
         evaluate(str(base), "builtin", adapter=str(tmp_path / "nowhere"))
+    adapter = tmp_path / "made/adapter"
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    torch.save(load_file(adapter / "adapter_model.safetensors"), pickled / "adapter_model.bin")
+    (pickled / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    for read in (
+        lambda: evaluate(str(base), "builtin", adapter=str(pickled)),
+        lambda: with_adapter(whole(base), pickled),
+    ):
+        with pytest.raises(UserError, match="and adapter_model.safetensors"):
+            read()
     with pytest.raises(UserError, match="--stream"):
         evaluate(str(base), "builtin", adapter=str(tmp_path / "made/adapter"), streamed=True)
 

@@ -282,6 +282,12 @@ def _strings(value: Any) -> list[str]:
 def _matches(name: str, module: nn.Module, targets: Sequence[str] | dict[str, Scheme]) -> list[str]:
     """The targets that fit a module, best first: its name, a regular expression ("re:..."), its class."""
     exact = [target for target in targets if target == name]
-    patterns = sorted(t for t in targets if t.startswith("re:") and re.match(t[3:], name))
+    try:
+        patterns = sorted(t for t in targets if t.startswith("re:") and re.match(t[3:], name))
+    except re.error as error:
+        raise UserError(
+            f"The checkpoint's compressed-tensors config has targets or ignore with {error.pattern!r}, which is no "
+            f"regular expression: {error.msg}."
+        ) from error
     classes = {cls.__name__ for cls in type(module).__mro__}
     return [*exact, *patterns, *[target for target in targets if target in classes]]

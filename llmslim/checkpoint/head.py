@@ -22,7 +22,11 @@ def write_headed(files: ModelFiles, seed: int, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cls.from_pretrained(
-            files.folder, config=files.config, dtype=files.dtype, ignore_mismatched_sizes=True
+            files.folder,
+            config=files.config,
+            dtype=files.dtype,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
         )
     copy_metadata(files.folder, folder)
     model.save_pretrained(folder)

@@ -59,7 +59,7 @@ def load_model(files: ModelFiles, dtype: torch.dtype | str | None, device: torch
     files.weights  # noqa: B018  refuses folders without safetensors
     try:
         model = model_class(config).from_pretrained(  # type: ignore[attr-defined]
-            files.folder, config=config, dtype=dtype, device_map={"": device}
+            files.folder, config=config, dtype=dtype, device_map={"": device}, use_safetensors=True
         )
     except ImportError as error:  # AWQ, bitsandbytes and so on, whose packages are not installed
         raise UserError(

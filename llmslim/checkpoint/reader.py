@@ -51,12 +51,7 @@ class CheckpointReader:
 
     def model_skeleton(self) -> PreTrainedModel:
         """The model on meta, edits replayed, without a KV cache."""
-        config = plain_config(self.files)
-        config.get_text_config(decoder=True).use_cache = False
-        config.use_cache = False
-        model = skeleton(config)
-        replay(model, self.edits)
-        return model
+        return edited_skeleton(self.files, self.edits)
 
     def names_of(self, prefix: str | None) -> list[str]:
         """The names in the files of the tensors below `prefix`; None: of those outside the blocks."""
@@ -212,6 +207,16 @@ def _following(read: Callable[[str], Tensor], name: str, source: str | None) -> 
     if source is None:
         return read
     return lambda full: read(full if full == f"{name}.bias" else source + full.removeprefix(name))
+
+
+def edited_skeleton(files: ModelFiles, edits: Sequence[Edit]) -> PreTrainedModel:
+    """The model of a folder on meta, its edits replayed, without a KV cache; from its config alone."""
+    config = plain_config(files)
+    config.get_text_config(decoder=True).use_cache = False
+    config.use_cache = False
+    model = skeleton(config)
+    replay(model, edits)
+    return model
 
 
 def plain_config(files: ModelFiles) -> Any:

@@ -95,7 +95,15 @@ def parser(prog: str) -> Parser:
         help="holds the data sets of --tasks or --glue in the Hub's layout, such as FOLDER/baber/piqa (default: "
         "the Hub)",
     )
-    lm = made.add_argument_group("scores on tasks of lm-eval")
+    _add_tasks(made.add_argument_group("scores on tasks of lm-eval"))
+    add_kv_cache(made)
+    _add_glue(made.add_argument_group("scores of a classifier on GLUE"))
+    add_device(made)
+    made.add_argument("--json", action="store_true", help="JSON on stdout, and nothing else")
+    return made
+
+
+def _add_tasks(lm: Any) -> None:
     lm.add_argument(
         "--tasks",
         metavar="TASK,...",
@@ -120,17 +128,15 @@ def parser(prog: str) -> Parser:
         help="keep each model's answers there: after a kill, or beside another model, none is asked for twice",
     )
     add_save(lm)
-    add_kv_cache(made)
-    glue = made.add_argument_group("scores of a classifier on GLUE")
+
+
+def _add_glue(glue: Any) -> None:
     glue.add_argument(
         "--glue", metavar="TASK,...", help="of cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli"
     )
     glue.add_argument(
         "--subset", type=int, metavar="N", help="the first N examples alone, for a quick look (default: all)"
     )
-    add_device(made)
-    made.add_argument("--json", action="store_true", help="JSON on stdout, and nothing else")
-    return made
 
 
 def run(options: dict[str, Any]) -> None:

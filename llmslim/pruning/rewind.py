@@ -50,7 +50,8 @@ class Rewind(PlacingStep):
         return f"rewind would put {spec} back to itself: name the earlier model with --source."
 
     def check_pair(self, front: Anatomy, other: Anatomy) -> None:
-        earlier, there = dict(other.model.named_parameters()), dict(other.model.named_modules())
+        earlier: dict[str, Tensor] = dict(other.model.named_parameters())
+        there = dict(other.model.named_modules())
         for name, module in front.model.named_modules():
             if isinstance(module, SparseLinear) and name in there:  # [out, in], whatever it was before
                 earlier[f"{name}.weight"] = dense_weight(there[name])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 GroupSize = int | Literal["channel", "tensor"]
@@ -38,6 +38,13 @@ class Scheme(BaseModel):
     scale_dtype: ScaleDtype = "bfloat16"
     activation_bits: int | None = Field(None, ge=8, le=8)
     activation_scale: Literal["token", "tensor"] = "token"
+
+    @field_validator("group_size")
+    @classmethod
+    def _positive(cls, value: GroupSize) -> GroupSize:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("a group has at least one input")
+        return value
 
     @property
     def static_inputs(self) -> bool:

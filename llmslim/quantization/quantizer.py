@@ -18,7 +18,7 @@ from llmslim.linear_step import LinearStep
 from llmslim.quantization.edits import PackEmbedding, PackLinear
 from llmslim.quantization.grid import GroupSize, QuantizedWeight, Scheme, round_to_nearest
 from llmslim.quantization.packed import PackedEmbedding, PackedLinear
-from llmslim.step import StepRecord, matches
+from llmslim.step import StepRecord, build_step, matches
 
 
 class Quantizer(LinearStep):
@@ -64,7 +64,7 @@ class Quantizer(LinearStep):
                 raise ValueError(
                     f"the override for {pattern!r} has {unknown.pop()!r}; it takes bits, group_size, symmetric"
                 )
-            Scheme(**fields)
+            build_step(cls.kind, fields)  # takes what the step takes of them for all
         return value
 
     def scheme(self, name: str) -> Scheme:
@@ -96,7 +96,7 @@ class Quantizer(LinearStep):
                     f"embeddings_bits {self.embeddings_bits}: {table} is factored, and its tables stay as they are; "
                     "leave embeddings_bits out, or --exclude it."
                 )
-            _check_group(table, cast(Tensor, module.weight).shape[1], self.group_size)
+            _check_group(table, cast(Tensor, module.weight).shape[1], self.embedding_scheme().group_size)
         if not chosen:
             refuse_nothing(self, anatomy)
 

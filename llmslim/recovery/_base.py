@@ -1,4 +1,4 @@
-"""Whether an adapter meets the weights that it was trained beside."""
+"""Whether an adapter is there, and meets the weights that it was trained beside."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ def seal(weights: SafetensorsFolder, linears: Iterable[str]) -> str:
                 rows = get(name)[:ROWS].contiguous().view(torch.uint8).numpy().tobytes()
                 digests[name] = f"{entry['dtype']} {hashlib.sha256(rows).hexdigest()[:16]}"
     return json.dumps(digests)
+
+
+def require_files(adapter: Path) -> None:
+    """Refuse a folder that has no adapter, or has its weights as a pickle, which peft would load."""
+    if not all((adapter / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
+        raise UserError(
+            f"No adapter in {adapter}: name a folder with adapter_config.json and adapter_model.safetensors, such as "
+            "OUTPUT/adapter of `llmslim recover --method lora --save-adapter`."
+        )
 
 
 def require_base(adapter: Path, files: ModelFiles) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmslim.anatomy import Anatomy, Block
-from llmslim.anatomy.parts import is_conv1d, is_linear, is_matrix, is_packed
+from llmslim.anatomy.parts import features, is_conv1d, is_linear, is_matrix, is_packed
 from llmslim.errors import UserError
 from llmslim.loaders.safetensors_io import SafetensorsFolder
-from llmslim.recovery._base import KEY, seal
+from llmslim.recovery._base import KEY, require_files, seal
 from llmslim.recovery._merging import MergingStep, has_no_grid, linears_of
 from llmslim.sparse import SparseLinear
 from llmslim.step import Outlook, Step, StepRecord, matches
@@ -120,6 +120,10 @@ class LoRA(MergingStep, ObjectiveStep):
                 f"{', '.join(leaves)}."
             )
 
+    def placed(self, anatomy: Anatomy) -> int:
+        known = linears_of(anatomy)
+        return sum(self.rank * sum(features(known[n])) for n in self._named(known, self.target_modules))
+
     @staticmethod
     def _named(known: dict[str, nn.Module], patterns: tuple[str, ...]) -> list[str]:
         return [name for name in known if not patterns or matches(name, patterns)]
@@ -221,9 +225,10 @@ def with_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
     """A peft model: `model` with the adapter of a folder, also where its Linears are packed.
 
     Raises:
-        UserError: the adapter is for another model.
+        UserError: there is no adapter, or it is for another model.
     """
     _installed()
+    require_files(Path(folder))
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(str(folder))

@@ -34,6 +34,10 @@ class Scales(ObjectiveStep):
 
     lr: float = Field(3e-4, gt=0, description="peak learning rate of AdamW; cosine to 0 at the end")
 
+    def placed(self, anatomy: Anatomy) -> int:
+        named = anatomy.model.named_parameters()
+        return sum(p.numel() for name, p in named if p.ndim == 1 or name.endswith(".weight_scale"))
+
     @contextmanager
     def training(self, model: PreTrainedModel) -> Iterator[tuple[list[nn.Parameter], Finish]]:
         blocks = [(block.name, block.module) for block in Anatomy(model).blocks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -261,6 +262,14 @@ class ShareBlocks(LinearStep):
         window = self.longest if self.grouping == "similarity" else 1
         open_ = self.unique(blocks) if self.grouping == "cyclic" else 1
         return kept + (window + 2 * open_ + 2) * most
+
+    def disk_bytes(self, anatomy: Anatomy, tokens: int) -> int:
+        """The survey, of the shared weights in float32."""
+        kept = 0
+        for stack in anatomy.stacks:
+            sizes = [sum(math.prod(shape) for shape in self.targets(b).values()) for b in stack.blocks]
+            kept += 4 * self.unique(len(sizes)) * max(sizes)
+        return kept
 
     def survey(self, look: Survey) -> dict[str, Tensor]:
         """By stack the first block of each one's group, and the weights that they share, by the first's name."""

@@ -34,8 +34,9 @@ class CachedStep(TrainStep):
     def survey_copies(self) -> int:
         return super().survey_copies - (self.distills and self.cached_logits is not None)
 
-    def disk_bytes(self, tokens: int) -> int:
-        return tokens * (6 * self.cached_logits + 4) if self.cached_logits else 0
+    def disk_bytes(self, anatomy: Anatomy, tokens: int) -> int:
+        cache = tokens * (6 * self.cached_logits + 4) if self.cached_logits else 0
+        return super().disk_bytes(anatomy, tokens) + cache
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)

@@ -25,7 +25,7 @@ from llmslim.errors import UserError
 from llmslim.files import write_atomically
 from llmslim.history import CURVES, curves, rewrite
 from llmslim.memory import freed_memory_kept, resident_bytes
-from llmslim.training.step import held_out
+from llmslim.training.step import CHECKPOINTS, held_out
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch) -> scalar; it runs the model itself. A batch is tokens int64 [batch, seq], or of `Examples`."""
@@ -142,7 +142,7 @@ def train(
     steps = schedule.max_steps or math.ceil(epoch * schedule.epochs)
     if held:  # a small data set is over before many steps
         schedule = replace(schedule, save_steps=min(schedule.save_steps, epoch))
-    folder = scratch / "trainer"
+    folder = scratch / CHECKPOINTS
     tokens = round(sum(lengths) / len(lengths) * batch)
     best_by = "" if not held else "eval_loss" if judge is None else "eval_score"
     watch = _Watch(schedule, steps, tokens, scratch, log, progress, best_by)
@@ -355,7 +355,7 @@ class _Watch(TrainerCallback):
         return min(1.0, begun) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
     def refuse(self, what: str, step: int) -> None:
-        kept = _last_whole(self._clock.parent / "trainer")
+        kept = _last_whole(self._clock.parent / CHECKPOINTS)
         where = f"; the last good checkpoint is kept as {kept}" if kept else ", before its first checkpoint"
         raise UserError(
             f"{self.schedule.name}: the {what} of training step {step + 1} is not finite, so training stopped{where}. "

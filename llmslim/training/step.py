@@ -29,6 +29,10 @@ Finish = Callable[[], dict[str, Tensor]]
 """What training leaves: name of a parameter in the checkpoint -> its value."""
 
 
+CHECKPOINTS = "trainer"
+"""Folder of the checkpoints that training goes on from, in what a step has to itself of the work folder."""
+
+
 def held_out(windows: int, share: float) -> int:
     """How many windows are kept from training, for validation."""
     return math.ceil(windows * share)
@@ -50,6 +54,13 @@ class PlacingStep(BlockStep):
     @property
     def needs_survey(self) -> bool:
         return True
+
+    def placed(self, anatomy: Anatomy) -> int:
+        """How many values the survey finds, float32; for the plan."""
+        return sum(parameter.numel() for parameter in anatomy.model.parameters())
+
+    def disk_bytes(self, anatomy: Anatomy, tokens: int) -> int:
+        return 4 * self.placed(anatomy)
 
     @property
     def streams_calibration(self) -> bool:
@@ -112,6 +123,10 @@ class TrainStep(PlacingStep):
     @property
     def survey_copies(self) -> int:
         return 2 + self.distills
+
+    def disk_bytes(self, anatomy: Anatomy, tokens: int) -> int:
+        """Trainer keeps two checkpoints, of weights and both moments, and writes a third before one goes."""
+        return super().disk_bytes(anatomy, tokens) + 3 * 12 * self.placed(anatomy)
 
     def survey_work(self, tokens: int, window: int) -> float:
         batch = self.batch_size * self.gradient_accumulation_steps
