@@ -18,14 +18,16 @@ from llmslim.errors import UserError
 from llmslim.pipeline import compress
 from llmslim.pruning.weights import Magnitude
 from llmslim.quantization.autoround import AutoRound, RoundedWeight, SignDescent
-from llmslim.quantization.fake_quantize import fake_quantize
+from llmslim.quantization.fake_quantize import TrainedInputs, fake_quantize
 from llmslim.quantization.gptq import GPTQ
 from llmslim.quantization.grid import Scheme, round_to_grid, round_to_nearest, search_grid
 from llmslim.quantization.packed import PackedLinear
 from llmslim.quantization.qat import QAT, LearnedGrid
+from llmslim.quantization.reconstruction import TrainedVector
 from llmslim.recipe import Calibration
 from llmslim.sharing.share import ShareBlocks
 from llmslim.step import STEPS, build_step
+from llmslim.training.losses import hidden_states
 from tests.tiny import FAMILIES, save_tiny
 
 pytestmark = pytest.mark.usefixtures("verified_here")
@@ -140,6 +142,26 @@ def test_training_begins_at_the_codes_it_is_given(bits: int, group: Any, symmetr
                 parameter.sub_(torch.rand_like(parameter) * 0.3 if low else torch.randn_like(parameter) * 0.1)
         torch.testing.assert_close(trained(), trained.quantized().dequantize(), rtol=0, atol=0)
         assert not trained()[:, 5].any() or trained is rounding
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_step_is_as_long_as_its_rate_however_small_the_loss(bits: int) -> None:
+    """A Linear's error beside a residual stream of 100 times the size: gradients from 1e-6 down to 1e-13."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(64, 64, generator=generator), torch.randn(256, 64, generator=generator)
+    residual = 1000 * torch.randn(256, 64, generator=generator)
+    scheme = Scheme(bits=bits, group_size=16, symmetric=False, scale_dtype="float32")
+    step = QAT(bits=bits)
+    learned = LearnedGrid(weight, round_to_nearest(weight, scheme))
+    inputs, bias = TrainedInputs(torch.tensor([0.02]), scheme), TrainedVector(torch.ones(64))
+    started = {name: value.detach().clone() for name, value in learned.named_parameters()}
+    optimizer = step.schedule([learned], [bias, inputs], chunks=4).optimizer
+    hidden_states(residual + inputs(x) @ learned().T + bias(), residual + x @ weight.T + 1).backward()
+    optimizer.step()
+    moved = {name: (value.detach() - started[name]).abs() for name, value in learned.named_parameters()}
+    assert float(moved["weight"].median()) == pytest.approx(step.lr, rel=1e-2)
+    for by in (moved["ratio"], bias.change.abs(), inputs.change.abs()):
+        assert float(by.median()) == pytest.approx(step.scale_lr, rel=1e-2)
 
 
 def test_signed_descent_steps_by_the_sign_and_stays_in_bounds() -> None:

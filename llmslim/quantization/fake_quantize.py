@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import Any
 
@@ -67,11 +66,6 @@ def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
     return rounded + (value - value.detach())
 
 
-def scaled_gradient(value: Tensor, share: float) -> Tensor:
-    """The value, with `share` of its gradient."""
-    return value.detach() + share * (value - value.detach())
-
-
 class TrainedWeight(nn.Module):
     """A weight of a Linear while its grid is trained; subclasses say what is learned.
 
@@ -119,19 +113,17 @@ class TrainedInputs(nn.Module):
 
     Args:
         start: the step at first, float32 [1].
-        width: inputs of the Linear.
     """
 
-    def __init__(self, start: Tensor, width: int, scheme: Scheme) -> None:
+    def __init__(self, start: Tensor, scheme: Scheme) -> None:
         super().__init__()
         self.start, self.scheme = start, scheme
-        self.damping = 1 / math.sqrt(width * 127)  # LSQ's gradient scale
         self.change = nn.Parameter(torch.zeros_like(start))
         """As a share of the start, so that learning rates mean the same for all."""
 
     def scale(self) -> Tensor:
         """The step as it is stored, float32 [1], with gradients."""
-        scale = self.start * (1 + scaled_gradient(self.change, self.damping))
+        scale = self.start * (1 + self.change)
         return straight_through(scale, round_scale(scale.detach(), self.scheme))
 
     def forward(self, x: Tensor) -> Tensor:
