@@ -96,6 +96,7 @@ class BlockPass:
             self.state["linears"],
             self.state["notes"],
             survey,
+            stored=options.stored,
         )
         self.drops = step.drops(self.stream.anatomy, survey)
         self.new_names = self._new_names()
