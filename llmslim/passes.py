@@ -92,6 +92,7 @@ class BlockPass:
             },
         )
         self.record = recorded(self.state, survey)
+        self.record.stored = options.stored
         self.drops = step.drops(self.stream.anatomy, survey)
         self.new_names = self._new_names()
         self._streams = [self.stream, *([self.reference] if self.reference else [])]

@@ -42,6 +42,7 @@ class StepRecord:
         survey: what the step's survey found, by name; empty for a step without one.
         tell: shows a note on the work at the current block beside its progress.
         training: the history of the training of the current block, which the pass writes down.
+        stored: what dense tensors of the output are stored in.
     """
 
     edits: list[Edit] = field(default_factory=list)
@@ -50,6 +51,7 @@ class StepRecord:
     survey: dict[str, Tensor] = field(default_factory=dict)
     tell: Callable[[str], None] = lambda note: None
     training: list[dict[str, Any]] = field(default_factory=list)
+    stored: torch.dtype = torch.float32
 
     def note(self, where: str, what: str) -> None:
         self.notes.append({"where": where, "what": what})
@@ -92,6 +94,10 @@ class Step(BaseModel):
         super().__init_subclass__(**kwargs)
         if "kind" in cls.__dict__:
             STEPS[cls.kind] = cls
+
+    def given(self, name: str) -> bool:
+        """Whether an option is not at its default: by value, since a recipe that a report tells has all fields."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
     @property
     def needs_calibration(self) -> bool:

@@ -264,6 +264,33 @@ def test_a_ratio_that_leaves_nothing_is_refused(folders: dict[str, Path], tmp_pa
         build_step("mlp", {"ratio": 1})
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "words"),
+    [
+        ("mlp", {"ratio_range": 0.3}, "ratio_range is an option of allocation sensitivity only"),
+        (
+            "heads",
+            {"refit": False, "criterion": "output", "refit_damping": 0.1},
+            "refit_damping is an option of refit and of criterion obs only",
+        ),
+        ("kv_groups", {"refit": False, "refit_damping": 0.1}, "refit_damping is an option of refit only"),
+        ("layers", {"refit": False, "refit_damping": 0.1}, "refit_damping is an option of refit only"),
+        ("width", {"refit_damping": 0.1}, "refit_damping is an option of refit only"),
+        ("student", {"channels": 64, "which": "influence"}, "which influence chooses blocks, .* give layers"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(kind: str, fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        build_step(kind, fields)
+
+
+def test_what_is_used_is_taken() -> None:
+    build_step("mlp", {"ratio_range": 0.3, "allocation": "sensitivity"})
+    build_step("mlp", {"refit": False, "refit_damping": 0.1})  # obs chooses by what a refit would mend
+    build_step("student", {"params": 0.5, "which": "influence"})
+    build_step("student", {"layers": 2, "channels": 64, "which": "influence"})
+
+
 @pytest.mark.parametrize("kind", ["heads", "mlp"])
 @pytest.mark.parametrize(
     ("first", "words"),

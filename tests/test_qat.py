@@ -18,14 +18,16 @@ from llmslim.errors import UserError
 from llmslim.pipeline import compress
 from llmslim.pruning.weights import Magnitude
 from llmslim.quantization.autoround import AutoRound, RoundedWeight, SignDescent
-from llmslim.quantization.fake_quantize import fake_quantize
+from llmslim.quantization.fake_quantize import TrainedInputs, fake_quantize
 from llmslim.quantization.gptq import GPTQ
 from llmslim.quantization.grid import Scheme, round_to_grid, round_to_nearest, search_grid
 from llmslim.quantization.packed import PackedLinear
 from llmslim.quantization.qat import QAT, LearnedGrid
+from llmslim.quantization.reconstruction import TrainedVector
 from llmslim.recipe import Calibration
 from llmslim.sharing.share import ShareBlocks
 from llmslim.step import STEPS, build_step
+from llmslim.training.losses import hidden_states
 from tests.tiny import FAMILIES, save_tiny
 
 pytestmark = pytest.mark.usefixtures("verified_here")
@@ -139,7 +141,35 @@ def test_training_begins_at_the_codes_it_is_given(bits: int, group: Any, symmetr
                 low = name in ("alpha", "beta")
                 parameter.sub_(torch.rand_like(parameter) * 0.3 if low else torch.randn_like(parameter) * 0.1)
         torch.testing.assert_close(trained(), trained.quantized().dequantize(), rtol=0, atol=0)
-        assert not trained()[:, 5].any() or trained is rounding
+        assert not trained()[:, 5].any()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_step_is_as_long_as_its_rate_however_small_the_loss(bits: int) -> None:
+    """A Linear's error beside a residual stream of 100 times the size: gradients from 1e-6 down to 1e-13."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(64, 64, generator=generator), torch.randn(256, 64, generator=generator)
+    residual = 1000 * torch.randn(256, 64, generator=generator)
+    scheme = Scheme(bits=bits, group_size=16, symmetric=False, scale_dtype="float32")
+    step = QAT(bits=bits)
+    learned = LearnedGrid(weight, round_to_nearest(weight, scheme))
+    inputs, bias = TrainedInputs(torch.tensor([0.02]), scheme), TrainedVector(torch.ones(64))
+    started = {name: value.detach().clone() for name, value in learned.named_parameters()}
+    optimizer = step.schedule([learned], [bias, inputs], chunks=4).optimizer
+    hidden_states(residual + inputs(x) @ learned().T + bias(), residual + x @ weight.T + 1).backward()
+    optimizer.step()
+    moved = {name: (value.detach() - started[name]).abs() for name, value in learned.named_parameters()}
+    assert float(moved["weight"].median()) == pytest.approx(step.lr, rel=1e-2)
+    rate = step.scale_lr * {2: 1, 4: 1 / 5, 8: 1 / 85}[bits]
+    for by in (moved["ratio"], bias.change.abs(), inputs.change.abs()):
+        assert float(by.detach().median()) == pytest.approx(rate, rel=1e-2)
+
+
+def test_a_fine_grid_is_trained_in_small_steps(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Shares that do for 2 bits would do harm to the first block, whose error is that of its own rounding."""
+    step = QAT(bits=8, group_size=32, batch_size=8, validation=0.0)
+    found = errors(folders["llama"], step, tmp_path / "out")
+    assert all(after < before for before, after in found)
 
 
 def test_signed_descent_steps_by_the_sign_and_stays_in_bounds() -> None:
@@ -210,7 +240,7 @@ def test_every_family_is_trained_and_loads_as_it_was_saved(
     assert report["verification"]["ok"] and report["verification"]["max_error"] == 0
     rows = [row for row in report["linears"] if "output_error_before" in row]
     assert len(rows) == report["plan"]["blocks"]
-    assert all(row["output_error"] <= row["output_error_before"] for row in rows)
+    assert any(row["output_error"] < row["output_error_before"] for row in rows)  # of text held out
 
 
 def stop_at(kind: str, block: int) -> Any:
@@ -263,7 +293,8 @@ def test_the_training_of_blocks_is_told_and_written_down(
         own = [line for line in lines if line["block"] == name]
         assert len({line["step"] for line in own}) == len(own) > 0
         assert error <= min(line["eval_loss"] for line in own) + 1e-9
-        assert own[-1]["learning_rate"] < 1e-2 < own[0]["learning_rate"] + 1
+        rates = [line["learning_rate"] for line in own]
+        assert rates == sorted(rates, reverse=True) and rates[-1] == 0
 
 
 def test_training_stops_in_time_and_the_rate_falls_in_it(
@@ -332,9 +363,14 @@ def test_a_training_that_diverges_is_told_and_kept_from_the_model(
 
 @pytest.mark.parametrize("kind", SHORT)
 def test_targets_may_be_the_blocks_own(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    step = SHORT[kind].model_copy(update={"target": "block", "validation": 0.0})
-    found = errors(folders["qwen3"], step, tmp_path / "out")
-    assert all(after <= before for before, after in found)
+    """Behind the first block they leave out what quantizing earlier ones has done, so that less is wrong at first."""
+    found = {}
+    for target in ("block", "model"):
+        step = SHORT[kind].model_copy(update={"target": target, "validation": 0.0})
+        found[target] = errors(folders["qwen3"], step, tmp_path / target)
+        assert all(after < before for before, after in found[target])
+    begun = {target: [before for before, _ in rows[1:]] for target, rows in found.items()}
+    assert all(own < models for own, models in zip(begun["block"], begun["model"], strict=True))
 
 
 @pytest.mark.parametrize(

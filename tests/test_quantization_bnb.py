@@ -20,7 +20,7 @@ from llmslim.quantization.bnb_linear import STATE_BYTES, BnbLinear, state_of
 from llmslim.quantization.rtn import RTN
 from llmslim.recovery.full import Full
 from tests.reference import nf4
-from tests.tiny import FAMILIES, example_inputs, meta_model, save_tiny
+from tests.tiny import FAMILIES, example_inputs, meta_model, save_tiny, tiny_model
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.usefixtures("verified_here")
@@ -54,13 +54,27 @@ def test_it_saves_what_bitsandbytes_saves(family: str, step: BitsAndBytes, tmp_p
     result = compress(str(base), [step], tmp_path / "made", **QUICK)
     assert result.report["format"] == "bitsandbytes"
     expected = reference(base, tmp_path / "reference", step, family)
-    made = load_file(tmp_path / "made/model.safetensors")
+    assert_same(load_file(tmp_path / "made/model.safetensors"), expected)
+
+
+def assert_same(made: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert made.keys() == expected.keys()
     for name, tensor in expected.items():
         if "quant_state" in name:
             assert state_of(made[name]) == state_of(tensor) and len(made[name]) == STATE_BYTES
         else:
             assert made[name].dtype == tensor.dtype and torch.equal(made[name], tensor), name
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_of_a_16_bit_model_too_whatever_the_cpu_computes_in(
+    fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmslim.loaders.models.has_fast_bf16", lambda: fast)
+    tiny_model("llama").bfloat16().save_pretrained(tmp_path / "base")
+    compress(str(tmp_path / "base"), [BitsAndBytes()], tmp_path / "made", **QUICK)
+    expected = reference(tmp_path / "base", tmp_path / "reference", BitsAndBytes())
+    assert_same(load_file(tmp_path / "made/model.safetensors"), expected)
 
 
 @pytest.mark.parametrize("step", [BitsAndBytes(), BitsAndBytes(bits=8)], ids=["nf4", "int8"])

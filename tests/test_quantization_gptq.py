@@ -122,6 +122,28 @@ def test_refitted_scales_are_the_least_squares_solution() -> None:
         torch.testing.assert_close(fitted.scale[row].double(), expected, rtol=1e-3, atol=1e-5)
 
 
+def test_refitting_many_small_groups_takes_no_more_than_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The systems of all rows at once would take 4 times as much."""
+    scheme = Scheme(bits=4, group_size=8, scale_dtype="float32")
+    weight, inputs = problem(rows=21, width=256)
+    hessian = inputs.T @ inputs
+    quantized = round_to_grid(weight, *search_grid(weight, scheme), scheme)
+    sizes = []
+    solve = torch.linalg.solve_ex
+
+    def watched(system: torch.Tensor, right: torch.Tensor) -> Any:
+        sizes.append(system.numel())
+        return solve(system, right)
+
+    monkeypatch.setattr(torch.linalg, "solve_ex", watched)
+    fitted = refit_scales(weight, quantized, hessian).scale
+    assert sum(sizes) == 21 * 32**2 and max(sizes) <= weight.numel() < sum(sizes)
+    for row in range(21):
+        alone = type(quantized)(scheme, quantized.codes[row : row + 1], quantized.scale[row : row + 1])
+        one = refit_scales(weight[row : row + 1], alone, hessian).scale
+        torch.testing.assert_close(fitted[row : row + 1], one, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_searched_scales_beat_the_covering_range(scheme: Scheme) -> None:
     weight, inputs = problem()

@@ -72,6 +72,10 @@ def load_model(files: ModelFiles, dtype: torch.dtype | str | None, device: torch
             f"{files.spec}: some tensors have other shapes than config.json says, as told above; the folder is damaged."
         ) from error
     settle(model)
+    if method == "bitsandbytes":  # of which transformers leaves what is dense in the stored type
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
     setting = read_setting(files.folder)
     if setting is not None and model.can_generate():
         from llmslim.kvcache.runtime.cache import attach

@@ -56,7 +56,7 @@ class Distill(InsideFields, WholeStep):
     def _something_to_learn(self) -> Self:
         fields = type(self).model_fields
         of_response = ("alpha", "temperature", "divergence", "on_policy")
-        changed = next((name for name in of_response if getattr(self, name) != fields[name].default), None)
+        changed = next(filter(self.given, of_response), None)
         if not self.response and changed:
             raise ValueError(f"{changed} is about the response, whose weight is 0")
         usual = [name for name in ("hidden", "attention", "distance", "angle") if fields[name].default]

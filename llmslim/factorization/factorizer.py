@@ -59,10 +59,7 @@ class Factorizer(LinearStep):
 
     @model_validator(mode="after")
     def _one_amount(self) -> Factorizer:
-        # by value, since a recipe that a report tells has all fields
-        default = type(self).model_fields["ratio"].default
-        said = ["ratio"] if self.ratio != default else []
-        said += [name for name in ("rank", "energy") if getattr(self, name) is not None]
+        said = list(filter(self.given, ("ratio", "rank", "energy")))
         if len(said) > 1:
             raise ValueError(f"{said[0]} and {said[1]} both say how much goes; use one")
         if self.allocation == "error" and (self.rank is not None or self.energy is not None):

@@ -83,8 +83,7 @@ class Finetune(InsideFields, WholeStep):
 
     @model_validator(mode="after")
     def _of_the_teacher(self) -> Self:
-        fields = type(self).model_fields
-        changed = next((n for n in OF_TEACHER if getattr(self, n) != fields[n].default), None)
+        changed = next(filter(self.given, OF_TEACHER), None)
         if changed and not self.teacher:
             raise ValueError(f"{changed} is about learning from a teacher, and none is given")
         self.require_batch(self.batch_size)

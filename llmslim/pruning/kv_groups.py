@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmslim.anatomy import Anatomy, Attention, Block
@@ -41,6 +41,12 @@ class KVGroups(BlockStep):
     refit_damping: float = Field(
         1e-4, gt=0, le=1, description="pull to the old weights, x the mean square input"
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> KVGroups:
+        if self.given("refit_damping") and not self.refit:
+            raise ValueError("refit_damping is an option of refit only")
+        return self
 
     @property
     def needs_calibration(self) -> bool:

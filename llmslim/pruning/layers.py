@@ -72,8 +72,10 @@ class PruneLayers(Share):
     @model_validator(mode="after")
     def _one_way(self) -> PruneLayers:
         for name in ("ratio", "criterion", "target_params", "target_size", "rounds") if self.drop else ():
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if self.given(name):
                 raise ValueError(f"drop says which blocks go, and {name} chooses others: give one of them")
+        if self.given("refit_damping") and not self.refit:
+            raise ValueError("refit_damping is an option of refit only")
         return self
 
     @property

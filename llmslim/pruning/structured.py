@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block, Experts
@@ -102,6 +102,14 @@ class Structured(Share):
     ratio_range: float = Field(
         0.1, gt=0, le=1, description="allocation sensitivity: how far a block's ratio may be from the mean"
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Structured:
+        if self.given("refit_damping") and not self.refit and self.criterion != "obs":
+            raise ValueError("refit_damping is an option of refit and of criterion obs only")
+        if self.given("ratio_range") and self.allocation != "sensitivity":
+            raise ValueError("ratio_range is an option of allocation sensitivity only")
+        return self
 
     @property
     def uneven(self) -> str:

@@ -85,6 +85,10 @@ class Student(Step):
         targets = [name for name in ("params", "latency") if getattr(self, name) is not None]
         if len(targets) > 1 or (targets and sizes):
             raise ValueError(f"{targets[0]} and {[*targets, *sizes][1]} both say how small it is; use one")
+        if self.given("which") and sizes and self.layers is None:
+            raise ValueError(
+                f"which {self.which} chooses blocks, and without layers all stay: give layers too"
+            )
         return self
 
     @property

@@ -88,10 +88,9 @@ class WeightPruner(Amount, LinearStep):
                 raise ValueError(
                     f"pattern {self.pattern} takes half at once: {what} needs pattern unstructured"
                 )
-        fields = type(self).model_fields  # by value, since a recipe that a report tells has all fields
-        if self.owl_outlier != fields["owl_outlier"].default and self.layer_sparsity != "owl":
+        if self.given("owl_outlier") and self.layer_sparsity != "owl":
             raise ValueError("owl_outlier is an option of layer_sparsity owl only")
-        if self.sparsity_range != fields["sparsity_range"].default and self.layer_sparsity == "uniform":
+        if self.given("sparsity_range") and self.layer_sparsity == "uniform":
             raise ValueError("sparsity_range is an option of layer_sparsity owl and error only")
         return self
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block
@@ -67,6 +67,12 @@ class PruneWidth(Share):
     refit_damping: float = Field(
         1e-4, gt=0, le=1, description="pull to the old weights, x the mean square input"
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PruneWidth:
+        if self.given("refit_damping") and not self.refit:
+            raise ValueError("refit_damping is an option of refit only")
+        return self
 
     @property
     def needs_calibration(self) -> bool:

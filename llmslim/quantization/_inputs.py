@@ -72,7 +72,7 @@ def input_steps(
     for name, module in packed.items():
         best = SHARES[int(errors[name].argmin())] * tops[name] or 1.0  # an expert that no token reached
         step = torch.tensor([best], device=module.weight_scale.device)
-        found[name] = TrainedInputs(step, module.in_features, module.scheme)
+        found[name] = TrainedInputs(step, module.scheme)
     return found
 
 

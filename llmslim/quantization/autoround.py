@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from llmslim.quantization.fake_quantize import TrainedInputs, TrainedWeight
+from llmslim.quantization.fake_quantize import TrainedInputs, TrainedWeight, stored_scale
 from llmslim.quantization.grid import QuantizedWeight, Scheme
 from llmslim.quantization.quantizer import Quantizer
 from llmslim.quantization.reconstruction import Reconstruction, Schedule, TrainedVector
@@ -79,22 +79,21 @@ class RoundedWeight(TrainedWeight):
     """
 
     def __init__(self, weight: Tensor, scheme: Scheme) -> None:
-        super().__init__(scheme, tuple(weight.shape))
+        super().__init__(weight, scheme)
         self.weight = weight.reshape(*scheme.scale_shape(*weight.shape), -1)
         self.low = self.weight.amin(-1).clamp(max=0)
         self.high = self.weight.amax(-1).clamp(min=0)
         self.offset = nn.Parameter(torch.zeros_like(self.weight))
-        self.pruned = self.weight == 0  # stay so: half a step more would bring them back
         self.alpha = nn.Parameter(torch.ones_like(self.high))
         self.beta = nn.Parameter(torch.ones_like(self.low))
 
     def values(self) -> tuple[Tensor, Tensor | None]:
-        return self.weight, self.offset.masked_fill(self.pruned, 0.0)
+        return self.weight, self.unpruned(self.offset)  # half a step more would bring pruned ones back
 
     def grid(self) -> tuple[Tensor, Tensor]:
         low, high = self.low * self.beta, self.high * self.alpha
         if self.scheme.symmetric:
-            scale = self.stored_scale(torch.maximum(high, -low) / (self.scheme.max_code / 2))
+            scale = stored_scale(torch.maximum(high, -low) / (self.scheme.max_code / 2), self.scheme)
             return scale, torch.full_like(self.low, float(self.scheme.midpoint))
-        scale = self.stored_scale((high - low) / self.scheme.max_code)
+        scale = stored_scale((high - low) / self.scheme.max_code, self.scheme)
         return scale, self.stored_zero(-low / scale)

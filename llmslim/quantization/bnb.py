@@ -88,4 +88,6 @@ class BitsAndBytes(LinearStep):
         check_finite(name, weight)
         edit = self._edit(name)
         record.linears.append({"name": name, "bits": self.bits, "shape": list(weight.shape)})
+        # bitsandbytes writes down the type that it saw, and computes with the weight in it
+        weight = weight.to(record.stored)
         return edit, BnbLinear.quantize(weight, self.bits, edit.double_quant, edit.quant_type)

@@ -31,8 +31,6 @@ class PackLinear(Edit):
         if isinstance(linear, PackedLinear):
             raise ValueError(f"{self.module} is packed already")
         out_features, in_features = features(linear)
-        if in_features % self.scheme.group_width(in_features):
-            raise ValueError(f"group size {self.scheme.group_size} does not divide {in_features}")
         weight = cast(Tensor, linear.weight)
         packed = PackedLinear(
             in_features,
@@ -61,8 +59,6 @@ class PackEmbedding(Edit):
     def _packed_table(self, table: nn.Embedding) -> PackedEmbedding:
         scale = getattr(table, "scalar_embed_scale", 1.0)  # Gemma's
         rows, width = table.weight.shape
-        if width % self.scheme.group_width(width):
-            raise ValueError(f"group size {self.scheme.group_size} does not divide {width}")
         return PackedEmbedding(
             rows, width, self.scheme, table.weight.dtype, table.padding_idx, scale, device="meta"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import Any
 
@@ -67,25 +66,27 @@ def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
     return rounded + (value - value.detach())
 
 
-def scaled_gradient(value: Tensor, share: float) -> Tensor:
-    """The value, with `share` of its gradient."""
-    return value.detach() + share * (value - value.detach())
+def stored_scale(scale: Tensor, scheme: Scheme) -> Tensor:
+    """Scales as their type holds them, with gradients."""
+    return straight_through(scale, round_scale(scale.detach(), scheme))
 
 
 class TrainedWeight(nn.Module):
     """A weight of a Linear while its grid is trained; subclasses say what is learned.
 
     Args:
-        shape: (out, in) of the weight.
+        weight: float32 [out, in], as it was: what is zero was pruned, and stays so.
     """
 
-    def __init__(self, scheme: Scheme, shape: tuple[int, ...]) -> None:
+    def __init__(self, weight: Tensor, scheme: Scheme) -> None:
         super().__init__()
-        self.scheme, self.shape = scheme, shape
+        self.scheme, self.shape = scheme, weight.shape
+        pruned = weight.reshape(*scheme.scale_shape(*weight.shape), -1) == 0
+        self.pruned = pruned if bool(pruned.any()) else None
 
     @abstractmethod
     def values(self) -> tuple[Tensor, Tensor | None]:
-        """The weight and the offset as `fake_quantize` takes them."""
+        """The weight and the offset as `fake_quantize` takes them; 0 both where a weight was pruned."""
 
     @abstractmethod
     def grid(self) -> tuple[Tensor, Tensor]:
@@ -105,9 +106,9 @@ class TrainedWeight(nn.Module):
         codes = _levels(weight, scale, zero, offset).round_().clamp_(0, self.scheme.max_code)
         return assemble(codes.reshape(self.shape), scale.detach().clone(), zero.detach(), self.scheme)
 
-    def stored_scale(self, scale: Tensor) -> Tensor:
-        """Scales as their type holds them."""
-        return straight_through(scale, round_scale(scale.detach(), self.scheme))
+    def unpruned(self, values: Tensor) -> Tensor:
+        """The values, but 0 where a weight was pruned."""
+        return values if self.pruned is None else values.masked_fill(self.pruned, 0.0)
 
     def stored_zero(self, zero: Tensor) -> Tensor:
         """Zero points as whole numbers."""
@@ -119,20 +120,17 @@ class TrainedInputs(nn.Module):
 
     Args:
         start: the step at first, float32 [1].
-        width: inputs of the Linear.
     """
 
-    def __init__(self, start: Tensor, width: int, scheme: Scheme) -> None:
+    def __init__(self, start: Tensor, scheme: Scheme) -> None:
         super().__init__()
         self.start, self.scheme = start, scheme
-        self.damping = 1 / math.sqrt(width * 127)  # LSQ's gradient scale
         self.change = nn.Parameter(torch.zeros_like(start))
         """As a share of the start, so that learning rates mean the same for all."""
 
     def scale(self) -> Tensor:
         """The step as it is stored, float32 [1], with gradients."""
-        scale = self.start * (1 + scaled_gradient(self.change, self.damping))
-        return straight_through(scale, round_scale(scale.detach(), self.scheme))
+        return stored_scale(self.start * (1 + self.change), self.scheme)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():

@@ -200,16 +200,26 @@ def refit_scales(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) ->
     A row is sum_g s_g c_g with c_g its centred codes in group g; ||(w - sum_g s_g c_g) X||^2 is least where
     A s = b with A_gh = c_g^T H_gh c_h and b_g = c_g^T (H w)_g. Rows whose system is singular keep their scales.
     """
-    scheme = quantized.scheme
-    rows, groups = quantized.scale.shape
-    out_features, in_features = weight.shape
-    if rows != out_features:
+    scheme, scale = quantized.scheme, quantized.scale
+    rows, groups = scale.shape
+    if rows != len(weight):
         return quantized  # one scale per tensor
-    width = in_features // groups
-    zero = (
-        float(scheme.midpoint) if quantized.zero_point is None else quantized.zero_point.float().unsqueeze(-1)
-    )
-    centred = quantized.codes.float().reshape(rows, groups, width) - zero
+    zero = torch.full_like(scale, scheme.midpoint)
+    if quantized.zero_point is not None:
+        zero = quantized.zero_point.float()
+    together = max(
+        1, weight.numel() // groups**2
+    )  # rows at a time: their systems take no more than the weight
+    parts = [part.split(together) for part in (weight, quantized.codes, zero, scale)]
+    fitted = torch.cat([_fitted(*part, hessian) for part in zip(*parts, strict=True)])
+    return QuantizedWeight(scheme, quantized.codes, round_scale(fitted, scheme), quantized.zero_point)
+
+
+def _fitted(weight: Tensor, codes: Tensor, zero: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
+    """`refit_scales` of some rows: what solves their systems, or the scale as it is; float32 [rows, groups]."""
+    rows, groups = scale.shape
+    width = weight.shape[1] // groups
+    centred = codes.float().reshape(rows, groups, width) - zero.unsqueeze(-1)
     right = ((weight @ hessian).reshape(rows, groups, width) * centred).sum(-1)
     system = torch.empty(rows, groups, groups, device=weight.device)
     for group in range(groups):  # the system is symmetric: its upper half suffices
@@ -220,8 +230,7 @@ def refit_scales(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) ->
     diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + 1e-30
     fitted, failed = torch.linalg.solve_ex(system, right)
     usable = fitted.isfinite().all(-1, keepdim=True) & (failed == 0).unsqueeze(-1)
-    scale = torch.where(usable, fitted, quantized.scale)
-    return QuantizedWeight(scheme, quantized.codes, round_scale(scale, scheme), quantized.zero_point)
+    return torch.where(usable, fitted, scale)
 
 
 class GPTQ(Quantizer):

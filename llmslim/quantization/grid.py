@@ -61,11 +61,17 @@ class Scheme(BaseModel):
         return 2 ** (self.bits - 1)
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """Shape [rows, groups] of scales and zero points: [out, in/g], [out, 1] or [1, 1]."""
+        """Shape [rows, groups] of scales and zero points: [out, in/g], [out, 1] or [1, 1].
+
+        Raises:
+            ValueError: `group_size` does not divide the inputs.
+        """
         if self.group_size == "tensor":
             return 1, 1
         if self.group_size == "channel":
             return out_features, 1
+        if in_features % self.group_size:
+            raise ValueError(f"group size {self.group_size} does not divide {in_features}")
         return out_features, in_features // self.group_size
 
     def group_width(self, in_features: int) -> int:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
-from llmslim.quantization.fake_quantize import TrainedInputs, TrainedWeight, scaled_gradient
+from llmslim.quantization.fake_quantize import TrainedInputs, TrainedWeight, stored_scale
 from llmslim.quantization.gptq import GPTQ
 from llmslim.quantization.grid import QuantizedWeight, Scheme
 from llmslim.quantization.quantizer import Quantizer
@@ -27,32 +27,46 @@ demo model the error rose by 24% in 16 steps and ended above its start, and fell
 """
 
 
+EPSILON = 1e-18
+"""Adam's, which is to be far below any gradient, so that a step does not depend on how large the loss is.
+
+A weight's gradient is about the block's error divided by its number of weights: 1e-10 for a small model at 8 bits,
+1e-14 for one of 7B. Adam's usual 1e-8 keeps such weights where they are. The square of 1e-18 is still a float32.
+"""
+
+
 class QAT(Reconstruction):
     """Quantization-aware training block by block (Block-AP of EfficientQAT, Chen et al. 2024, arXiv:2407.11062).
 
     min mean ||B_q(X_q) - B(X)||^2 / ||B(X)||^2 over tokens, B the block as it was, B_q the quantized one, X and X_q
     the hidden states that the uncompressed model and the model quantized so far put in front of it. All of the block
     is trained by AdamW: weights, through rounding, by the straight-through estimator; a step size per group as in LSQ
-    (Esser et al. 2019, arXiv:1902.08153); zero points, norms and biases. `recover --method scales` afterwards is
-    EfficientQAT's second phase, end to end.
+    (Esser et al. 2019, arXiv:1902.08153), but for its scale of gradients, which Adam takes out again; zero points,
+    norms and biases. `recover --method scales` afterwards is EfficientQAT's second phase, end to end.
 
     Training begins at GPTQ's codes: each weight is the original, moved as far as it takes to be rounded to GPTQ's
     code. Weights and step sizes are trained in units of their grid as it is at first, so that learning rates mean the
-    same in every model. Weights that are zero stay zero. With `activation_bits` 8 the inputs of the Linears are rounded
-    in training as they will be, straight through: per token, by each token's largest value, or, `activation_scale`
-    "learned", by one step for all inputs of a Linear, which is stored and trained as in LSQ. It begins at the one of
-    least square error on the first windows. Language models have a few inputs that are hundreds of times larger than
-    the others, to which one step for all yields much (README's results): take it for runtimes that know no other.
+    same in every model; step sizes, norms and biases the slower the more codes there are, as 0.2% of a step size is
+    half a step at the end of an 8-bit grid. Weights that are zero stay zero. With `activation_bits` 8 the inputs of the
+    Linears are rounded in training as they will be, straight through: per token, by each token's largest value, or,
+    `activation_scale` "learned", by one step for all inputs of a Linear, which is stored and trained as in LSQ. It
+    begins at the one of least square error on the first windows. Language models have a few inputs that are hundreds of
+    times larger than the others, to which one step for all yields much (README's results): take it for runtimes that
+    know no other.
     """
 
     kind: ClassVar[str] = "qat"
 
     bits: int = Field(2, ge=2, le=8, description="bits per weight, 2 to 8")
     lr: float = Field(
-        5e-3, gt=0, description="peak learning rate of the weights, in steps of their grid; cosine to 0"
+        5e-3,
+        gt=0,
+        description="peak learning rate of weights and zero points, in steps of their grid; cosine to 0",
     )
     scale_lr: float = Field(
-        2e-3, gt=0, description="that of step sizes, norms and biases, as a share of them, and of zero points"
+        2e-3,
+        gt=0,
+        description="that of step sizes, norms and biases, as a share of them, at 2 bits; less with more codes",
     )
     epochs: float = Field(8.0, gt=0, description="passes over the calibration windows")
     activation_scale: Literal["token", "learned"] = Field(
@@ -97,14 +111,15 @@ class QAT(Reconstruction):
     def schedule(
         self, weights: list[TrainedWeight], small: list[TrainedVector | TrainedInputs], chunks: int
     ) -> Schedule:
-        matrices = [weight.weight for weight in weights]  # type: ignore[attr-defined]
-        grids = [p for weight in weights for name, p in weight.named_parameters() if name != "weight"]
+        on_grid = [p for weight in weights for p in (weight.weight, weight.zero)]  # type: ignore[attr-defined]
+        shares = [*(weight.ratio for weight in weights), *(one.change for one in small)]  # type: ignore[attr-defined]
+        # a share of a step size is as many steps at the end of the grid as it is of the codes; there are 3 at 2 bits
         groups = [
-            {"params": matrices, "lr": self.lr},
-            {"params": [*grids, *(one.change for one in small)], "lr": self.scale_lr},
+            {"params": on_grid, "lr": self.lr},
+            {"params": shares, "lr": self.scale_lr * 3 / (2**self.bits - 1)},
         ]
         steps = max(1, math.ceil(chunks * self.epochs))
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(groups, eps=EPSILON, weight_decay=0.0, fused=True)
         return Schedule(optimizer, steps, lambda done: 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
     def workspace_bytes(self, anatomy: Anatomy) -> int:
@@ -122,29 +137,21 @@ class LearnedGrid(TrainedWeight):
     """
 
     def __init__(self, weight: Tensor, start: QuantizedWeight) -> None:
-        super().__init__(start.scheme, tuple(weight.shape))
+        super().__init__(weight, start.scheme)
         self.unit = start.scale
-        rows, groups = start.scale.shape
+        original = weight.reshape(*start.scale.shape, -1)
         zero = torch.full_like(start.scale, float(start.scheme.midpoint))
         if start.zero_point is not None:
             zero = start.zero_point.float()
-        original = weight.reshape(rows, groups, -1)
         centre = start.codes.reshape(original.shape).float() - zero.unsqueeze(-1)
         reach = 0.5 - MARGIN
         begun = (original / self.unit.unsqueeze(-1)).clamp(centre - reach, centre + reach)
-        pruned = original == 0
-        self.open = ~pruned if bool(pruned.any()) else None
-        self.weight = nn.Parameter(begun if self.open is None else begun * self.open)
+        self.weight = nn.Parameter(begun)
         self.ratio = nn.Parameter(torch.ones_like(start.scale))
         self.zero = nn.Parameter(zero, requires_grad=not start.scheme.symmetric)
-        per_scale = original[0, 0].numel()
-        self.damping = 1 / math.sqrt(per_scale * start.scheme.max_code)
 
     def values(self) -> tuple[Tensor, Tensor | None]:
-        weight = self.weight if self.open is None else self.weight * self.open
-        return weight * self.unit.unsqueeze(-1), None
+        return self.unpruned(self.weight) * self.unit.unsqueeze(-1), None
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        # LSQ's gradient scale: that of a step size grows with the weights that share it
-        ratio = scaled_gradient(self.ratio, self.damping)
-        return self.stored_scale(self.unit * ratio), self.stored_zero(self.zero)
+        return stored_scale(self.unit * self.ratio, self.scheme), self.stored_zero(self.zero)

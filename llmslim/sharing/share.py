@@ -129,10 +129,9 @@ class ShareBlocks(LinearStep):
     def _consistent(self) -> ShareBlocks:
         if self.unique_blocks is not None and self.group_size != 2:
             raise ValueError("group_size and unique_blocks both say how many share; use one")
-        fields = type(self).model_fields  # by value, since a recipe that a report tells has all fields
-        if self.longest != fields["longest"].default and self.grouping != "similarity":
+        if self.given("longest") and self.grouping != "similarity":
             raise ValueError("longest is an option of grouping similarity only")
-        if self.fit_damping != fields["fit_damping"].default and not self.needs_calibration:
+        if self.given("fit_damping") and not self.needs_calibration:
             raise ValueError("fit_damping is an option of init fit and grouping similarity only")
         return self
 
