@@ -211,11 +211,11 @@ def refit_scales(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) ->
         1, weight.numel() // groups**2
     )  # rows at a time: their systems take no more than the weight
     parts = [part.split(together) for part in (weight, quantized.codes, zero, scale)]
-    fitted = torch.cat([_fitted(*part, hessian) for part in zip(*parts, strict=True)])
+    fitted = torch.cat([_fitted(hessian, *part) for part in zip(*parts, strict=True)])
     return QuantizedWeight(scheme, quantized.codes, round_scale(fitted, scheme), quantized.zero_point)
 
 
-def _fitted(weight: Tensor, codes: Tensor, zero: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
+def _fitted(hessian: Tensor, weight: Tensor, codes: Tensor, zero: Tensor, scale: Tensor) -> Tensor:
     """`refit_scales` of some rows: what solves their systems, or the scale as it is; float32 [rows, groups]."""
     rows, groups = scale.shape
     width = weight.shape[1] // groups
