@@ -61,12 +61,13 @@ class QAT(Reconstruction):
     lr: float = Field(
         5e-3,
         gt=0,
-        description="peak learning rate of weights and zero points, in steps of their grid; cosine to 0",
+        description="peak learning rate of the weights, in steps of their grid; cosine to 0",
     )
     scale_lr: float = Field(
         2e-3,
         gt=0,
-        description="that of step sizes, norms and biases, as a share of them, at 2 bits; less with more codes",
+        description="that of zero points, in steps, and of step sizes, norms and biases, as a share of them, at 2 bits: "
+        "of shares it is less with more codes",
     )
     epochs: float = Field(8.0, gt=0, description="passes over the calibration windows")
     activation_scale: Literal["token", "learned"] = Field(
@@ -111,11 +112,13 @@ class QAT(Reconstruction):
     def schedule(
         self, weights: list[TrainedWeight], small: list[TrainedVector | TrainedInputs], chunks: int
     ) -> Schedule:
-        on_grid = [p for weight in weights for p in (weight.weight, weight.zero)]  # type: ignore[attr-defined]
+        matrices = [weight.weight for weight in weights]  # type: ignore[attr-defined]
+        zeros = [weight.zero for weight in weights]  # type: ignore[attr-defined]
         shares = [*(weight.ratio for weight in weights), *(one.change for one in small)]  # type: ignore[attr-defined]
         # a share of a step size is as many steps at the end of the grid as it is of the codes; there are 3 at 2 bits
         groups = [
-            {"params": on_grid, "lr": self.lr},
+            {"params": matrices, "lr": self.lr},
+            {"params": zeros, "lr": self.scale_lr},
             {"params": shares, "lr": self.scale_lr * 3 / (2**self.bits - 1)},
         ]
         steps = max(1, math.ceil(chunks * self.epochs))
