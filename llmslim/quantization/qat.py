@@ -66,8 +66,8 @@ class QAT(Reconstruction):
     scale_lr: float = Field(
         2e-3,
         gt=0,
-        description="that of zero points, in steps, and of step sizes, norms and biases, as a share of them, at 2 bits: "
-        "of shares it is less with more codes",
+        description="that of zero points, in steps, and of step sizes, norms and biases, as a share of them, at 2 bits; "
+        "of shares less with more codes",
     )
     epochs: float = Field(8.0, gt=0, description="passes over the calibration windows")
     activation_scale: Literal["token", "learned"] = Field(
