@@ -47,7 +47,7 @@ class QAT(Reconstruction):
     Training begins at GPTQ's codes: each weight is the original, moved as far as it takes to be rounded to GPTQ's
     code. Weights and step sizes are trained in units of their grid as it is at first, so that learning rates mean the
     same in every model; step sizes, norms and biases the slower the more codes there are, as 0.2% of a step size is
-    half a step at the end of an 8-bit grid. Weights that are zero stay zero. With `activation_bits` 8 the inputs of the
+    a quarter of a step or more at the end of an 8-bit grid. Weights that are zero stay zero. With `activation_bits` 8 the inputs of the
     Linears are rounded in training as they will be, straight through: per token, by each token's largest value, or,
     `activation_scale` "learned", by one step for all inputs of a Linear, which is stored and trained as in LSQ. It
     begins at the one of least square error on the first windows. Language models have a few inputs that are hundreds of
@@ -66,8 +66,8 @@ class QAT(Reconstruction):
     scale_lr: float = Field(
         2e-3,
         gt=0,
-        description="that of zero points, in steps, and of step sizes, norms and biases, as a share of them, at 2 bits; "
-        "of shares less with more codes",
+        description="that of zero points, in steps, and of step sizes, norms and biases, as a share of them; this for "
+        "2 bits, of shares less with more codes",
     )
     epochs: float = Field(8.0, gt=0, description="passes over the calibration windows")
     activation_scale: Literal["token", "learned"] = Field(
