@@ -44,12 +44,12 @@ class QAT(Reconstruction):
     (Esser et al. 2019, arXiv:1902.08153), but for its scale of gradients, which Adam takes out again; zero points,
     norms and biases. `recover --method scales` afterwards is EfficientQAT's second phase, end to end.
 
-    Training begins at GPTQ's codes: each weight is the original, moved as far as it takes to be rounded to GPTQ's
-    code. Weights and step sizes are trained in units of their grid as it is at first, so that learning rates mean the
-    same in every model; step sizes, norms and biases the slower the more codes there are, as 0.2% of a step size is
-    a quarter of a step or more at the end of an 8-bit grid. Weights that are zero stay zero. With `activation_bits` 8 the inputs of the
-    Linears are rounded in training as they will be, straight through: per token, by each token's largest value, or,
-    `activation_scale` "learned", by one step for all inputs of a Linear, which is stored and trained as in LSQ. It
+    Training begins at GPTQ's codes: each weight is the original, moved as far as it takes to be rounded to GPTQ's code.
+    Weights and step sizes are trained in units of their grid as it is at first, so that learning rates mean the same in
+    every model; step sizes, norms and biases the slower the more codes there are, as 0.2% of a step size is a quarter
+    of a step or more at the end of an 8-bit grid. Weights that are zero stay zero. With `activation_bits` 8 the inputs
+    of the Linears are rounded in training as they will be, straight through: per token, by each token's largest value,
+    or, `activation_scale` "learned", by one step for all inputs of a Linear, which is stored and trained as in LSQ. It
     begins at the one of least square error on the first windows. Language models have a few inputs that are hundreds of
     times larger than the others, to which one step for all yields much (README's results): take it for runtimes that
     know no other.
