@@ -32,10 +32,7 @@ class Rewind(PlacingStep):
     verb: ClassVar[str] = "prune"
     takes: ClassVar[str] = "goes back to"
 
-    source: str = Field(
-        "",
-        description="the earlier model; the one that the run starts from when not given",
-    )
+    source: str = Field("", description="the earlier model; the one that the run starts from when not given")
 
     @property
     def survey_copies(self) -> int:

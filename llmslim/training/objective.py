@@ -42,8 +42,7 @@ class ObjectiveStep(CachedStep):
 
     @model_validator(mode="after")
     def _of_a_teacher(self) -> Self:
-        fields = type(self).model_fields
-        changed = next((n for n in ("teacher", "temperature") if getattr(self, n) != fields[n].default), None)
+        changed = next(filter(self.given, ("teacher", "temperature")), None)
         if changed and not self.distills:
             raise ValueError(
                 f"{changed} is about learning from a teacher, and objective {self.objective} has none"
