@@ -128,7 +128,10 @@ NEEDED: dict[str, dict[str, Any]] = {
     "sparsity_range": {"layer_sparsity": "owl"},
     "ramp": {"rounds": 2},
     "patience": {"validation": 0.5},
-    "rewind": {"retrain": {"full": {}}},
+    "rewind": {"retrain": {"full": {"objective": "next_token"}}},
+    "ratio_range": {"allocation": "sensitivity"},
+    "refit_damping": {"refit": True},
+    "dropout": {"objective": "next_token"},
     "kv_budget": {"kv_bits": "auto"},
     "kv_evict": {"kv_keep": 0.5},
     "kv_keep": {"kv_evict": "knorm"},
@@ -136,10 +139,12 @@ NEEDED: dict[str, dict[str, Any]] = {
     **{
         name: {"teacher": "a"}
         for name in (
-            *("temperature", "hidden", "attention", "attention_maps", "layer_map", "relation_heads"),
+            *("temperature", "hidden", "attention", "attention_maps"),
             *("distance", "angle", "token_distance", "token_angle"),
         )
     },
+    "layer_map": {"teacher": "a", "hidden": 1},
+    "relation_heads": {"teacher": "a", "attention": 1},
 }
 """Fields that are refused without another one."""
 

@@ -46,7 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "finetuning",
     ),
     ("training",),
-    ("step", "linear_step", "edit", "experts", "sparse", "masks", "lowrank", "ties", "metrics"),
+    ("lineage", "step", "linear_step", "edit", "experts", "sparse", "masks", "lowrank", "ties", "metrics"),
     ("calibration",),
     ("anatomy", "loaders", "history"),
     ("errors", "files", "memory"),
@@ -71,7 +71,18 @@ ORDERED = {
         "work",
     ),
     "evaluation": ("evaluation", "plugin", "checkpoint"),
-    "step": ("linear_step", "step", "experts", "sparse", "edit", "masks", "lowrank", "ties", "metrics"),
+    "step": (
+        "lineage",
+        "linear_step",
+        "step",
+        "experts",
+        "sparse",
+        "edit",
+        "masks",
+        "lowrank",
+        "ties",
+        "metrics",
+    ),
 }
 
 
