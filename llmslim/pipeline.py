@@ -145,7 +145,7 @@ def run_steps(
             [{**row, "step": number} for row in done.linears] if number or not last else done.linears
         )
         record.notes += done.notes
-        _clear(work, number, last, number > 0 and not _measures_steps(recipe))
+        _clear(work, number, last, number > 0 and not recipe.measures_steps)
         made.append(find(str(folder)))
     return record, made[1:]
 
@@ -163,10 +163,6 @@ def _clear(work: WorkFolder, number: int, last: bool, source: bool) -> None:
     if source:
         for path in work.scratch(f"step-{number - 1}").glob("*.safetensors"):
             path.unlink()
-
-
-def _measures_steps(recipe: Recipe) -> bool:
-    return recipe.evaluation is not None and recipe.evaluation.steps
 
 
 def _report(prepared: Prepared, work: WorkFolder, record: StepRecord, started: float) -> dict[str, Any]:

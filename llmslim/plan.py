@@ -141,7 +141,6 @@ def _disk(shape: _Shape, recipe: Recipe, fronts: Sequence[Anatomy], made: Sequen
     Args:
         made: bytes of what each step leaves.
     """
-    measured = recipe.evaluation is not None and recipe.evaluation.steps
     most = 0
     for number, (step, anatomy) in enumerate(zip(recipe.steps, fronts, strict=True)):
         lanes = 0.0
@@ -149,7 +148,7 @@ def _disk(shape: _Shape, recipe: Recipe, fronts: Sequence[Anatomy], made: Sequen
             followed = step.reference_share if step.follows_reference(anatomy, shape.tokens) else 0
             lanes = 2 * (1 + followed) * shape.lane_bytes * len(anatomy.stacks)
         probes = len(anatomy.blocks) * PROBE_TOKENS * shape.hidden * 4 + shape.outer * 4
-        before = sum(made[:number]) if measured else sum(made[:number][-1:])
+        before = sum(made[:number]) if recipe.measures_steps else sum(made[:number][-1:])
         own = step.disk_bytes(anatomy, shape.tokens)
         most = max(most, before + own + int(lanes) + probes + 2 * made[number])
     return most

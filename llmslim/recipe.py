@@ -78,6 +78,11 @@ class Recipe(BaseModel):
     )
     seed: int = Field(0, ge=0, description="chooses the calibration windows")
 
+    @property
+    def measures_steps(self) -> bool:
+        """Whether what each step leaves is measured, not the result alone."""
+        return self.evaluation is not None and self.evaluation.steps
+
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON that `Recipe.parse` reads back."""
         record = self.model_dump(mode="json", exclude={"steps"})

@@ -99,6 +99,15 @@ class Step(BaseModel):
         """Whether an option is not at its default: by value, since a recipe that a report tells has all fields."""
         return bool(getattr(self, name) != type(self).model_fields[name].default)
 
+    def require_option(self, name: str, read: bool, of: str) -> None:
+        """Refuse an option that is given and nothing would read; of a validator.
+
+        Args:
+            of: what reads it, in words.
+        """
+        if self.given(name) and not read:
+            raise ValueError(f"{name} is an option of {of} only")
+
     @property
     def needs_calibration(self) -> bool:
         """Whether the step looks at a text."""

@@ -12,7 +12,7 @@ from llmslim.anatomy import Anatomy
 from llmslim.distillation.features import Features
 from llmslim.edit import DropBlocks
 from llmslim.training import pairing
-from llmslim.training.pairing import alikeness, ascending, outputs
+from llmslim.training.pairing import alikenesses, ascending, outputs
 from tests.tiny import tiny_model
 
 
@@ -22,9 +22,9 @@ def test_alikeness_is_cka_by_its_gram_matrices() -> None:
     center = torch.eye(30, dtype=torch.float64) - 1 / 30
     k, m = center @ x @ x.T @ center, center @ y @ y.T @ center
     naive = (k * m).sum() / (k.norm() * m.norm())
-    assert alikeness(x, y) == pytest.approx(float(naive), rel=1e-4)
+    assert float(alikenesses([x], [y])) == pytest.approx(float(naive), rel=1e-4)
     turn = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0]
-    assert alikeness(x, 3 * x @ turn + 7) == pytest.approx(1, abs=1e-5)
+    assert float(alikenesses([x], [3 * x @ turn + 7])) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 4), (3, 3), (3, 6), (4, 7)])

@@ -44,8 +44,7 @@ class KVGroups(BlockStep):
 
     @model_validator(mode="after")
     def _consistent(self) -> KVGroups:
-        if self.given("refit_damping") and not self.refit:
-            raise ValueError("refit_damping is an option of refit only")
+        self.require_option("refit_damping", self.refit, "refit")
         return self
 
     @property

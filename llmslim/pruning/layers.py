@@ -74,8 +74,7 @@ class PruneLayers(Share):
         for name in ("ratio", "criterion", "target_params", "target_size", "rounds") if self.drop else ():
             if self.given(name):
                 raise ValueError(f"drop says which blocks go, and {name} chooses others: give one of them")
-        if self.given("refit_damping") and not self.refit:
-            raise ValueError("refit_damping is an option of refit only")
+        self.require_option("refit_damping", self.refit, "refit")
         return self
 
     @property

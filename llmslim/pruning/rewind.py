@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block
 from llmslim.anatomy.parts import dense_weight, is_packed
@@ -47,11 +47,7 @@ class Rewind(PlacingStep):
         return f"rewind would put {spec} back to itself: name the earlier model with --source."
 
     def check_pair(self, front: Anatomy, other: Anatomy) -> None:
-        earlier: dict[str, Tensor] = dict(other.model.named_parameters())
-        there = dict(other.model.named_modules())
-        for name, module in front.model.named_modules():
-            if isinstance(module, SparseLinear) and name in there:  # [out, in], whatever it was before
-                earlier[f"{name}.weight"] = dense_weight(there[name])
+        earlier = _weights(other.model, front.model)
         for name, parameter in front.model.named_parameters():
             if name not in earlier or earlier[name].shape != parameter.shape:
                 has = list(earlier[name].shape) if name in earlier else "no such weight"
@@ -68,10 +64,7 @@ class Rewind(PlacingStep):
             )
 
     def survey(self, look: Survey) -> dict[str, Tensor]:
-        model = look.other(self, exact=True)
-        earlier = model.state_dict()
-        sparse = [n for n, m in look.anatomy.model.named_modules() if isinstance(m, SparseLinear)]
-        earlier |= {f"{name}.weight": dense_weight(model.get_submodule(name)) for name in sparse}
+        earlier = _weights(look.other(self, exact=True), look.anatomy.model)
         return {name: earlier[name] for name, _ in look.anatomy.model.named_parameters()}
 
     def compress_block(
@@ -81,3 +74,13 @@ class Rewind(PlacingStep):
         for module in block.module.modules():
             if isinstance(module, SparseLinear):
                 module.weight.data.mul_(module.mask)
+
+
+def _weights(earlier: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of the earlier model by name, turned as those of the other: a `SparseLinear` is [out, in]."""
+    found: dict[str, Tensor] = dict(earlier.named_parameters())
+    there = dict(earlier.named_modules())
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear) and name in there:
+            found[f"{name}.weight"] = dense_weight(there[name])
+    return found

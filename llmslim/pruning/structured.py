@@ -105,10 +105,10 @@ class Structured(Share):
 
     @model_validator(mode="after")
     def _consistent(self) -> Structured:
-        if self.given("refit_damping") and not self.refit and self.criterion != "obs":
-            raise ValueError("refit_damping is an option of refit and of criterion obs only")
-        if self.given("ratio_range") and self.allocation != "sensitivity":
-            raise ValueError("ratio_range is an option of allocation sensitivity only")
+        self.require_option(
+            "refit_damping", self.refit or self.criterion == "obs", "refit and of criterion obs"
+        )
+        self.require_option("ratio_range", self.allocation == "sensitivity", "allocation sensitivity")
         return self
 
     @property

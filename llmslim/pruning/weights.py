@@ -88,10 +88,10 @@ class WeightPruner(Amount, LinearStep):
                 raise ValueError(
                     f"pattern {self.pattern} takes half at once: {what} needs pattern unstructured"
                 )
-        if self.given("owl_outlier") and self.layer_sparsity != "owl":
-            raise ValueError("owl_outlier is an option of layer_sparsity owl only")
-        if self.given("sparsity_range") and self.layer_sparsity == "uniform":
-            raise ValueError("sparsity_range is an option of layer_sparsity owl and error only")
+        self.require_option("owl_outlier", self.layer_sparsity == "owl", "layer_sparsity owl")
+        self.require_option(
+            "sparsity_range", self.layer_sparsity != "uniform", "layer_sparsity owl and error"
+        )
         return self
 
     @property

@@ -70,8 +70,7 @@ class PruneWidth(Share):
 
     @model_validator(mode="after")
     def _consistent(self) -> PruneWidth:
-        if self.given("refit_damping") and not self.refit:
-            raise ValueError("refit_damping is an option of refit only")
+        self.require_option("refit_damping", self.refit, "refit")
         return self
 
     @property

@@ -129,10 +129,8 @@ class ShareBlocks(LinearStep):
     def _consistent(self) -> ShareBlocks:
         if self.unique_blocks is not None and self.group_size != 2:
             raise ValueError("group_size and unique_blocks both say how many share; use one")
-        if self.given("longest") and self.grouping != "similarity":
-            raise ValueError("longest is an option of grouping similarity only")
-        if self.given("fit_damping") and not self.needs_calibration:
-            raise ValueError("fit_damping is an option of init fit and grouping similarity only")
+        self.require_option("longest", self.grouping == "similarity", "grouping similarity")
+        self.require_option("fit_damping", self.needs_calibration, "init fit and grouping similarity")
         return self
 
     @property

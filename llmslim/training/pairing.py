@@ -50,19 +50,15 @@ def _parts(sample: Inputs) -> list[Inputs]:
     return [dict(zip(sample, part, strict=True)) for part in zip(*columns, strict=True)]
 
 
-def alikeness(x: Tensor, y: Tensor) -> float:
-    """Linear CKA: ||Y^T X||^2 / (||X^T X|| ||Y^T Y||) of centred rows, Frobenius; 0 to 1.
+def alikenesses(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+    """Linear CKA of each of the student's (rows) with each of the teacher's (columns), 0 to 1.
 
-    1 where y is x turned and scaled as a whole (Kornblith et al. 2019, arXiv:1905.00414).
+    ||Y^T X||^2 / (||X^T X|| ||Y^T Y||) of centred rows, Frobenius: 1 where y is x turned and scaled as a whole
+    (Kornblith et al. 2019, arXiv:1905.00414).
 
     Args:
-        x, y: [tokens, width]; widths may differ.
+        students, teachers: [tokens, width] each; widths may differ.
     """
-    return float(alikenesses([x], [y]))
-
-
-def alikenesses(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
-    """`alikeness` of each of the student's (rows) with each of the teacher's (columns)."""
     sides = [[x.float() - x.float().mean(0) for x in side] for side in (students, teachers)]
     mine, its = ([(x.T @ x).norm() for x in side] for side in sides)
     return torch.tensor(
