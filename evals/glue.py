@@ -59,8 +59,11 @@ def steps_of(name: str, options: Namespace) -> tuple[str, list[dict[str, Any]]]:
 
 
 def precision() -> str:
-    """What the training's products are computed in; without the CPU's own instructions bfloat16 is ten times slower."""
-    return "bfloat16" if record.machine()["avx512_bf16"] else "float32"
+    """What the training's products are computed in."""
+    sys.path.insert(0, str(record.ROOT))
+    from llmslim.cpu import fast_bfloat16
+
+    return "bfloat16" if fast_bfloat16() else "float32"
 
 
 def place(name: str, options: Namespace) -> Path:

@@ -7,7 +7,7 @@ rows with `@c4` of C4, as many as the minutes allow, on --threads cores. See var
 the same is done with documents of C4 that none is trained on. A row is what was compressed / how it was trained;
 `untrained` is where its training began. `float` is the model as it was, trained in the same way: what a text alone does
 to it; it is the teacher of the rows `corrected` (teacher correction, Minitron, arXiv:2408.11796), whose minutes are
-those of the teacher besides.
+those of the teacher besides. Rows `-few` have 64 windows to train on, seen several times, as a user with little text.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ BESIDE: dict[str, Any] = {**MERGED, "save_adapter": True}
 FULL: dict[str, Any] = {"lr": 1e-4, "batch_size": 1}
 LABELS: dict[str, Any] = {**FULL, "alpha": 0.5}  # beside the teacher
 NEXT_TOKEN = {"full": {**FULL, "objective": "next_token"}}
+FEW = 64  # windows of rows `-few`, a tenth of which is held out: what does best on it is kept
 TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> name -> minutes, step
     "float": {"next-token": (10, NEXT_TOKEN), "next-token@c4": (10, NEXT_TOKEN)},
     "3-bit": {
@@ -58,6 +59,8 @@ TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> na
         "distill+labels": (10, {"response": LABELS}),
         "distill+labels@c4": (30, {"response": LABELS}),
         "distill+labels-corrected": (20, {"response": LABELS}),
+        "distill+labels-few": (20, {"response": LABELS}),
+        "next-token-few": (20, NEXT_TOKEN),
         "next-token": (10, NEXT_TOKEN),
         "next-token-30": (30, NEXT_TOKEN),
         "next-token@c4": (30, NEXT_TOKEN),
@@ -98,10 +101,12 @@ def measure(name: str, options: Namespace) -> dict[str, Any]:
     if corrected and not teacher.is_dir():
         measure(CORRECTION, asked)
     fields = {**fields, "max_minutes": minutes, "epochs": 1000}
+    few = training.endswith("-few")
+    fields |= {"validation": 0.1} if few else {}
     if fields.get("objective") != "next_token":
         fields["teacher"] = str(teacher) if corrected else options.model
     begun = str(folder) if STARTS[start] else options.model
-    trained = Namespace(**{**vars(options), "model": begun, "num_samples": WINDOWS})
+    trained = Namespace(**{**vars(options), "model": begun, "num_samples": FEW if few else WINDOWS})
     return {
         **variants.measure(
             name,

@@ -70,7 +70,7 @@ def assert_same(made: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_of_a_16_bit_model_too_whatever_the_cpu_computes_in(
     fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmslim.loaders.models.has_fast_bf16", lambda: fast)
+    monkeypatch.setattr("llmslim.loaders.models.fast_bfloat16", lambda: fast)
     tiny_model("llama").bfloat16().save_pretrained(tmp_path / "base")
     compress(str(tmp_path / "base"), [BitsAndBytes()], tmp_path / "made", **QUICK)
     expected = reference(tmp_path / "base", tmp_path / "reference", BitsAndBytes())

@@ -87,7 +87,17 @@ def convert(gguf_file: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(gguf_file.parent, **source).save_pretrained(temporary)
     generation = {k: getattr(config, k, None) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (temporary / "generation_config.json").write_text(json.dumps(generation, indent=2))
-    os.replace(temporary, folder)
+    move(temporary, folder)
+
+
+def move(made: Path, folder: Path) -> None:
+    """Give a folder that is complete its name, unless another process that began at the same time was first."""
+    try:
+        os.replace(made, folder)
+    except OSError:
+        shutil.rmtree(made)
+        if not folder.is_dir():
+            raise
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from llmslim.cpu import fast_bfloat16
 from llmslim.errors import UserError, first_line
 from llmslim.loaders.safetensors_io import SafetensorsFolder
 
@@ -162,13 +162,6 @@ def skeleton(config: transformers.PreTrainedConfig) -> transformers.PreTrainedMo
     return model.eval()
 
 
-def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware; without, they are 8 times slower than float32."""
-    if platform.machine() in ("arm64", "aarch64"):
-        return "bf16" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def compute_dtype(device: torch.device, stored: torch.dtype = torch.bfloat16) -> torch.dtype:
     """The type to compute in: on a CPU bfloat16 where it is fast, else float32 (never float16, which crawls).
 
@@ -176,7 +169,7 @@ def compute_dtype(device: torch.device, stored: torch.dtype = torch.bfloat16) ->
     """
     if device.type != "cpu":
         return stored
-    return torch.bfloat16 if stored != torch.float32 and has_fast_bf16() else torch.float32
+    return torch.bfloat16 if stored != torch.float32 and fast_bfloat16() else torch.float32
 
 
 def default_device() -> torch.device:

@@ -14,13 +14,13 @@ A gradient to x is grad_y @ W with W expanded again in the backward pass: no exp
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llmslim.cpu import fast_bfloat16
 from llmslim.quantization import native, packing
 from llmslim.quantization.grid import QuantizedWeight
 
@@ -182,9 +182,3 @@ def _dequantize_rows_torch(layer: _Packed, rows: range | Tensor, dtype: torch.dt
     if zero_point is not None and not shared:
         zero_point = zero_point[index]
     return QuantizedWeight(layer.scheme, codes, scale, zero_point).dequantize().to(dtype)
-
-
-@cache
-def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (else it is several times slower than float32)."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,0 +1,74 @@
+"""What loaders settle before a model is read: converted GGUF files, and the type to compute in."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmslim import cpu
+from llmslim.cpu import fast_bfloat16
+from llmslim.loaders import gguf
+from llmslim.loaders.models import compute_dtype
+
+CPU = torch.device("cpu")
+
+
+def seconds(a: torch.Tensor) -> float:
+    begun = time.perf_counter()
+    for _ in range(20):
+        a @ a
+    return time.perf_counter() - begun
+
+
+def test_products_are_of_the_type_that_is_quicker_here() -> None:
+    a = torch.randn(384, 384)
+    ratio = min(seconds(a.bfloat16()) for _ in range(4)) / min(seconds(a) for _ in range(4))
+    if 0.8 < ratio < 1.25:
+        pytest.skip("both take the same time on this machine")
+    assert (compute_dtype(CPU, stored=torch.bfloat16) == torch.bfloat16) is (ratio < 1)
+    assert compute_dtype(CPU, stored=torch.float32) == torch.float32
+
+
+@pytest.mark.parametrize("slow", [torch.bfloat16, torch.float32])
+def test_the_quicker_type_is_found_inside_autocast_too(
+    slow: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    class Counted(torch.Tensor):
+        def __matmul__(self, other: torch.Tensor) -> torch.Tensor:
+            nonlocal now
+            product = torch.Tensor.__matmul__(self, other)
+            now += 2.0 if product.dtype == slow else 1.0
+            return product
+
+    ones = torch.ones(2, 2).as_subclass(Counted)
+    monkeypatch.setattr(cpu.torch, "ones", lambda *size: ones)
+    monkeypatch.setattr(cpu.time, "perf_counter", lambda: now)
+    fast_bfloat16.cache_clear()
+    try:
+        with torch.autocast("cpu"):
+            assert fast_bfloat16() is (slow == torch.float32)
+    finally:
+        fast_bfloat16.cache_clear()
+
+
+def test_of_two_conversions_at_once_the_second_finds_the_first_ones(tmp_path: Path) -> None:
+    made, folder = tmp_path / "made", tmp_path / "folder"
+    for place, text in ((made, "mine"), (folder, "theirs")):
+        place.mkdir()
+        (place / "config.json").write_text(text)
+    gguf.move(made, folder)
+    assert (folder / "config.json").read_text() == "theirs" and not made.exists()
+
+
+def test_what_cannot_take_its_place_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    made, folder = tmp_path / "made", tmp_path / "folder"
+    made.mkdir()
+    folder.write_text("a file of the user's")
+    with pytest.raises(OSError, match="folder"):
+        gguf.move(made, folder)
+    assert folder.read_text() == "a file of the user's" and not made.exists()
