@@ -78,7 +78,7 @@ def add_field(
 
     A bool becomes --x/--no-x; a tuple is given one by one (`--include P --include Q`), of numbers at once
     (`--drop 3,7`); a mapping of patterns to options entry by entry (`--override
-    'PATTERN:bits=8,group_size=32'` for `overrides`).
+    'PATTERN:bits=8,group_size=32'` for `overrides`), of which the field's title is the form, with an example.
 
     Args:
         group: a parser or a group of one.
@@ -92,8 +92,7 @@ def add_field(
     if annotation in (bool, bool | None):
         options["action"] = argparse.BooleanOptionalAction
     elif origin is dict:
-        name = name.removesuffix("s")
-        form, example = _FORMS[name]
+        name, form, example = name.removesuffix("s"), str(field.title), (field.examples or [""])[0]
         options |= {"action": _Entries, "type": partial(_entry, form, example), "metavar": f"'{form}'"}
     elif origin is tuple and int in get_args(annotation):
         options |= {"type": number_or_text, "metavar": "N,N,..."}
@@ -132,13 +131,6 @@ class _Entries(argparse.Action):
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, option: Any = None) -> None:
         setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), **value})
-
-
-_FORMS = {
-    "override": ("PATTERN:KEY=VALUE,...", "*.down_proj:bits=8"),
-    "retrain": ("METHOD[:KEY=VALUE,...]", "full:max_steps=50"),
-}
-"""How an entry of a mapping is written, by flag, and an example."""
 
 
 def _entry(form: str, example: str, text: str) -> dict[str, dict[str, Any]]:

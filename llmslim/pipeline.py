@@ -339,11 +339,11 @@ def _fingerprint(prepared: Prepared) -> dict[str, Any]:
     files, recipe = prepared.files, prepared.recipe
     beside = [path for step in recipe.steps for path in step.reads()]
     record = {
-        "model": [str(files.folder), _stamps(_weight_files(files))],
+        "model": [str(files.folder), _stamps(_weight_paths(files))],
         **recipe.to_json(),
         "text": prepared.text.data_hash if prepared.text else None,
         "teacher or earlier model": [
-            [str(one.folder), _stamps(_weight_files(one))] for one in prepared.others
+            [str(one.folder), _stamps(_weight_paths(one))] for one in prepared.others
         ],
         "data": _stamps(beside),
         "versions": [llmslim.__version__, torch.__version__],
@@ -353,7 +353,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, Any]:
     return json.loads(json.dumps(record))
 
 
-def _weight_files(files: ModelFiles) -> list[Path]:
+def _weight_paths(files: ModelFiles) -> list[Path]:
     return [
         files.folder / name for name in sorted({entry["file"] for entry in files.weights.entries.values()})
     ]

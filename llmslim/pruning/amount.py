@@ -48,6 +48,8 @@ class Amount(BlockStep):
 
     retrain: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
+        title="METHOD[:KEY=VALUE,...]",
+        examples=["full:max_steps=50"],
         description="training after every round, such as full:max_steps=50; a method of recover or distill",
     )
 

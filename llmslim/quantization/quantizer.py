@@ -34,6 +34,8 @@ class Quantizer(LinearStep):
     )
     overrides: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
+        title="PATTERN:KEY=VALUE,...",
+        examples=["*.down_proj:bits=8"],
         description="other bits, group_size or symmetric for modules that match a pattern",
     )
     activation_bits: int | None = Field(
