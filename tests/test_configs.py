@@ -88,6 +88,7 @@ def test_it_says_nothing_that_is_ignored(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("verified_here")
 def test_it_runs(path: Path, model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     overrides = [*TINY_RUN, *(TINY_TEXT if needs_text(path) else []), *SIZED.get(path.stem, [])]

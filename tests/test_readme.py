@@ -109,6 +109,7 @@ def on_tiny(words: list[str], model: str) -> list[str]:
     return [*words, *sized, *SHORT[verb].split()]
 
 
+@pytest.mark.usefixtures("verified_here")
 @pytest.mark.parametrize("words", LLMSLIM, ids=" ".join)
 def test_command(words: list[str], model: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.verbs()[words[0]].parser(f"llmslim {words[0]}").parse(words[1:])  # as it stands there
