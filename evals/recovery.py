@@ -7,7 +7,7 @@ rows with `@c4` of C4, as many as the minutes allow, on --threads cores. See var
 the same is done with documents of C4 that none is trained on. A row is what was compressed / how it was trained;
 `untrained` is where its training began. `float` is the model as it was, trained in the same way: what a text alone does
 to it; it is the teacher of the rows `corrected` (teacher correction, Minitron, arXiv:2408.11796), whose minutes are
-those of the teacher besides. Rows `-few` have 64 windows to train on, seen several times, as a user with little text.
+those of the teacher besides. Rows `-few` have 64 windows to train on, seen several times, as by a user with little text; `once`: one time.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> na
         "distill+labels-corrected": (20, {"response": LABELS}),
         "distill+labels-few": (20, {"response": LABELS}),
         "next-token-few": (20, NEXT_TOKEN),
+        "next-token-once-few": (5, {"full": {**NEXT_TOKEN["full"], "epochs": 1}}),
         "next-token": (10, NEXT_TOKEN),
         "next-token-30": (30, NEXT_TOKEN),
         "next-token@c4": (30, NEXT_TOKEN),
@@ -100,7 +101,7 @@ def measure(name: str, options: Namespace) -> dict[str, Any]:
     corrected, teacher = training.endswith("-corrected"), options.work / "teacher"
     if corrected and not teacher.is_dir():
         measure(CORRECTION, asked)
-    fields = {**fields, "max_minutes": minutes, "epochs": 1000}
+    fields = {"epochs": 1000, **fields, "max_minutes": minutes}
     few = training.endswith("-few")
     fields |= {"validation": 0.1} if few else {}
     if fields.get("objective") != "next_token":
