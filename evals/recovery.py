@@ -7,7 +7,8 @@ rows with `@c4` of C4, as many as the minutes allow, on --threads cores. See var
 the same is done with documents of C4 that none is trained on. A row is what was compressed / how it was trained;
 `untrained` is where its training began. `float` is the model as it was, trained in the same way: what a text alone does
 to it; it is the teacher of the rows `corrected` (teacher correction, Minitron, arXiv:2408.11796), whose minutes are
-those of the teacher besides. Rows `-few` have 64 windows to train on, seen several times, as by a user with little text; `once`: one time.
+those of the teacher besides. Rows `-few` have 64 windows to train on, seen several times, as by a user with little
+text; `once`: one time.
 """
 
 from __future__ import annotations
