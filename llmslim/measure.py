@@ -18,8 +18,8 @@ from llmslim.evaluation.divergence import Comparison
 from llmslim.evaluation.lm import evaluate_tasks
 from llmslim.evaluation.perplexity import require_causal
 from llmslim.evaluation.stream import streamed_windows
-from llmslim.loaders.models import ModelFiles
-from llmslim.loaders.texts import sample
+from llmslim.loaders.models import ModelFiles, compute_dtype
+from llmslim.loaders.texts import TextSample, sample
 from llmslim.memory import available_memory
 from llmslim.recipe import Evaluation, Recipe
 from llmslim.size import size_of
@@ -50,7 +50,10 @@ def measure(
     measured: dict[str, Any] = {"size": sizes, **dict.fromkeys(parts)}
     if evaluation is None:
         return measured
+    asked = json.loads(evaluation.model_dump_json())
     kept = work.state.setdefault("measured", {})
+    if kept.setdefault("asked", asked) != asked:  # before it was stopped: what is made does not hang on it
+        kept = work.state["measured"] = {"asked": asked}
 
     def once(key: str, make: Callable[[], Any]) -> Any:
         """What `make` gives, or what it gave before the run was stopped."""
@@ -82,7 +85,7 @@ def measure(
     if evaluation.tasks:
         measured["tasks"] = once("tasks", lambda: _tasks(base, result, evaluation, device, sizes, progress))
     if evaluation.speed:
-        measured["speed"] = once("speed", lambda: _speed(base, result, sizes, progress))
+        measured["speed"] = once("speed", lambda: _speed(base, result, sizes, device, progress))
     return measured
 
 
@@ -114,14 +117,7 @@ def _quality(
     except UserError as error:
         return {"skipped": str(error)}, None
     tokenizer = base.tokenizer()
-    text = sample(
-        evaluation.text,
-        tokenizer,
-        evaluation.windows,
-        evaluation.seq_len,
-        join=evaluation.join,
-        builtin_part="test",
-    )
+    text = judged_by(evaluation, tokenizer)
     others = {}
     if detailed:
         others = other_domains(evaluation.text, tokenizer, evaluation.windows, evaluation.seq_len)
@@ -132,6 +128,22 @@ def _quality(
     )
     record = Comparison.of(scores.result(slice(len(text.tokens))), text).to_dict()
     return record, damage.to_dict(tokenizer, scores, text, others) if damage else None
+
+
+def judged_by(evaluation: Evaluation, tokenizer: Any) -> TextSample:
+    """The windows that perplexity and divergence are measured on.
+
+    Raises:
+        UserError: there is no such text, or it is too short.
+    """
+    return sample(
+        evaluation.text,
+        tokenizer,
+        evaluation.windows,
+        evaluation.seq_len,
+        join=evaluation.join,
+        builtin_part="test",
+    )
 
 
 def _tasks(
@@ -165,7 +177,13 @@ def _require_memory(sizes: dict[str, Any]) -> None:
         raise UserError(f"the base needs about {need / 1e9:.1f} GB in memory, and there is less")
 
 
-def _speed(base: ModelFiles, result: ModelFiles, sizes: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def _speed(
+    base: ModelFiles,
+    result: ModelFiles,
+    sizes: dict[str, Any],
+    device: torch.device,
+    progress: Progress,
+) -> dict[str, Any]:
     """Speed and memory of base and result, each loaded in a process of its own."""
     try:
         _require_memory(sizes)
@@ -174,13 +192,15 @@ def _speed(base: ModelFiles, result: ModelFiles, sizes: dict[str, Any], progress
     figures: dict[str, Any] = {}
     for step, (name, files) in enumerate((("base", base), ("result", result))):
         progress("speed", step, 2)
-        figures[name] = _in_fresh_process(files)
+        figures[name] = _in_fresh_process(files, device)
     progress("speed", 2, 2)
     return figures
 
 
-def _in_fresh_process(files: ModelFiles) -> dict[str, Any]:
-    command = [sys.executable, "-m", "llmslim.evaluation.benchmark", str(files.folder)]
+def _in_fresh_process(files: ModelFiles, device: torch.device) -> dict[str, Any]:
+    # the type that is quick here is chosen by this process, for both
+    how = [str(device), str(compute_dtype(device, files.dtype)).removeprefix("torch.")]
+    command = [sys.executable, "-m", "llmslim.evaluation.benchmark", str(files.folder), *how]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **threads})
     if done.returncode != 0:

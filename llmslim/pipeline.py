@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 import llmslim
 from llmslim.anatomy import Anatomy
@@ -22,23 +23,25 @@ from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.evaluation.benchmark import peak_memory_mb
+from llmslim.evaluation.perplexity import require_causal
 from llmslim.evaluation.tasks import load_tasks
 from llmslim.hub import file_record
-from llmslim.loaders.heads import replaced_head
+from llmslim.kvcache.store import check_lasts, read_setting
+from llmslim.loaders.heads import positions, replaced_head
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find, skeleton
 from llmslim.loaders.texts import TextSample, sample
-from llmslim.measure import measure
+from llmslim.measure import judged_by, measure
 from llmslim.memory import return_freed_memory
 from llmslim.outlook import Foresight
 from llmslim.passes import BlockPass, PassOptions, recorded
 from llmslim.plan import Plan, make_plan
-from llmslim.recipe import Recipe
+from llmslim.recipe import Evaluation, Recipe
 from llmslim.report import write_report
-from llmslim.report.schema import SCHEMA_VERSION
+from llmslim.report.schema import SCHEMA_VERSION, read_report
 from llmslim.step import BlockStep, Step, StepRecord
 from llmslim.survey import run_survey
 from llmslim.teacher import check_others
-from llmslim.work import Progress, WorkFolder, check_output, silent
+from llmslim.work import Progress, WorkFolder, check_apart, check_output, silent
 
 
 @dataclass
@@ -85,8 +88,12 @@ def compress(
     return_freed_memory()
     prepared = prepare(model, recipe, revision=revision, device=device)
     files, recipe, options = prepared.files, prepared.recipe, prepared.options
+    reads = [path for step in recipe.steps for path in step.reads()]
+    check_apart(Path(output), [one.folder for one in (files, *prepared.others)] + reads)
     work = WorkFolder(Path(output), _fingerprint(prepared), overwrite)
     on_plan(prepared.plan)
+    if work.finished:
+        return Result(work.publish(), read_report(Path(output)))
     prepared.plan.require_disk(Path(output), work.held)
     work.save()
     return_freed_memory()  # reading and tokenizing the text left holes
@@ -240,13 +247,14 @@ def prepare(
         return choose(recipe.format, [*before, *edits], origin, stored)
 
     steps, fronts, outlook, chosen = _resolved(recipe.steps, Foresight(whole, (), form_of, stored))
+    check_lasts(read_setting(files.folder), steps, [*fronts, outlook.anatomy])
     chosen += (heads,) if heads else ()
     recipe = recipe.model_copy(update={"steps": steps})
     form = form_of(list(outlook.edits))
     text = None
     if any(step.needs_calibration for step in recipe.steps):
         choice = recipe.calibration
-        _check_length(choice.seq_len, files)
+        _check_length("seq_len", choice.seq_len, files, whole)
         text = sample(choice.text, files.tokenizer(), choice.num_samples, choice.seq_len, recipe.seed)
     options = PassOptions(
         text.tokens if text else None,
@@ -259,9 +267,7 @@ def prepare(
     others = check_others(recipe.steps, files, text, fronts)
     chosen += tuple(dict.fromkeys(f"{step.kind} {step.takes} {other.spec}" for step, other in others))
     if recipe.evaluation is not None:
-        _check_length(recipe.evaluation.seq_len, files)
-        if recipe.evaluation.tasks:  # refused now and not when the run is over
-            load_tasks(recipe.evaluation.tasks, recipe.evaluation.tasks_data)
+        _check_evaluation(recipe.evaluation, files, whole)
     streams = True
     if not (plan_only and files.hub):
         recipe.steps[0].check_source(files)
@@ -326,11 +332,23 @@ def _settled(step: Step, stored: torch.dtype, recipe: Recipe) -> Step:
     return step.model_copy(update={"scale_dtype": "float16" if half else "bfloat16"})
 
 
-def _check_length(seq_len: int, files: ModelFiles) -> None:
-    limit = getattr(files.config.get_text_config(), "max_position_embeddings", None)
+def _check_evaluation(evaluation: Evaluation, files: ModelFiles, model: PreTrainedModel) -> None:
+    """Refuse now, and not when the run is over, what the model cannot be measured on."""
+    try:
+        require_causal(model)
+    except UserError:
+        return  # the report will say so
+    _check_length("eval_seq_len", evaluation.seq_len, files, model)
+    judged_by(evaluation, files.tokenizer())
+    if evaluation.tasks:
+        load_tasks(evaluation.tasks, evaluation.tasks_data)
+
+
+def _check_length(what: str, seq_len: int, files: ModelFiles, model: PreTrainedModel) -> None:
+    limit = positions(model)
     if limit and seq_len > limit:
         raise UserError(
-            f"seq_len {seq_len} is more than the {limit} positions of {files.spec}; use at most {limit}."
+            f"{what} {seq_len} is more than the {limit} positions of {files.spec}; use at most {limit}."
         )
 
 
@@ -340,7 +358,8 @@ def _fingerprint(prepared: Prepared) -> dict[str, Any]:
     beside = [path for step in recipe.steps for path in step.reads()]
     record = {
         "model": [str(files.folder), _stamps(_weight_paths(files))],
-        **recipe.to_json(),
+        **recipe.model_copy(update={"evaluation": None}).to_json(),
+        "choice to measure every step": recipe.measures_steps,
         "text": prepared.text.data_hash if prepared.text else None,
         "teacher or earlier model": [
             [str(one.folder), _stamps(_weight_paths(one))] for one in prepared.others
@@ -348,6 +367,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, Any]:
         "data": _stamps(beside),
         "versions": [llmslim.__version__, torch.__version__],
         "device": str(prepared.options.device),
+        "type to compute in": str(prepared.options.dtype),
         "threads": torch.get_num_threads(),
     }
     return json.loads(json.dumps(record))

@@ -108,6 +108,7 @@ class Recipe(BaseModel):
             kind, fields = next(iter(entry.items()))
             if not isinstance(fields, dict | None):
                 raise UserError(f"{kind} takes options by name, such as `gptq: {{bits: 4}}`, not {fields!r}.")
+            _require_names(entry, fields or {})
             steps.append(build_step(kind, fields or {}))
         return cls.checked(**{**record, "steps": tuple(steps)})
 
@@ -128,10 +129,10 @@ class Recipe(BaseModel):
             raise UserError(f"No recipe at {path}.")
         try:
             record = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from error
-        _require_steps(record)
         for override in overrides:
+            _require_steps(record)
             _override(record, override)
         return cls.parse(record)
 
@@ -139,6 +140,13 @@ class Recipe(BaseModel):
 def _require_steps(record: Any) -> None:
     if not isinstance(record, dict) or not isinstance(record.get("steps"), list) or not record["steps"]:
         raise UserError("A recipe is a mapping with a list of steps, such as `steps: [{gptq: {bits: 4}}]`.")
+    _require_names(record)
+
+
+def _require_names(*mappings: dict[Any, Any]) -> None:
+    for key in (key for mapping in mappings for key in mapping):
+        if not isinstance(key, str):
+            raise UserError(f"A recipe has names in front of its colons, such as `bits: 4`, not {key!r}.")
 
 
 def _override(record: dict[str, Any], override: str) -> None:

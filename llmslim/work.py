@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from llmslim.errors import UserError
 from llmslim.files import write_atomically
+
+_LOCK = ".lock"
 
 
 class Progress(Protocol):
@@ -52,6 +56,8 @@ class WorkFolder:
         self.state: dict[str, Any] = {"fingerprint": fingerprint}
         self.resumed = False
         self._overwrite = overwrite
+        self._lock: IO[str] | None = None
+        self._take()
         saved = _read(self.path / "progress.json")
         if saved is not None and saved.get("fingerprint") == fingerprint:
             self.state, self.resumed = saved, True
@@ -60,7 +66,7 @@ class WorkFolder:
                 f"{self.path}, where the output would be made, is there and is not an unfinished run: "
                 "move it away, or name another --output."
             )
-        elif saved is not None and not overwrite:
+        elif saved is not None and not overwrite and _has_more(self.path):
             changed = [
                 key for key in fingerprint if saved.get("fingerprint", {}).get(key) != fingerprint[key]
             ]
@@ -70,11 +76,36 @@ class WorkFolder:
             )
         else:
             shutil.rmtree(self.path, ignore_errors=True)
+            self._lock = None
+
+    def _take(self) -> None:
+        """Have the folder, if it is there, to this process alone for as long as the object lives.
+
+        Raises:
+            UserError: another process has it.
+        """
+        if self._lock is not None or not self.path.is_dir():
+            return
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        try:
+            lock = open(self.path / _LOCK, "w")  # noqa: SIM115  open for as long as it is held
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: one that is killed lets go
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+                return
+            raise UserError(
+                f"Another llmslim is at work in {self.path}: wait for it, or name another --output."
+            ) from error
+        self._lock = lock
 
     def save(self) -> None:
         """Write the state so that it is either the old or the new one, whenever the machine stops."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._take()
         except OSError as error:
             raise UserError(
                 f"{self.path}, where the output would be made, cannot be a folder: {error.strerror}; "
@@ -93,18 +124,25 @@ class WorkFolder:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    @property
+    def finished(self) -> bool:
+        """Whether all is done but `publish`, in which an earlier run was killed."""
+        return "finished" in self.state
+
     def publish(self) -> Path:
         """Move the finished output to its place, in the stead of an older one if so asked."""
-        for leftover in [*self.path.glob(".*"), self.path / "progress.json"]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        old = self.output.with_name(
+            self.state.setdefault("finished", f"{self.output.name}.old-{os.getpid()}")
+        )
+        self.save()  # from here on a run that was killed has only this to do
+        for leftover in self.path.glob(".*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         if self.output.exists():
             check_output(self.output, self._overwrite)
-            old = self.output.with_name(self.output.name + f".old-{os.getpid()}")
             os.replace(self.output, old)
-            os.replace(self.path, self.output)
-            shutil.rmtree(old)
-        else:
-            os.replace(self.path, self.output)
+        os.replace(self.path, self.output)
+        (self.output / "progress.json").unlink()
+        shutil.rmtree(old, ignore_errors=True)
         return self.output
 
 
@@ -130,6 +168,22 @@ def check_output(output: Path, overwrite: bool) -> None:
         )
 
 
+def check_apart(output: Path, read: Sequence[Path]) -> None:
+    """Refuse an output whose making would remove what the run reads from.
+
+    Args:
+        read: folders and files.
+
+    Raises:
+        UserError: one of them is the output or lies in it.
+    """
+    for path in read:
+        if output.resolve() in (path.resolve(), *path.resolve().parents):
+            raise UserError(
+                f"The output {output} would replace {path}, which the run reads from; name another one."
+            )
+
+
 def nearest_folder(output: Path) -> Path:
     """The innermost of the folders around an output that is there already."""
     place = output.absolute().parent
@@ -140,7 +194,12 @@ def nearest_folder(output: Path) -> Path:
 
 def _is_begun(folder: Path) -> bool:
     """Whether nothing is there but the state that a run was killed while writing for the first time."""
-    return folder.is_dir() and all(path.suffix == ".tmp" for path in folder.iterdir())
+    return folder.is_dir() and all(path.suffix == ".tmp" or path.name == _LOCK for path in folder.iterdir())
+
+
+def _has_more(folder: Path) -> bool:
+    """Whether a run has left more than its state: it ended, or was killed, after its first pass had begun."""
+    return any(path.is_file() and path.name not in ("progress.json", _LOCK) for path in folder.rglob("*"))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

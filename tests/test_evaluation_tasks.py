@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from lm_eval import simple_evaluate
+from lm_eval.api.metrics import mean
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -21,7 +22,8 @@ from llmslim.commands.evaluate import tasks_text
 from llmslim.errors import UserError
 from llmslim.evaluation import tasks as tasks_module
 from llmslim.evaluation.harness import fitting
-from llmslim.evaluation.lm import evaluate_tasks, overall
+from llmslim.evaluation.kept import kept_in
+from llmslim.evaluation.lm import _compared, evaluate_tasks, overall
 from llmslim.evaluation.paired import difference, spread, verdict
 from llmslim.evaluation.tasks import data_from, leaves, load_tasks
 from llmslim.kvcache.settings import KVSettings
@@ -108,10 +110,10 @@ def test_a_packed_model_beside_its_base(
     assert "10 of 16 questions" in told and "verdict: " in told and "with chat template" in told
 
 
-def test_a_model_beside_itself_shows_no_loss(model: str, data: str) -> None:
+def test_six_answers_of_a_model_beside_itself_prove_nothing(model: str, data: str) -> None:
     record = evaluate_tasks(model, ["arc_easy"], base=model, data=data, limit=6, num_fewshot=1)
     assert record["tasks"]["arc_easy"]["num_fewshot"] == 1
-    assert record["verdict"] == "no measurable loss on arc_easy (6 questions)"
+    assert record["verdict"] == "too few questions to tell on arc_easy (6 questions)"
     assert record["average"] is None
 
 
@@ -166,6 +168,34 @@ def test_kept_answers_are_not_asked_again(
     assert (
         evaluate_tasks(other, THREE, base=model, **shared)["verdict"] and not rows
     )  # nor as the base of another
+
+
+def test_kept_answers_are_of_the_adapter_and_the_components_as_they_are(tmp_path: Path) -> None:
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    for folder, name in ((model, "model"), (adapter, "adapter_model")):
+        folder.mkdir()
+        (folder / f"{name}.safetensors").write_bytes(b"1")
+    (model / "kv_cache").mkdir()
+
+    def place(beside: str | None) -> Path:
+        return kept_in(tmp_path / "kept", model, beside, "float32").path
+
+    places = [place(None), place(str(adapter))]
+    (adapter / "adapter_model.safetensors").write_bytes(b"trained again")
+    places.append(place(str(adapter)))
+    (model / "kv_cache/components.safetensors").write_bytes(b"2")
+    assert len({*places, place(str(adapter))}) == 4 and place(str(adapter)) == place(str(adapter))
+
+
+def test_equal_answers_to_few_questions_prove_nothing() -> None:
+    base = {"value": 1.0, "stderr": 0.0}
+    nine = _compared(base, [1.0] * 9, [1.0] * 9, mean)
+    assert nine["verdict"].startswith("too few questions to tell (+0.0 ± 17")
+    assert _compared(base, [0.0] * 2, [1.0] * 2, mean)["verdict"].startswith("too few questions to tell")
+    many = _compared(base, [1.0] * 500, [1.0] * 500, mean)
+    assert many["verdict"] == "no measurable loss (+0.0 ± 0.3 points)"
+    # a figure that is no share is as it was
+    assert _compared(base, [7.0] * 9, [7.0] * 9, mean)["difference_stderr"] == 0
 
 
 def test_the_paired_error_by_hand() -> None:

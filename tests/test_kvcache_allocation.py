@@ -156,6 +156,27 @@ def test_a_checkpoint_keeps_the_bits_that_were_measured(
         llmslim.load(output)
 
 
+@pytest.mark.parametrize("measured", [False, True])
+def test_layers_do_not_go_from_under_bits_that_were_measured(
+    measured: bool, tmp_path: Path, verified_here: None
+) -> None:
+    source = str(tiny.save_tiny("llama", tmp_path / "tiny"))
+    bits: dict[str, Any] = {"kv_bits": "auto", "kv_budget": 3.0} if measured else {"kv_bits": 4}
+    cache, fewer = QuantizeCache(**bits, kv_group_size=8, kv_window=8), llmslim.PruneLayers(drop=(1,))
+    calibration = {"text": str(Path(__file__).parent / "short.txt"), "num_samples": 1, "seq_len": 40}
+    options: dict[str, Any] = {"calibration": calibration, "evaluation": None}
+    made = llmslim.compress(source, [cache], output=tmp_path / "made", **options).folder
+    for number, (model, steps) in enumerate([(source, [cache, fewer]), (str(made), [fewer])]):
+        output = tmp_path / f"out-{number}"
+        if measured:
+            with pytest.raises(UserError, match="layers changes the attention layers"):
+                llmslim.compress(model, steps, output=output, **options)
+        else:
+            assert llmslim.compress(model, steps, output=output, **options).report["verification"]["ok"]
+    last = llmslim.compress(source, [fewer, cache], output=tmp_path / "last", **options)
+    assert read_setting(last.folder) is not None
+
+
 def test_verbs_measure_and_evict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = str(tiny.save_tiny("llama", tmp_path / "tiny"))
     generate = ["generate", source, "The first words", "--max-new-tokens", "3"]

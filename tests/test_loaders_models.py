@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -63,6 +65,16 @@ def test_of_two_conversions_at_once_the_second_finds_the_first_ones(tmp_path: Pa
         (place / "config.json").write_text(text)
     gguf.move(made, folder)
     assert (folder / "config.json").read_text() == "theirs" and not made.exists()
+
+
+def test_what_killed_conversions_left_is_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    alive = os.getppid()
+    for process in (dead.pid, alive, os.getpid()):
+        (tmp_path / f"model-1.partial-{process}").mkdir()
+    gguf._clear(tmp_path / "model-1")
+    assert [path.name for path in tmp_path.iterdir()] == [f"model-1.partial-{alive}"]
 
 
 def test_what_cannot_take_its_place_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:

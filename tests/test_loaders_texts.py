@@ -128,6 +128,8 @@ def test_files(tmp_path):
     assert load_rows(str(text)) == ["für\nzwei\n"]
     assert load_rows(str(lines)) == ["a", ""]
     assert load_rows(str(table)) == ["a", ""]
+    lines.write_bytes(b'{"text": null, "title": "no"}\n{"text": "a \xff", "title": "no"}\n')
+    assert load_rows(str(lines)) == ["", "a \ufffd"]  # a null is no reason to read another column
 
 
 def test_bad_files(tmp_path):
@@ -139,6 +141,8 @@ def test_bad_files(tmp_path):
     assert "question, answer, n" in refused(str(two))
     assert "line 2" in refused(str(broken))
     assert "line 1" in refused(str(listed))
+    listed.write_text('{"text": "a"}\n{"text": 5}\n')
+    assert "row 2" in refused(str(listed)) and "5" in refused(str(listed))
     assert "not a parquet file" in refused(str(fake))
     assert "missing.txt" in refused(str(tmp_path / "missing.txt"))
 

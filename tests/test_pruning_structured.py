@@ -115,6 +115,44 @@ def test_a_bias_takes_the_mean() -> None:
     assert float((target - ours).square().sum()) < 0.99 * plain
 
 
+def test_moments_of_inputs_far_from_zero_are_those_about_their_mean() -> None:
+    x = 10 + 0.01 * torch.randn(4096, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    centered = x - x.float().double().mean(0)
+    found = Moments([x[:2048].float(), x[2048:].float()], affine=True, damping=1e-4).hessian
+    torch.testing.assert_close(found.double(), centered.T @ centered, rtol=1e-2, atol=1e-4)
+
+
+def test_too_little_text_is_damped_until_it_can_be_solved() -> None:
+    """8 tokens for 24 inputs leave a Hessian without a factor."""
+    x, weight, _ = problem(tokens=8)
+    hessian = (x.T @ x).float()
+    damped = importance.damped(hessian, 1e-16)
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.linalg.cholesky(damped.float().double() - 1e-6 * torch.eye(24))
+    keep = torch.arange(16)
+    found = importance.refit(weight.float(), damped - 1e-6 * torch.eye(24), keep)
+    assert found.isfinite().all()
+    assert importance.eliminate(weight.float(), damped - 1e-6 * torch.eye(24), units_of(24, 1), 8).sum() == 16
+
+
+@pytest.mark.parametrize("criterion", ["obs", "magnitude"])
+def test_a_nan_weight_is_named(criterion: Any, tmp_path: Path) -> None:
+    model = tiny_model("qwen2")
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight[0, 0] = torch.nan
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    folder = save_tiny("qwen2", tmp_path / "m")
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.down_proj has NaN or infinite"):
+        compress(
+            str(folder),
+            [PruneMLP(ratio=0.5, multiple_of=1, criterion=criterion)],
+            tmp_path / "out",
+            calibration=Calibration(num_samples=2, seq_len=32),
+            evaluation=None,
+        )
+
+
 @pytest.mark.parametrize("damping", [1e-8, 1e-4, 1e-2])
 def test_refit_is_never_worse_than_none(damping: float) -> None:
     for seed in range(5):

@@ -20,7 +20,7 @@ from llmslim.pruning.weights import Magnitude
 from llmslim.quantization.autoround import AutoRound, RoundedWeight, SignDescent
 from llmslim.quantization.fake_quantize import TrainedInputs, fake_quantize
 from llmslim.quantization.gptq import GPTQ
-from llmslim.quantization.grid import Scheme, round_to_grid, round_to_nearest, search_grid
+from llmslim.quantization.grid import Scheme, min_max_grid, round_to_grid, round_to_nearest, search_grid
 from llmslim.quantization.packed import PackedLinear
 from llmslim.quantization.qat import QAT, LearnedGrid
 from llmslim.quantization.reconstruction import TrainedVector
@@ -170,6 +170,25 @@ def test_a_fine_grid_is_trained_in_small_steps(folders: dict[str, Path], tmp_pat
     step = QAT(bits=8, group_size=32, batch_size=8, validation=0.0)
     found = errors(folders["llama"], step, tmp_path / "out")
     assert all(after < before for before, after in found)
+
+
+def test_each_grid_moves_at_the_rate_of_its_bits() -> None:
+    """Overrides, and the 8 bits of inputs, have steps of their own size."""
+    step = QAT(bits=2, group_size=16, activation_bits=8, activation_scale="learned", scale_lr=0.01)
+    generator = torch.Generator().manual_seed(0)
+
+    def trained(bits: int) -> Any:
+        scheme = Scheme(bits=bits, group_size=16, activation_bits=8, activation_scale="tensor")
+        weight = torch.randn(4, 32, generator=generator)
+        return step.trained(weight, round_to_grid(weight, *min_max_grid(weight, scheme), scheme))
+
+    weights = [trained(2), trained(8)]
+    small: list[Any] = [TrainedVector(torch.ones(8)), TrainedInputs(torch.ones(1), weights[0].scheme)]
+    groups = step.schedule(weights, small, 10).optimizer.param_groups
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    shares = [weights[0].ratio, weights[1].ratio, small[0].change, small[1].change]
+    fine = 0.01 * 3 / 255
+    assert [rates[id(one)] for one in shares] == pytest.approx([0.01, fine, 0.01, fine])
 
 
 def test_signed_descent_steps_by_the_sign_and_stays_in_bounds() -> None:

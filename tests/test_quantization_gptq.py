@@ -230,6 +230,36 @@ def test_dead_inputs_do_no_harm() -> None:
     )
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_group_that_the_text_left_silent_keeps_its_grid(symmetric: bool) -> None:
+    """Its scale is not 1, so that inputs which come later find the weight about as it was."""
+    weight, inputs = problem()
+    weight, silent = weight / 100, inputs.clone()
+    silent[:, 16:32] = 0
+    step = GPTQ(bits=4, group_size=16, symmetric=symmetric)
+    quantized = step.quantize("w", weight, step.scheme("w"), stats_of(silent), StepRecord()).dequantize()
+    apart = (quantized - weight)[:, 16:32].norm() / weight[:, 16:32].norm()
+    assert apart < 0.15
+    hessian = silent.T @ silent
+    rounded = RTN(bits=4, group_size=16).quantize("w", weight, step.scheme("w"), None, StepRecord())
+    fitted = refit_scales(weight, rounded, hessian).scale
+    assert torch.equal(fitted[:, 1], rounded.scale[:, 1]) and not torch.equal(fitted, rounded.scale)
+
+
+def test_few_loud_tokens_do_not_spoil_all_others() -> None:
+    """Massive activations: refining is worth its time on the tokens that are not among them, too."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(32, 64, generator=generator), torch.randn(2048, 64, generator=generator)
+    loud = inputs.clone()
+    loud[:8, 3] = 1e4
+    errors = []
+    for refine in (0, 1):
+        step = GPTQ(bits=4, group_size=32, refine=refine)
+        found = step.quantize("w", weight, step.scheme("w"), stats_of(loud), StepRecord()).dequantize()
+        errors.append(output_loss(weight, found, inputs[8:]))
+    assert errors[1] < 1.05 * errors[0]
+
+
 # pruned in the same pass
 
 

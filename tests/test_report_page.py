@@ -281,5 +281,12 @@ def test_what_cannot_be_kept(
     ):
         assert cli.main([words[0], str(model), *words[1:], *more, "--save"]) == 2
         assert told in capsys.readouterr().err
+    command = [words[0], str(runs["4bit"]), *words[1:]]
+    assert cli.main([*command, "--base", str(runs["8bit"]), "--save"]) == 2
+    assert "keeps figures beside those of" in capsys.readouterr().err
+    if words[0] == "evaluate":
+        more = ["--base", str(runs["base"]), "--kv-bits", "2"]
+        assert cli.main([*command, *more, "--save"]) == 2
+        assert "leave out --kv-bits, or --save" in capsys.readouterr().err
     assert cli.main(["evaluate", str(runs["4bit"]), "--save"]) == 2
     assert "--save is about" in capsys.readouterr().err

@@ -98,11 +98,18 @@ def with_stats(
     return visit
 
 
-def check_finite(name: str, weight: Tensor, stats: InputStats | None, done: str) -> None:
+def check_finite(
+    name: str,
+    weight: Tensor,
+    stats: InputStats | None,
+    done: str,
+    remedy: str = "--exclude it or mend the model",
+) -> None:
     """Refuse what no decomposition stops at.
 
     Args:
         done: what cannot be done to such a weight: "factorized".
+        remedy: what helps.
 
     Raises:
         UserError: the weight, or the inputs of the Linear on this text, are NaN or infinite.
@@ -111,9 +118,7 @@ def check_finite(name: str, weight: Tensor, stats: InputStats | None, done: str)
     if finite and (stats is None or bool(stats.hessian.diagonal().isfinite().all())):
         return
     what = "inputs on this text" if finite else "weights"
-    raise UserError(
-        f"{name} has NaN or infinite {what}, which cannot be {done}; --exclude it or mend the model."
-    )
+    raise UserError(f"{name} has NaN or infinite {what}, which cannot be {done}; {remedy}.")
 
 
 def output_power(weight: Tensor, hessian: Tensor) -> Tensor:

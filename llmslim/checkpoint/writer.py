@@ -23,9 +23,27 @@ from llmslim.loaders.models import ModelFiles, model_class, skeleton
 from llmslim.loaders.safetensors_io import concatenate, file_bytes, write_in_order
 
 SHARD_BYTES = 5 * 10**9
-_METADATA = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
+_METADATA = (  # what tokenizers, processors and generation read; nothing else that lies in the folder
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "entity_vocab.json",
+    "dict.txt",
+    "bpe.codes",
+    "tekken.json",
+    "normalizer.json",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "chat_template.*",
+    "*processor_config.json",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
 _FOLDERS = ("additional_chat_templates", "kv_cache")
-_NOT_COPIED = ("config.json", "report.json", "quantize_config.json", "adapter_config.json")
 
 
 class CheckpointWriter:
@@ -158,8 +176,7 @@ def copy_metadata(source: Path, folder: Path) -> None:
         raise UserError(f"The output {folder} is the folder that the model is read from; give another one.")
     chosen = {path for pattern in _METADATA for path in source.glob(pattern) if path.is_file()}
     for path in sorted(chosen):
-        if path.name not in _NOT_COPIED and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)
+        shutil.copyfile(path, folder / path.name)
     for name in _FOLDERS:
         if (source / name).is_dir():
             shutil.copytree(source / name, folder / name, dirs_exist_ok=True)

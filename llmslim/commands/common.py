@@ -78,9 +78,30 @@ def check_save(options: dict[str, Any]) -> None:
 
     from llmslim.report.schema import read_report
 
-    read_report(Path(options["model"]))
-    if "base" not in options:
-        raise UserError("--save keeps figures beside those of a base: name it with --base.")
+    base = read_report(Path(options["model"]))["base"]
+    named = options.get("base")
+    if named is None or not any(_same(named, known) for known in (base["model"], base.get("spec"))):
+        told = "" if named is None else f", not {named!r}"
+        raise UserError(
+            f"--save keeps figures beside those of {base['model']!r}, which the run started from: name it with "
+            f"--base{told}."
+        )
+    for name in ("adapter", *(key for key in options if key.startswith("kv_"))):
+        if name in options:
+            raise UserError(
+                f"--save keeps figures of the model as it is in {options['model']}: leave out "
+                f"--{name.replace('_', '-')}, or --save."
+            )
+
+
+def _same(named: str, known: str | None) -> bool:
+    """Whether two words name one model: they are the same, or of the same folder."""
+    from pathlib import Path
+
+    if known is None or named == known:
+        return named == known
+    one, other = Path(named).expanduser(), Path(known).expanduser()
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def saved(options: dict[str, Any], name: str, record: dict[str, Any]) -> None:
@@ -196,4 +217,7 @@ def show(renderable: Any, *, to_stderr: bool = False) -> None:
     console = Console(stderr=to_stderr)
     if not console.is_terminal:
         console = Console(file=sys.stderr if to_stderr else sys.stdout, width=100)
-    console.print(renderable)
+    if isinstance(renderable, str):  # which names files: "[draft]" in it is no markup
+        console.print(renderable, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    else:
+        console.print(renderable)

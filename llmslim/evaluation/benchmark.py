@@ -13,6 +13,7 @@ import torch
 
 from llmslim.errors import UserError
 from llmslim.evaluation.samples import continuations
+from llmslim.loaders.heads import positions
 from llmslim.loaders.texts import sample
 
 if TYPE_CHECKING:
@@ -115,8 +116,11 @@ def disk_bytes(folder: str | Path) -> int:
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def benchmark_folder(folder: str) -> dict[str, Any]:
+def benchmark_folder(folder: str, device: str | None = None, dtype: str | None = None) -> dict[str, Any]:
     """Load a checkpoint and measure it, for a process that does nothing else: its peak memory is the model's.
+
+    Args:
+        device, dtype: as for `load`.
 
     Returns:
         `benchmark`'s record with `load_seconds` and `peak_memory_mb`, or {"skipped": reason}.
@@ -125,11 +129,11 @@ def benchmark_folder(folder: str) -> dict[str, Any]:
     from llmslim.quantization import native
 
     start = time.perf_counter()
-    model, tokenizer = load(folder)
+    model, tokenizer = load(folder, device=device, dtype=dtype)
     load_seconds = time.perf_counter() - start
     new_tokens = 48
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
-    prompt_len = min(512, limit - new_tokens if model.can_generate() else limit - 2)  # RoBERTa starts at 2
+    limit = positions(model) or 1024
+    prompt_len = min(512, limit - new_tokens if model.can_generate() else limit)
     try:
         figures = benchmark(model, tokenizer, prompt_len, new_tokens, repeats=3)
     except UserError as error:
@@ -144,4 +148,4 @@ if __name__ == "__main__":
     import json
     import sys
 
-    print(json.dumps(benchmark_folder(sys.argv[1])))
+    print(json.dumps(benchmark_folder(*sys.argv[1:])))

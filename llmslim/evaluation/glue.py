@@ -128,8 +128,8 @@ def evaluate_glue(
     chosen = [task_of(name) for name in dict.fromkeys(tasks)]
     if not chosen:
         raise UserError("Which GLUE tasks? Name one or more, such as --glue sst2,mrpc.")
-    if subset is not None and subset < 1:
-        raise UserError(f"subset {subset} is too few: it takes at least 1 example.")
+    if subset is not None and subset < 2:
+        raise UserError(f"subset {subset} is too few: it takes at least 2 examples.")
     require_metrics()
     for task in chosen:
         require_data(task, task.splits, data)

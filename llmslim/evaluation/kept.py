@@ -51,10 +51,15 @@ class Kept:
         return [tuple(answer) if isinstance(answer, list) else answer for answer in found]
 
 
-def kept_in(folder: Path, model: Path, *how: object) -> Kept:
-    """The answers of a model in a folder: of its files as they are, asked in such a way (type, cache, ...)."""
-    digest = hashlib.sha256(json.dumps(how, default=str).encode())
-    for path in sorted([*model.glob("*.safetensors"), *model.glob("*.json")]):
+def kept_in(folder: Path, model: Path, adapter: str | None, *how: object) -> Kept:
+    """The answers of a model in a folder: of its files as they are, asked in such a way (type, cache, ...).
+
+    Args:
+        adapter: folder of one, whose files count too.
+    """
+    digest = hashlib.sha256(json.dumps([adapter is not None, *how], default=str).encode())
+    read = [*model.glob("*.safetensors"), *model.glob("*.json"), *model.glob("kv_cache/*")]
+    for path in [*sorted(read), *(sorted(Path(adapter).glob("adapter_*")) if adapter else [])]:
         if path.name != "report.json":
             digest.update(f"{path.name} {sha256_of(path)}".encode())
     return Kept(folder / f"answers-{digest.hexdigest()[:24]}.jsonl")

@@ -21,6 +21,7 @@ from llmslim.evaluation.paired import (
     RESAMPLES,
     TOO_FEW,
     difference,
+    of_equal_gaps,
     significant,
     spread,
     telling,
@@ -106,7 +107,9 @@ def evaluate_tasks(
         beside = (adapter, kv_cache, kv_budget) if side is files else (None, None, None)
         kept = None
         if keep_answers is not None:
-            kept = kept_in(keep_answers, side.folder, chosen, place.type, chat_template, *beside)
+            kept = kept_in(
+                keep_answers, side.folder, beside[0], chosen, place.type, chat_template, *beside[1:]
+            )
         record, rows, used = answers(side, loaded, asked, batch_size, chosen, place, told, kept, *beside)
         runs.append(record)
         batches += rows
@@ -245,6 +248,8 @@ def _compared(base: dict[str, Any], ours: list[Any], theirs: list[Any], aggregat
 
     gap, stderr = difference(ours, theirs, None if aggregate is mean else aggregate)
     share = all(isinstance(score, int | float) and 0 <= score <= 1 for score in [*ours, *theirs])
+    if share and stderr is not None and len({x - y for x, y in zip(ours, theirs, strict=True)}) == 1:
+        stderr = of_equal_gaps(len(ours))
     return {
         "base": base["value"],
         "base_stderr": base["stderr"],

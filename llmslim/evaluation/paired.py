@@ -45,6 +45,15 @@ def difference(
     return value, float(np.std(gaps, ddof=1))
 
 
+def of_equal_gaps(questions: int) -> float:
+    """The standard error to tell where all questions of a share differ alike, and their spread says nothing.
+
+    That of an interval which is 3 / questions to both sides (the rule of three; Hanley & Lippman-Hand 1983, JAMA
+    249:1743): what was not seen in so many questions is, with 95 %, rarer.
+    """
+    return 3 / questions / NORMAL_95
+
+
 def significant(gap: float, stderr: float | None) -> bool:
     """Whether chance would give such a difference less than once in 20 times."""
     return stderr is not None and abs(gap) > NORMAL_95 * stderr

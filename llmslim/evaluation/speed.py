@@ -22,7 +22,7 @@ import torch
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.errors import UserError
 from llmslim.evaluation.benchmark import generate_once, peak_memory_mb, read_once
-from llmslim.loaders.models import ModelFiles, find
+from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find
 from llmslim.loaders.texts import sample
 
 RAPL = Path("/sys/class/powercap")
@@ -119,13 +119,11 @@ def _require_measurable(files: ModelFiles, settings: Settings) -> None:
 
 
 def _in_fresh_process(files: ModelFiles, settings: Settings) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-m",
-        "llmslim.evaluation.speed",
-        str(files.folder),
-        json.dumps(asdict(settings)),
-    ]
+    quick = compute_dtype(
+        default_device(), files.dtype
+    )  # chosen by this process, for all rounds and both sides
+    asked = {**asdict(settings), "dtype": settings.dtype or str(quick).removeprefix("torch.")}
+    command = [sys.executable, "-m", "llmslim.evaluation.speed", str(files.folder), json.dumps(asked)]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **threads})
     if done.returncode != 0:

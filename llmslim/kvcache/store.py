@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -29,7 +30,7 @@ from llmslim.kvcache.allocation import (
 from llmslim.kvcache.components import measure_components, with_components
 from llmslim.kvcache.fp8 import ScaleCache, knows, scales
 from llmslim.kvcache.settings import KVSettings, head_sizes
-from llmslim.step import BlockStep, StepRecord, Survey
+from llmslim.step import BlockStep, Step, StepRecord, Survey
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -264,6 +265,30 @@ def read_setting(folder: Path) -> KVSettings | None:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return with_components(settings, _components(folder)) if settings.method == "pca" else settings
+
+
+def check_lasts(setting: KVSettings | None, steps: Sequence[Step], anatomies: Sequence[Anatomy]) -> None:
+    """Refuse steps that change the attention layers that a setting was measured on.
+
+    Args:
+        setting: of the model that the steps start from.
+        anatomies: in front of each step, and behind the last.
+
+    Raises:
+        UserError: in one sentence.
+    """
+    measured = setting is not None and bool(setting.layer_bits or setting.components)
+    for step, before, after in zip(steps, anatomies, anatomies[1:], strict=False):
+        if measured and _kv_heads(before) != _kv_heads(after):
+            raise UserError(
+                f"{step.kind} changes the attention layers for which the settings of the KV cache were measured: make "
+                f"kv_cache the last step, or take {KEY} out of the model's {FILE} first."
+            )
+        measured = step.needs_survey if isinstance(step, QuantizeCache) else measured
+
+
+def _kv_heads(anatomy: Anatomy) -> list[int]:
+    return [block.attention.num_kv_heads for block in anatomy.blocks if block.attention is not None]
 
 
 def _components(folder: Path) -> list[Tensor]:

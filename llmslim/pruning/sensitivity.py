@@ -62,7 +62,7 @@ def _measure(block: Block, stream: BlockStream, row: dict[str, Any]) -> None:
 
 def _heads(weight: Tensor, hessian: Tensor, site: Site) -> dict[str, list[float]]:
     damped = importance.damped(hessian, DAMPING)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped)).to(weight.dtype)
+    inverse = torch.cholesky_inverse(importance.cholesky(damped)).to(weight.dtype)
     power = output_power(weight, hessian).clamp_min(1e-30)
     return {
         "lost": (importance.output_increase(weight, hessian, site.units) / power).view(-1).tolist(),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block, Experts
 from llmslim.anatomy.parts import Projection, dense_weight, is_conv1d
-from llmslim.calibration.statistics import InputStats, output_error, output_power
+from llmslim.calibration.statistics import InputStats, check_finite, output_error, output_power
 from llmslim.calibration.stream import BlockStream
 from llmslim.pruning import importance
 from llmslim.pruning.amount import Share
@@ -70,9 +70,11 @@ class Moments:
         self.hessian = self.stats.hessian
         if affine:
             rows = (chunk.reshape(-1, chunk.shape[-1]).float() for chunk in inputs)
-            total = torch.stack([chunk.sum(0) for chunk in rows]).sum(0)
-            self.mean = total / self.stats.tokens
-            self.hessian = self.hessian - torch.outer(total, self.mean)
+            self.mean = torch.stack([chunk.sum(0) for chunk in rows]).sum(0) / self.stats.tokens
+            centered = InputStats(len(self.mean), self.mean.device)
+            for chunk in inputs:  # taken off the sums, a mean that is large would leave rounding errors alone
+                centered.add(chunk.float() - self.mean)
+            self.hessian = centered.finish().hessian
 
     @cached_property
     def damped(self) -> Tensor:
@@ -179,6 +181,7 @@ class Structured(Share):
             def visit(name: str, inputs: list[Tensor], block=block, stream=stream, sites=sites) -> None:
                 site, linear = sites[name], stream.model.get_submodule(name)
                 weight, moments = dense_weight(linear).float(), self._moments(linear, inputs)
+                check_finite(name, weight, moments.stats, "pruned", "mend the model")
                 cost, stats = self._scores(block, site, weight, moments, None), moments.stats
                 # an error counts by its share of the output, so that blocks of any scale compare
                 power = output_power(weight, stats.hessian).clamp_min(1e-30)
@@ -299,7 +302,7 @@ class Structured(Share):
             return self.power(block, site)
         if self.criterion == "output":
             return importance.output_increase(weight, moments.hessian, site.units)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments.damped)).to(weight.dtype)
+        inverse = torch.cholesky_inverse(importance.cholesky(moments.damped)).to(weight.dtype)
         return importance.refit_increase(weight, inverse, site.units)
 
     def _moments(self, linear: nn.Module, inputs: Sequence[Tensor]) -> Moments:
@@ -318,6 +321,9 @@ class Structured(Share):
         """Decide what stays, and put weights in place that read nothing else."""
         view = dense_weight(linear)
         weight = view.detach().float()
+        check_finite(
+            site.name, weight, None if moments is None else moments.stats, "pruned", "mend the model"
+        )
         keep = self._keep(block, site, weight, moments, surveyed)
         columns = site.units[keep].reshape(-1).sort().values
         new = torch.zeros_like(weight)

@@ -198,7 +198,8 @@ def refit_scales(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) ->
     """The scales of least output error for given codes, in closed form per output row.
 
     A row is sum_g s_g c_g with c_g its centred codes in group g; ||(w - sum_g s_g c_g) X||^2 is least where
-    A s = b with A_gh = c_g^T H_gh c_h and b_g = c_g^T (H w)_g. Rows whose system is singular keep their scales.
+    A s = b with A_gh = c_g^T H_gh c_h and b_g = c_g^T (H w)_g. What H says nothing of stays as it is: groups whose
+    inputs are zero, and rows whose system is singular.
     """
     scheme, scale = quantized.scheme, quantized.scale
     rows, groups = scale.shape
@@ -212,6 +213,8 @@ def refit_scales(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) ->
     )  # rows at a time: their systems take no more than the weight
     parts = [part.split(together) for part in (weight, quantized.codes, zero, scale)]
     fitted = torch.cat([_fitted(hessian, *part) for part in zip(*parts, strict=True)])
+    lost = fitted.to(getattr(torch, scheme.scale_dtype)) == 0
+    fitted = torch.where(lost, scale, fitted)
     return QuantizedWeight(scheme, quantized.codes, round_scale(fitted, scheme), quantized.zero_point)
 
 
@@ -227,7 +230,9 @@ def _fitted(hessian: Tensor, weight: Tensor, codes: Tensor, zero: Tensor, scale:
         reach = (centred[:, group] @ rows_of_group).reshape(rows, groups - group, width)
         system[:, group, group:] = system[:, group:, group] = reach.mul_(centred[:, group:]).sum(-1)
     diagonal = system.diagonal(dim1=1, dim2=2)
-    diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + 1e-30
+    ridge = 1e-6 * diagonal.mean(-1, keepdim=True) + 1e-30  # towards the scale as it is
+    diagonal += ridge
+    right += ridge * scale
     fitted, failed = torch.linalg.solve_ex(system, right)
     usable = fitted.isfinite().all(-1, keepdim=True) & (failed == 0).unsqueeze(-1)
     return torch.where(usable, fitted, scale)
@@ -340,10 +345,15 @@ class GPTQ(Quantizer):
             fitted = fitted * choose(score, self.sparsity, self.pattern, "layer")
         grid = search_grid(fitted, scheme, solved.importance, _GRID_STEPS)
         quantized = gptq(target, solved, *grid, scheme, pruned, self.sparsity, self.pattern)
+        if not self.refine:
+            return quantized
+        # damped as in `gptq`: where few tokens are most of H, all other weights would move to make good a bit of theirs
+        hessian = stats.hessian.clone()
+        hessian.diagonal().add_(hessian.diagonal().mean() * (solved.damp_percent or self.damp_percent))
         for _ in range(self.refine):
-            quantized = descend(target, quantized, stats.hessian, pruned)
-            quantized = refit_scales(target, quantized, stats.hessian)
+            quantized = descend(target, quantized, hessian, pruned)
+            quantized = refit_scales(target, quantized, hessian)
         return quantized
 
     def _workspace(self, rows: int, width: int) -> int:
-        return super()._workspace(rows, width) + (7 if self.needs_reference else 5) * 4 * width * width
+        return super()._workspace(rows, width) + (8 if self.needs_reference else 6) * 4 * width * width

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -114,13 +114,18 @@ class QAT(Reconstruction):
     ) -> Schedule:
         matrices = [weight.weight for weight in weights]  # type: ignore[attr-defined]
         zeros = [weight.zero for weight in weights]  # type: ignore[attr-defined]
-        shares = [*(weight.ratio for weight in weights), *(one.change for one in small)]  # type: ignore[attr-defined]
-        # a share of a step size is as many steps at the end of the grid as it is of the codes; there are 3 at 2 bits
-        groups = [
+        shares: dict[int, list[nn.Parameter]] = {}  # by bits of the grid
+        for weight in weights:
+            shares.setdefault(weight.scheme.bits, []).append(weight.ratio)  # type: ignore[arg-type]
+        for one in small:
+            bits = one.scheme.activation_bits if isinstance(one, TrainedInputs) else None
+            shares.setdefault(bits or self.bits, []).append(one.change)
+        groups: list[dict[str, Any]] = [
             {"params": matrices, "lr": self.lr},
             {"params": zeros, "lr": self.scale_lr},
-            {"params": shares, "lr": self.scale_lr * 3 / (2**self.bits - 1)},
         ]
+        # a share of a step size is as many steps at the end of the grid as it is of the codes; there are 3 at 2 bits
+        groups += [{"params": ones, "lr": self.scale_lr * 3 / (2**bits - 1)} for bits, ones in shares.items()]
         steps = max(1, math.ceil(chunks * self.epochs))
         optimizer = torch.optim.AdamW(groups, eps=EPSILON, weight_decay=0.0, fused=True)
         return Schedule(optimizer, steps, lambda done: 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))

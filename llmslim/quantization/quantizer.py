@@ -83,14 +83,22 @@ class Quantizer(LinearStep):
         scale_dtype = "bfloat16" if self.scale_dtype == "auto" else self.scale_dtype
         return Scheme(**fields, scale_dtype=scale_dtype)
 
-    def embedding_scheme(self) -> Scheme:
-        assert self.embeddings_bits is not None
-        return self.scheme("").model_copy(update={"bits": self.embeddings_bits, "activation_bits": None})
+    def embedding_scheme(self, name: str) -> Scheme:
+        """That of the embedding or head of that name: `embeddings_bits`, unless an override says how many."""
+        told = (over for pattern, over in self.overrides.items() if matches(name, (pattern,)))
+        bits = {} if any("bits" in over for over in told) else {"bits": self.embeddings_bits}
+        return self.scheme(name).model_copy(update={**bits, "activation_bits": None})
 
     def check(self, anatomy: Anatomy) -> None:
         chosen = {name: shape for block in anatomy.blocks for name, shape in self.targets(block).items()}
         for name, (_, width) in chosen.items():
             _check_group(name, width, self.scheme(name).group_size)
+        if self.embeddings_bits is not None and anatomy.tied and anatomy.head is not None:
+            both = (anatomy.embeddings[0][0], anatomy.head[0])
+            if len({matches(name, self.exclude) for name in both}) == 2:
+                raise UserError(
+                    f"{both[0]} and {both[1]} are one weight, which embeddings_bits packs: --exclude both or none."
+                )
         for table in self._tables(anatomy):
             module = anatomy.model.get_submodule(table)
             if not (isinstance(module, nn.Embedding) or is_linear(module)):
@@ -98,7 +106,7 @@ class Quantizer(LinearStep):
                     f"embeddings_bits {self.embeddings_bits}: {table} is factored, and its tables stay as they are; "
                     "leave embeddings_bits out, or --exclude it."
                 )
-            _check_group(table, cast(Tensor, module.weight).shape[1], self.embedding_scheme().group_size)
+            _check_group(table, cast(Tensor, module.weight).shape[1], self.embedding_scheme(table).group_size)
         if not chosen:
             refuse_nothing(self, anatomy)
 
@@ -135,7 +143,7 @@ class Quantizer(LinearStep):
         tied = head if anatomy.tied and head in tables else None
         edits: list[PackEmbedding | PackLinear] = []
         for name in tables:
-            scheme = self.embedding_scheme()
+            scheme = self.embedding_scheme(name)
             if isinstance(anatomy.model.get_submodule(name), nn.Embedding):
                 edits.append(PackEmbedding(module=name, scheme=scheme, tied_head=tied))
             elif name != tied:

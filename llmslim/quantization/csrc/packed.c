@@ -20,7 +20,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { BLOCK = 128, CHUNK = 32, TILE = 4, SLACK = 64 };   /* SLACK: how far wide loads may read past a row's end */
+enum { BLOCK = 128, CHUNK = 32, TILE = 4, SLACK = BLOCK + 16 };   /* SLACK: a row's last block is read whole, by wide loads */
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 typedef struct {
