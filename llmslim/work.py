@@ -57,8 +57,9 @@ class WorkFolder:
         self.resumed = False
         self._overwrite = overwrite
         self._lock: IO[str] | None = None
-        self._take()
         saved = _read(self.path / "progress.json")
+        if saved is not None or (self.path / _LOCK).exists():
+            self._take()
         if saved is not None and saved.get("fingerprint") == fingerprint:
             self.state, self.resumed = saved, True
         elif saved is None and self.path.exists() and not _is_begun(self.path):
@@ -88,10 +89,11 @@ class WorkFolder:
             return
         try:
             import fcntl
-        except ImportError:  # Windows
+
+            lock = open(self.path / _LOCK, "w")  # noqa: SIM115  open for as long as it is held
+        except (ImportError, OSError):  # Windows; a folder that may not be written to, as will be told
             return
         try:
-            lock = open(self.path / _LOCK, "w")  # noqa: SIM115  open for as long as it is held
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: one that is killed lets go
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks

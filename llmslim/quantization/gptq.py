@@ -244,7 +244,7 @@ class GPTQ(Quantizer):
     min ||(W - W_q) X||^2 per Linear, X the calibration inputs as they arrive through the already quantized part
     of the model, each Linear decided before the next one of the block is reached. Scales are searched for the
     least error at the cost GPTQ's own loss gives each column, and stay in place for any column order (static
-    groups). `refine` sweeps of coordinate descent and a closed-form fit of the scales follow.
+    groups). `refine` sweeps of coordinate descent and a closed-form fit of the scales follow, with the same damping.
 
     With `input_correction` = a > 0 the target is W + a W (X_ref - X) X^T H^-1: at a = 1 the weight whose outputs on the
     inputs as they are come closest to the uncompressed model's. That is the objective of GPTAQ (Li et al. 2025,
