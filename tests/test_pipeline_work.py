@@ -143,7 +143,7 @@ def test_a_state_without_work_is_discarded_unasked(tmp_path: Path) -> None:
     ("evaluation", "words"),
     [
         (Evaluation(text="nosuch.txt"), "there is no file 'nosuch.txt'"),
-        (Evaluation(windows=100_000, seq_len=32), "100000 windows"),
+        (Evaluation(windows=100_000, seq_len=32), "100000 were asked for"),
         (Evaluation(seq_len=10_000), r"eval_seq_len 10000 is more than the \d+ positions"),
     ],
 )
