@@ -191,7 +191,7 @@ def test_other_measurements_are_no_other_run(
     monkeypatch.setattr(pipeline, "run_step", lambda *given: pytest.fail("ran again"))
     again = Evaluation(windows=3, seq_len=32, speed=False)
     result = compress(str(model), [STEP], tmp_path / "out", evaluation=again)
-    assert result.report["run"]["resumed"] and result.report["quality"]["result"]["windows"] == 3
+    assert result.report["run"]["resumed"] and result.report["quality"]["perplexity"]["windows"] == 3
 
 
 def test_figures_of_other_measurements_are_not_taken_for_these(
@@ -205,7 +205,7 @@ def test_figures_of_other_measurements_are_not_taken_for_these(
         compress(str(model), [STEP], tmp_path / "out", evaluation=Evaluation(windows=2, seq_len=32))
     asked = Evaluation(windows=3, seq_len=32, speed=False)
     result = compress(str(model), [STEP], tmp_path / "out", evaluation=asked)
-    assert result.report["quality"]["result"]["windows"] == 3
+    assert result.report["quality"]["perplexity"]["windows"] == 3
 
 
 def test_another_type_to_compute_in_is_another_run(

@@ -20,7 +20,7 @@ from llmslim.pruning.weights import Magnitude
 from llmslim.quantization.autoround import AutoRound, RoundedWeight, SignDescent
 from llmslim.quantization.fake_quantize import TrainedInputs, fake_quantize
 from llmslim.quantization.gptq import GPTQ
-from llmslim.quantization.grid import Scheme, min_max_grid, round_to_grid, round_to_nearest, search_grid
+from llmslim.quantization.grid import Scheme, round_to_grid, round_to_nearest, search_grid
 from llmslim.quantization.packed import PackedLinear
 from llmslim.quantization.qat import QAT, LearnedGrid
 from llmslim.quantization.reconstruction import TrainedVector
@@ -180,7 +180,7 @@ def test_each_grid_moves_at_the_rate_of_its_bits() -> None:
     def trained(bits: int) -> Any:
         scheme = Scheme(bits=bits, group_size=16, activation_bits=8, activation_scale="tensor")
         weight = torch.randn(4, 32, generator=generator)
-        return step.trained(weight, round_to_grid(weight, *min_max_grid(weight, scheme), scheme))
+        return step.trained(weight, round_to_nearest(weight, scheme))
 
     weights = [trained(2), trained(8)]
     small: list[Any] = [TrainedVector(torch.ones(8)), TrainedInputs(torch.ones(1), weights[0].scheme)]
