@@ -45,7 +45,7 @@ KINDS = ("teacher", "labels", "taught", *BESIDE, "8bit", "4bit")
 def steps_of(name: str, options: Namespace) -> tuple[str, list[dict[str, Any]]]:
     """The model that a variant starts from (the name of another variant, or a path), and its steps."""
     task, kind = name.split("/")
-    learn = {**TRAINING[task], "glue": task, "data": options.data, "precision": precision()}
+    learn = {**TRAINING[task], "glue": task, "data": options.data, "precision": record.fast_type()}
     if kind == "teacher":
         return minilm(), [{"finetune": learn}]
     if kind in ("8bit", "4bit"):
@@ -56,14 +56,6 @@ def steps_of(name: str, options: Namespace) -> tuple[str, list[dict[str, Any]]]:
     if kind != "labels":
         learn["teacher"] = str(place(f"{task}/teacher", options))
     return f"{task}/teacher", [{"layers": {"drop": STUDENT}}, {"finetune": learn}]
-
-
-def precision() -> str:
-    """What the training's products are computed in."""
-    sys.path.insert(0, str(record.ROOT))
-    from llmslim.cpu import fast_bfloat16
-
-    return "bfloat16" if fast_bfloat16() else "float32"
 
 
 def place(name: str, options: Namespace) -> Path:

@@ -224,23 +224,24 @@ def resident(what: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024 / 1e6
 
 
-def fast() -> str:
-    """The type that this CPU computes in fastest."""
-    return "bfloat16" if record.machine()["avx512_bf16"] else "float32"
-
-
 def speed(kind: str, options: Namespace) -> dict[str, Any]:
     """Milliseconds per token with the full cache and with this one."""
-    model, _ = demo(fast())
+    model, _ = demo(record.fast_type())
     caches = {name: filled(name, model, CONTEXT, options) for name in ("full", kind)}
     ms = decoded(model, caches, options)
     ratio = ms["full"] / ms[kind]
-    return {"full_ms": ms["full"], "ms": ms[kind], "ratio": ratio, "rounds": options.rounds, "dtype": fast()}
+    return {
+        "full_ms": ms["full"],
+        "ms": ms[kind],
+        "ratio": ratio,
+        "rounds": options.rounds,
+        "dtype": record.fast_type(),
+    }
 
 
 def length(kind: str, options: Namespace) -> dict[str, Any]:
     """Bytes and milliseconds per token of the full cache and of this one, at each of LENGTHS."""
-    model, _ = demo(fast())
+    model, _ = demo(record.fast_type())
     figures: dict[str, list[Any]] = {"full_bytes": [], "bytes": [], "full_ms": [], "ms": []}
     for tokens in LENGTHS:
         caches = {name: filled(name, model, tokens, options) for name in ("full", kind)}
@@ -248,7 +249,7 @@ def length(kind: str, options: Namespace) -> dict[str, Any]:
         ms = decoded(model, caches, options)
         for name, found in zip(figures, (held["full"], held[kind], ms["full"], ms[kind]), strict=True):
             figures[name].append(found)
-    return {"lengths": LENGTHS, **figures, "rounds": options.rounds, "dtype": fast()}
+    return {"lengths": LENGTHS, **figures, "rounds": options.rounds, "dtype": record.fast_type()}
 
 
 def decoded(model: Any, caches: dict[str, Any], options: Namespace) -> dict[str, float]:

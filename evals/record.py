@@ -85,6 +85,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def fast_type() -> str:
+    """The type in which this CPU multiplies matrices fastest."""
+    sys.path.insert(0, str(ROOT))
+    from llmslim.cpu import fast_bfloat16
+
+    return "bfloat16" if fast_bfloat16() else "float32"
+
+
 def versions() -> dict[str, str]:
     """Python, llmslim (with its commit) and the packages that figures depend on."""
     sys.path.insert(0, str(ROOT))

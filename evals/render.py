@@ -474,6 +474,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
         by_bytes,
     ),
     "recovery": ("Training after compression, SmolLM2-135M, on WikiText-2 valid or (@c4) on C4", recovery),
+    "recovery_two_cores": ("Half an hour of training on C4, two cores, as above", recovery),
     "recipes": ("The recipes in configs/, SmolLM2-135M, 32 x 512 calibration tokens of WikiText-2", by_bytes),
     "lm": ("Questions by lm-eval, zero-shot, SmolLM2-135M and what the recipes make of it", lm),
     "kv_cache": ("Quantized KV caches, SmolLM2-135M, one core", kv_cache),

@@ -52,7 +52,7 @@ def measure(
         return measured
     asked = json.loads(evaluation.model_dump_json())
     kept = work.state.setdefault("measured", {})
-    if kept.setdefault("asked", asked) != asked:  # before it was stopped: what is made does not hang on it
+    if kept.setdefault("asked", asked) != asked:  # other measurements than before the stop
         kept = work.state["measured"] = {"asked": asked}
 
     def once(key: str, make: Callable[[], Any]) -> Any:

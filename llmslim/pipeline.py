@@ -88,12 +88,17 @@ def compress(
     return_freed_memory()
     prepared = prepare(model, recipe, revision=revision, device=device)
     files, recipe, options = prepared.files, prepared.recipe, prepared.options
-    reads = [path for step in recipe.steps for path in step.reads()]
-    check_apart(Path(output), [one.folder for one in (files, *prepared.others)] + reads)
+    check_apart(Path(output), _read_from(prepared))
     work = WorkFolder(Path(output), _fingerprint(prepared), overwrite)
     on_plan(prepared.plan)
-    if work.finished:
-        return Result(work.publish(), read_report(Path(output)))
+    if work.finished:  # it was killed as it was put in its place, with all that was asked for then
+        folder = work.publish()
+        return Result(folder, read_report(folder))
+    # a run that goes on computes in the type that it began in, whatever is found to be quick today
+    options = replace(
+        options, dtype=getattr(torch, work.state.setdefault("computes_in", _named(options.dtype)))
+    )
+    prepared = replace(prepared, options=options)
     prepared.plan.require_disk(Path(output), work.held)
     work.save()
     return_freed_memory()  # reading and tokenizing the text left holes
@@ -352,6 +357,25 @@ def _check_length(what: str, seq_len: int, files: ModelFiles, model: PreTrainedM
         )
 
 
+def _read_from(prepared: Prepared) -> list[Path]:
+    """Folders and files on this machine that the run takes something from."""
+    recipe = prepared.recipe
+    named = [prepared.files.spec]
+    if prepared.text is not None:
+        named.append(recipe.calibration.text)
+    if recipe.evaluation is not None:
+        named += [recipe.evaluation.text, recipe.evaluation.tasks_data]
+    paths = [Path(name.partition(":")[0]).expanduser() for name in named if name]
+    paths += [path for step in recipe.steps for path in step.reads()]
+    return [one.folder for one in (prepared.files, *prepared.others)] + [
+        path for path in paths if path.exists()
+    ]
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _fingerprint(prepared: Prepared) -> dict[str, Any]:
     """What must be the same for a resumed run to give the same bytes."""
     files, recipe = prepared.files, prepared.recipe
@@ -367,7 +391,6 @@ def _fingerprint(prepared: Prepared) -> dict[str, Any]:
         "data": _stamps(beside),
         "versions": [llmslim.__version__, torch.__version__],
         "device": str(prepared.options.device),
-        "type to compute in": str(prepared.options.dtype),
         "threads": torch.get_num_threads(),
     }
     return json.loads(json.dumps(record))
@@ -408,6 +431,6 @@ def environment(options: PassOptions) -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": str(options.device),
-        "compute_dtype": str(options.dtype).removeprefix("torch."),
+        "compute_dtype": _named(options.dtype),
         "versions": versions,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,13 +139,15 @@ class WorkFolder:
         )
         self.save()  # from here on a run that was killed has only this to do
         for leftover in self.path.glob(".*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            elif leftover.name != _LOCK:
+                leftover.unlink()
         if self.output.exists():
             check_output(self.output, self._overwrite)
             os.replace(self.output, old)
         os.replace(self.path, self.output)
-        (self.output / "progress.json").unlink()
-        shutil.rmtree(old, ignore_errors=True)
+        _tidy(self.output)
         return self.output
 
 
@@ -154,6 +157,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         UserError: see above.
     """
+    _tidy(output)
     place = nearest_folder(output)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         what = "which llmslim may not write to" if place.is_dir() else "which is a file"
@@ -170,6 +174,18 @@ def check_output(output: Path, overwrite: bool) -> None:
         )
 
 
+def _tidy(output: Path) -> None:
+    """Remove what `publish` has left when it was killed after its last move, and ends with."""
+    state = output / "progress.json"
+    old = (_read(state) or {}).get("finished")
+    if not isinstance(old, str):
+        return
+    if re.fullmatch(re.escape(output.name) + r"\.old-\d+", old):  # who knows where the folder comes from
+        shutil.rmtree(output.with_name(old), ignore_errors=True)
+    (output / _LOCK).unlink(missing_ok=True)
+    state.unlink()
+
+
 def check_apart(output: Path, read: Sequence[Path]) -> None:
     """Refuse an output whose making would remove what the run reads from.
 
@@ -177,10 +193,11 @@ def check_apart(output: Path, read: Sequence[Path]) -> None:
         read: folders and files.
 
     Raises:
-        UserError: one of them is the output or lies in it.
+        UserError: one of them is the output or its work folder, or lies in it.
     """
+    places = {output.resolve(), output.resolve().with_name(f"{output.resolve().name}.partial")}
     for path in read:
-        if output.resolve() in (path.resolve(), *path.resolve().parents):
+        if places & {path.resolve(), *path.resolve().parents}:
             raise UserError(
                 f"The output {output} would replace {path}, which the run reads from; name another one."
             )

@@ -96,7 +96,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     (base / "LICENSE").write_text("MIT\n")
     recipe = Recipe.parse(
         {
-            "steps": [{"rtn": {"bits": 4, "group_size": 32}}],
+            "steps": [
+                {"rtn": {"bits": 4, "group_size": 32}},
+                {"kv_cache": {"kv_bits": 2, "kv_method": "pca", "kv_group_size": 8, "kv_window": 5}},
+            ],
+            "calibration": {"num_samples": 4, "seq_len": 64},
             "evaluation": {"windows": 2, "seq_len": 32, "speed": False},
         }
     )
@@ -122,7 +126,12 @@ def test_a_push_and_the_way_back(desk: Desk) -> None:
     assert repo.private and repo.commits == 1
     report = json.loads((desk.made / "report.json").read_text())
     assert {"model.safetensors", "config.json", "tokenizer.json", "LICENSE"} <= report["files"].keys()
-    assert {*report["files"], "README.md", "report.json"} <= repo.files.keys()
+    assert {
+        *report["files"],
+        "README.md",
+        "report.json",
+        "kv_cache/components.safetensors",
+    } <= repo.files.keys()
     for name, content in repo.files.items():
         assert WRITE.encode() not in content
         assert str(desk.made.parent).encode() not in content  # nor where base and result lie on this machine

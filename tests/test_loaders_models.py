@@ -48,12 +48,14 @@ def test_the_quicker_type_is_found_inside_autocast_too(
             return product
 
     ones = torch.ones(2, 2).as_subclass(Counted)
-    monkeypatch.setattr(cpu.torch, "ones", lambda *size: ones)
+    monkeypatch.setattr(cpu.torch, "ones", lambda *size, **how: ones)
     monkeypatch.setattr(cpu.time, "perf_counter", lambda: now)
+    monkeypatch.setenv(cpu.ANSWER, "")
     fast_bfloat16.cache_clear()
     try:
         with torch.autocast("cpu"):
             assert fast_bfloat16() is (slow == torch.float32)
+        assert os.environ[cpu.ANSWER] == str(int(slow == torch.float32))  # for processes that this one starts
     finally:
         fast_bfloat16.cache_clear()
 
@@ -71,10 +73,17 @@ def test_what_killed_conversions_left_is_removed(tmp_path: Path) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
     alive = os.getppid()
-    for process in (dead.pid, alive, os.getpid()):
-        (tmp_path / f"model-1.partial-{process}").mkdir()
+    folders = {process: tmp_path / f"model-1.partial-{process}" for process in (dead.pid, alive, os.getpid())}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
     gguf._clear(tmp_path / "model-1")
-    assert [path.name for path in tmp_path.iterdir()] == [f"model-1.partial-{alive}"]
+    assert all(folder.exists() for folder in folders.values())  # a moment old: perhaps of another machine
+    for folder in folders.values():
+        for path in (folder / "model.safetensors", folder):
+            os.utime(path, (0, 0))
+    gguf._clear(tmp_path / "model-1")
+    assert list(tmp_path.iterdir()) == [folders[alive]]
 
 
 def test_what_cannot_take_its_place_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:

@@ -308,8 +308,13 @@ def test_weights_of_the_hub_are_fetched_when_all_is_checked(
     plan = prepare("hub/llama", recipe, plan_only=True).plan
     assert plan.input_bytes == prepare(str(folders["llama"]), recipe, plan_only=True).plan.input_bytes
     assert not weights_of("llama") and not weights_of("qwen2")
+    stray = folders["llama"] / "consolidated.safetensors"
+    stray.write_bytes(b"the same once more")
     result = compress("hub/llama", [taught], tmp_path / "out", **QUICK)
+    stray.unlink()
     assert weights_of("llama") and weights_of("qwen2") and result.report["verification"]["ok"]
+    assert not any(path.name == stray.name for path in hub)
+    assert result.report["base"]["revision"] == "a1b2c3"  # the commit, whatever the branch comes to
 
 
 def test_too_short_a_text_is_refused_with_what_would_do(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -135,6 +135,13 @@ def test_too_little_text_is_damped_until_it_can_be_solved() -> None:
     assert importance.eliminate(weight.float(), damped - 1e-6 * torch.eye(24), units_of(24, 1), 8).sum() == 16
 
 
+def test_what_is_not_finite_is_refused_and_not_damped_for_ever() -> None:
+    hessian = torch.eye(4)
+    hessian[0, 0] = torch.nan
+    with pytest.raises(UserError, match="NaN or infinite"):
+        importance.least_squares(torch.ones(2, 4), hessian, 1e-4)
+
+
 @pytest.mark.parametrize("criterion", ["obs", "magnitude"])
 def test_a_nan_weight_is_named(criterion: Any, tmp_path: Path) -> None:
     model = tiny_model("qwen2")

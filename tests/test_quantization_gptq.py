@@ -354,3 +354,28 @@ def test_a_pattern_that_does_not_fit_is_refused() -> None:
     model = tiny_model("llama", intermediate_size=130)
     with pytest.raises(UserError, match=r"4:8 does not fit the 130 inputs of .*down_proj"):
         GPTQ(pattern="4:8", group_size="channel").check(Anatomy.of(model))
+
+
+# the tables outside the blocks
+
+
+def test_overrides_reach_embeddings_and_heads() -> None:
+    untied = Anatomy.of(tiny_model("llama", tie_word_embeddings=False))
+    overrides = {"lm_head": {"bits": 6, "group_size": 16}, "model.embed_tokens": {"symmetric": False}}
+    step = RTN(bits=4, group_size=32, embeddings_bits=8, overrides=overrides)
+    found = {edit.module: edit.scheme for edit in step._outer_edits(untied)}
+    head, table = found["lm_head"], found["model.embed_tokens"]
+    assert (head.bits, head.group_size) == (6, 16)
+    assert (table.bits, table.group_size, table.symmetric) == (8, 32, False)
+    (edit,) = step._outer_edits(Anatomy.of(tiny_model("qwen2")))
+    assert edit.module == "model.embed_tokens" and edit.scheme.bits == 6  # one weight: what is said of either
+
+
+@pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens"])
+def test_half_of_a_tied_pair_cannot_be_left_out(name: str) -> None:
+    step = RTN(bits=4, group_size=32, embeddings_bits=8, exclude=(name,))
+    with pytest.raises(UserError, match="are one weight.*exclude both or none"):
+        step.check(Anatomy.of(tiny_model("qwen2")))
+    RTN(bits=4, group_size=32, embeddings_bits=8, exclude=("lm_head", "model.embed_tokens")).check(
+        Anatomy.of(tiny_model("qwen2"))
+    )

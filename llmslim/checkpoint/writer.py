@@ -19,30 +19,10 @@ from llmslim.checkpoint.plain import absorb
 from llmslim.checkpoint.reader import plain_config, read_edits
 from llmslim.edit import Edit
 from llmslim.errors import UserError
-from llmslim.loaders.models import ModelFiles, model_class, skeleton
+from llmslim.loaders.models import COMPANIONS, ModelFiles, model_class, skeleton
 from llmslim.loaders.safetensors_io import concatenate, file_bytes, write_in_order
 
 SHARD_BYTES = 5 * 10**9
-_METADATA = (  # what tokenizers, processors and generation read; nothing else that lies in the folder
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "entity_vocab.json",
-    "dict.txt",
-    "bpe.codes",
-    "tekken.json",
-    "normalizer.json",
-    "*.model",
-    "*.spm",
-    "*.tiktoken",
-    "chat_template.*",
-    "*processor_config.json",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 _FOLDERS = ("additional_chat_templates", "kv_cache")
 
 
@@ -171,10 +151,10 @@ def _shards(parts: list[Path]) -> list[list[Path]]:
 
 
 def copy_metadata(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template, generation config, licence; no weights, index, model card or report."""
+    """Copy what tokenizer and generation read, and the licence; nothing else that lies in the folder."""
     if source.resolve() == folder.resolve():
         raise UserError(f"The output {folder} is the folder that the model is read from; give another one.")
-    chosen = {path for pattern in _METADATA for path in source.glob(pattern) if path.is_file()}
+    chosen = {path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()}
     for path in sorted(chosen):
         shutil.copyfile(path, folder / path.name)
     for name in _FOLDERS:

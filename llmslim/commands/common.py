@@ -76,11 +76,15 @@ def check_save(options: dict[str, Any]) -> None:
         return
     from pathlib import Path
 
+    from llmslim.report.card import is_hub_id
     from llmslim.report.schema import read_report
 
     base = read_report(Path(options["model"]))["base"]
     named = options.get("base")
-    if named is None or not any(_same(named, known) for known in (base["model"], base.get("spec"))):
+    spec = base.get("spec", base["model"])
+    # a path of another machine, or typed in another folder: it cannot be told
+    gone = spec != "demo" and not is_hub_id(spec) and not Path(spec).expanduser().exists()
+    if named is None or not (gone or any(_same(named, known) for known in (base["model"], spec))):
         told = "" if named is None else f", not {named!r}"
         raise UserError(
             f"--save keeps figures beside those of {base['model']!r}, which the run started from: name it with "
@@ -94,12 +98,12 @@ def check_save(options: dict[str, Any]) -> None:
             )
 
 
-def _same(named: str, known: str | None) -> bool:
+def _same(named: str, known: str) -> bool:
     """Whether two words name one model: they are the same, or of the same folder."""
     from pathlib import Path
 
-    if known is None or named == known:
-        return named == known
+    if named == known:
+        return True
     one, other = Path(named).expanduser(), Path(known).expanduser()
     return one.exists() and other.exists() and one.samefile(other)
 

@@ -59,7 +59,7 @@ def kept_in(folder: Path, model: Path, adapter: str | None, *how: object) -> Kep
     """
     digest = hashlib.sha256(json.dumps([adapter is not None, *how], default=str).encode())
     read = [*model.glob("*.safetensors"), *model.glob("*.json"), *model.glob("kv_cache/*")]
-    for path in [*sorted(read), *(sorted(Path(adapter).glob("adapter_*")) if adapter else [])]:
+    for path in [*sorted(read), *(sorted(Path(adapter).expanduser().glob("adapter_*")) if adapter else [])]:
         if path.name != "report.json":
             digest.update(f"{path.name} {sha256_of(path)}".encode())
     return Kept(folder / f"answers-{digest.hexdigest()[:24]}.jsonl")

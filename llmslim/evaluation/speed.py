@@ -22,6 +22,7 @@ import torch
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.errors import UserError
 from llmslim.evaluation.benchmark import generate_once, peak_memory_mb, read_once
+from llmslim.loaders.heads import positions
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find
 from llmslim.loaders.texts import sample
 
@@ -109,8 +110,7 @@ def _require_measurable(files: ModelFiles, settings: Settings) -> None:
     skeleton = CheckpointReader(files).model_skeleton()
     if skeleton.config.is_encoder_decoder:
         raise UserError(f"{type(skeleton).__name__} is an encoder-decoder: its speed is not measured yet.")
-    new = settings.new_tokens if skeleton.can_generate() else 2  # RoBERTa counts positions from 2
-    limit = getattr(files.config.get_text_config(), "max_position_embeddings", None)
+    new, limit = settings.new_tokens if skeleton.can_generate() else 0, positions(skeleton)
     if limit and max(settings.lengths) + new > limit:
         raise UserError(
             f"{files.spec} has {limit} positions, and a prompt of {max(settings.lengths)} with {new} more needs "

@@ -278,13 +278,15 @@ def check_lasts(setting: KVSettings | None, steps: Sequence[Step], anatomies: Se
         UserError: in one sentence.
     """
     measured = setting is not None and bool(setting.layer_bits or setting.components)
+    remedy = f"take {KEY} out of the model's {FILE} first"
     for step, before, after in zip(steps, anatomies, anatomies[1:], strict=False):
         if measured and _kv_heads(before) != _kv_heads(after):
             raise UserError(
-                f"{step.kind} changes the attention layers for which the settings of the KV cache were measured: make "
-                f"kv_cache the last step, or take {KEY} out of the model's {FILE} first."
+                f"{step.kind} changes the attention layers for which the settings of the KV cache were measured: "
+                f"{remedy}."
             )
-        measured = step.needs_survey if isinstance(step, QuantizeCache) else measured
+        if isinstance(step, QuantizeCache):
+            measured, remedy = step.needs_survey, "put kv_cache behind it"
 
 
 def _kv_heads(anatomy: Anatomy) -> list[int]:

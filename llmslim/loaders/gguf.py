@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from llmslim.errors import UserError
@@ -21,6 +22,7 @@ from llmslim.loaders.safetensors_io import write_in_order
 # Weights of a GGUF with fewer parameters than this are kept in float32, exactly as dequantized; above it the
 # bfloat16 rounding (0.4%) is far below the file's own quantization error and halves the disk space.
 EXACT_BELOW = 1_000_000_000
+_ABANDONED = 3600.0  # seconds without a write
 
 
 def cache_root() -> Path:
@@ -101,8 +103,11 @@ def _clear(folder: Path) -> None:
             alive = False
         except PermissionError:
             alive = True
-        if not alive:
-            shutil.rmtree(partial)
+        written = max((path.stat().st_mtime for path in (partial, *partial.glob("*"))), default=0.0)
+        if (
+            not alive and time.time() - written > _ABANDONED
+        ):  # or at work on another machine that shares the cache
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def move(made: Path, folder: Path) -> None:

