@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("verified_here")
 TEXT: dict[str, Any] = {"calibration": Calibration(num_samples=32, seq_len=32), "evaluation": None}
 COMMON: dict[str, Any] = {"bits": 2, "group_size": 32, "symmetric": False}
 SHORT = {
-    "qat": QAT(**COMMON, epochs=1, batch_size=8),
+    "qat": QAT(**COMMON, epochs=1, batch_size=4),
     "autoround": AutoRound(**COMMON, iterations=8, batch_size=8),
 }
 
