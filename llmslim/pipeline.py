@@ -95,9 +95,8 @@ def compress(
         folder = work.publish()
         return Result(folder, read_report(folder))
     # a run that goes on computes in the type that it began in, whatever is found to be quick today
-    options = replace(
-        options, dtype=getattr(torch, work.state.setdefault("computes_in", _named(options.dtype)))
-    )
+    computes_in = work.state.setdefault("computes_in", prepared.plan.compute_dtype)
+    options = replace(options, dtype=getattr(torch, computes_in))
     prepared = replace(prepared, options=options)
     prepared.plan.require_disk(Path(output), work.held)
     work.save()
@@ -372,10 +371,6 @@ def _read_from(prepared: Prepared) -> list[Path]:
     ]
 
 
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _fingerprint(prepared: Prepared) -> dict[str, Any]:
     """What must be the same for a resumed run to give the same bytes."""
     files, recipe = prepared.files, prepared.recipe
@@ -431,6 +426,6 @@ def environment(options: PassOptions) -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "device": str(options.device),
-        "compute_dtype": _named(options.dtype),
+        "compute_dtype": str(options.dtype).removeprefix("torch."),
         "versions": versions,
     }

@@ -367,6 +367,8 @@ def test_overrides_reach_embeddings_and_heads() -> None:
     head, table = found["lm_head"], found["model.embed_tokens"]
     assert (head.bits, head.group_size) == (6, 16)
     assert (table.bits, table.group_size, table.symmetric) == (8, 32, False)
+    both = RTN(bits=4, embeddings_bits=8, overrides={"lm_*": {"bits": 6}, "lm_head": {"group_size": 16}})
+    assert (both.embedding_scheme("lm_head").bits, both.embedding_scheme("lm_head").group_size) == (6, 16)
     (edit,) = step._outer_edits(Anatomy.of(tiny_model("qwen2")))
     assert edit.module == "model.embed_tokens" and edit.scheme.bits == 6  # one weight: what is said of either
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmslim.errors import UserError
@@ -74,8 +75,6 @@ def check_save(options: dict[str, Any]) -> None:
     """
     if not options.get("save"):
         return
-    from pathlib import Path
-
     from llmslim.report.card import is_hub_id
     from llmslim.report.schema import read_report
 
@@ -100,8 +99,6 @@ def check_save(options: dict[str, Any]) -> None:
 
 def _same(named: str, known: str) -> bool:
     """Whether two words name one model: they are the same, or of the same folder."""
-    from pathlib import Path
-
     if named == known:
         return True
     one, other = Path(named).expanduser(), Path(known).expanduser()
@@ -112,8 +109,6 @@ def saved(options: dict[str, Any], name: str, record: dict[str, Any]) -> None:
     """Keep figures in the report if that was asked for."""
     if not options.get("save"):
         return
-    from pathlib import Path
-
     from llmslim.report.card import add_to_report
 
     add_to_report(Path(options["model"]), name, record)

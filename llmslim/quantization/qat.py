@@ -91,8 +91,8 @@ class QAT(Reconstruction):
     def trains_inputs(self) -> bool:
         return self.activation_scale == "learned"
 
-    def scheme(self, name: str) -> Scheme:
-        scheme = super().scheme(name)
+    def scheme(self, *names: str) -> Scheme:
+        scheme = super().scheme(*names)
         return scheme.model_copy(update={"activation_scale": "tensor"}) if self.trains_inputs else scheme
 
     def windows_trained(self, windows: int) -> float:

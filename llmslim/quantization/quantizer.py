@@ -69,8 +69,8 @@ class Quantizer(LinearStep):
             build_step(cls.kind, fields)  # takes what the step takes of them for all
         return value
 
-    def scheme(self, name: str) -> Scheme:
-        """The scheme of the Linear of that name."""
+    def scheme(self, *names: str) -> Scheme:
+        """The scheme of the Linear of that name, or of those names where several share a weight."""
         fields: dict[str, Any] = {
             "bits": self.bits,
             "group_size": self.group_size,
@@ -78,7 +78,7 @@ class Quantizer(LinearStep):
             "activation_bits": self.activation_bits,
         }
         for pattern, override in self.overrides.items():
-            if matches(name, (pattern,)):
+            if any(matches(name, (pattern,)) for name in names):
                 fields.update(override)
         scale_dtype = "bfloat16" if self.scale_dtype == "auto" else self.scale_dtype
         return Scheme(**fields, scale_dtype=scale_dtype)
@@ -89,14 +89,8 @@ class Quantizer(LinearStep):
         Args:
             names: of it.
         """
-        told = {
-            name: over
-            for pattern, over in self.overrides.items()
-            for name in names
-            if matches(name, (pattern,))
-        }
-        bits = {} if any("bits" in over for over in told.values()) else {"bits": self.embeddings_bits}
-        return self.scheme(next(iter(told), names[0])).model_copy(update={**bits, "activation_bits": None})
+        table = self.model_copy(update={"bits": self.embeddings_bits, "activation_bits": None})
+        return table.scheme(*names)
 
     def check(self, anatomy: Anatomy) -> None:
         chosen = {name: shape for block in anatomy.blocks for name, shape in self.targets(block).items()}
