@@ -40,7 +40,8 @@ def check_others(
         if number == 0 and other.folder == files.folder:
             raise UserError(step.of_itself(files.spec))
         if isinstance(step, TrainStep):
-            check_tokens(other, files)
+            if step.by_token:
+                check_tokens(other, files, step.without_tokens)
             step.check_teacher(other.config, other.spec)
         model = skeleton(plain_config(other))
         replay(model, read_edits(other)[1])
@@ -49,11 +50,14 @@ def check_others(
     return others
 
 
-def check_tokens(teacher: ModelFiles, student: ModelFiles) -> None:
+def check_tokens(teacher: ModelFiles, student: ModelFiles, otherwise: str = "") -> None:
     """Refuse a teacher to whom the student's token ids say something else.
 
     Vocabularies may be padded to different sizes behind the same tokens, as those of one family often are. Models
     without a tokenizer are compared by the size alone.
+
+    Args:
+        otherwise: what a teacher with other tokens could do, for messages.
 
     Raises:
         UserError: in one sentence, with a token that differs.
@@ -66,13 +70,13 @@ def check_tokens(teacher: ModelFiles, student: ModelFiles) -> None:
         token, number = min(own.items() - its.items() or its.items() - own.items(), key=lambda item: item[1])
         raise UserError(
             f"The teacher {teacher.spec} has other tokens than {student.spec} ({len(its)} and {len(own)}; token "
-            f"{number}, {token!r}, is one that differs): a teacher must have the same."
+            f"{number}, {token!r}, is one that differs): a teacher must have the same{otherwise}."
         )
     padded = its is not None and own is not None and len(own) <= min(sizes)
     if sizes[0] != sizes[1] and not padded:
         raise UserError(
             f"The teacher {teacher.spec} has a vocabulary of {sizes[0]} tokens and {student.spec} one of "
-            f"{sizes[1]}: a teacher must have the same tokens."
+            f"{sizes[1]}: a teacher must have the same tokens{otherwise}."
         )
 
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification
 from llmslim.cli import main
 from llmslim.errors import UserError
 from llmslim.evaluation.glue import evaluate_glue, interval, predictions
-from llmslim.loaders.glue import TASKS, Sentences, pad_token, task_rows
-from llmslim.loaders.heads import inputs_of
+from llmslim.loaders.glue import TASKS, Sentences, task_rows
+from llmslim.loaders.heads import reading
 from llmslim.metrics import score
 from tests.glue_data import COLUMNS, write_glue
 from tests.tiny import randomize, save_tiny, tiny_config, tiny_tokenizer
@@ -71,9 +71,7 @@ def test_padding_changes_no_prediction(family: str, data: str) -> None:
     examples = Sentences(
         task,
         task_rows(task, "validation", data),
-        tokenizer,
-        inputs_of(model, tokenizer),
-        pad_token(model.config, tokenizer),
+        reading(model, tokenizer),
         64,
     )
     assert len(set(examples.lengths)) > 5

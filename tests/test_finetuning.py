@@ -18,7 +18,7 @@ from llmslim.errors import UserError
 from llmslim.evaluation.glue import evaluate_glue
 from llmslim.finetuning.finetune import Finetune
 from llmslim.loaders.glue import TASKS, Sentences, task_rows
-from llmslim.loaders.heads import inputs_of
+from llmslim.loaders.heads import reading
 from llmslim.pipeline import compress, prepare
 from llmslim.recipe import Recipe
 from llmslim.training import losses
@@ -78,7 +78,7 @@ def test_a_classifier_learns_and_loads_without_llmslim(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "c")
     rows = task_rows(TASKS["sst2"], "validation", data)
     batch = tokenizer([row["sentence"] for row in rows], padding=True, return_tensors="pt")
-    batch = {name: tensor for name, tensor in batch.items() if name in inputs_of(model, tokenizer)}
+    batch = {name: tensor for name, tensor in batch.items() if name in reading(model, tokenizer).inputs}
     with torch.no_grad():
         predicted = model(**batch).logits.argmax(-1).tolist()
     assert sum(p == row["label"] for p, row in zip(predicted, rows, strict=True)) / len(rows) == found
@@ -98,14 +98,13 @@ def test_the_loss_is_that_of_labels_and_teacher(glue: str, data: str) -> None:
     student, teacher = (AutoModelForSequenceClassification.from_config(config).eval() for _ in range(2))
     randomize(student, 0)
     randomize(teacher, 1)
-    examples = Sentences(
-        task, task_rows(task, "validation", data), tokenizer, inputs_of(student, tokenizer), 0, 64
-    )
+    rows = task_rows(task, "validation", data)
+    examples = Sentences(task, rows, reading(student, tokenizer), 64, reading(teacher, tokenizer))
     batch = examples.collate([examples[index] for index in range(9)])
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs = examples.inputs(batch)
     step = Finetune(glue=glue, teacher="t", alpha=0.3, temperature=2.0, hidden=0.0, attention=0.0)
     with torch.no_grad():
-        found = step.criterion(student, (teacher, examples.inputs), examples)[0](student, batch)
+        found = step.criterion(student, (teacher, reading(teacher, tokenizer)), examples)[0](student, batch)
         mine, its = (model(**inputs).logits for model in (student, teacher))
     if glue == "sst2":
         p, q = (logits.div(2).softmax(-1) for logits in (its, mine))
@@ -169,14 +168,13 @@ def test_what_is_inside_is_learned_without_padding(data: str) -> None:
     )
     randomize(student, 0)
     randomize(teacher, 1)
-    examples = Sentences(
-        task, task_rows(task, "validation", data), tokenizer, inputs_of(student, tokenizer), 0, 64
-    )
+    rows = task_rows(task, "validation", data)
+    examples = Sentences(task, rows, reading(student, tokenizer), 64, reading(teacher, tokenizer))
     rows = [examples[index] for index in (0, 1, 2)]
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     assert len(set(lengths.tolist())) > 1
     with torch.no_grad():
-        beside = (teacher, examples.inputs)
+        beside = (teacher, reading(teacher, tokenizer))
         loss, _ = Finetune(glue="sst2", teacher="t").criterion(student, beside, examples)
         bare, _ = Finetune(glue="sst2", teacher="t", hidden=0.0, attention=0.0).criterion(
             student, beside, examples
@@ -343,7 +341,7 @@ def test_validation_scores_as_the_evaluator_does(teacher: Path, data: str) -> No
     step = Finetune(glue="sst2", data=data)
     rows = task_rows(TASKS["sst2"], "validation", data)
     tokenizer = tiny_tokenizer()
-    examples = Sentences(TASKS["sst2"], rows, tokenizer, inputs_of(model, tokenizer), 0, 64)
+    examples = Sentences(TASKS["sst2"], rows, reading(model, tokenizer), 64)
     judge = step.judge(model, examples)
     with torch.no_grad():
         found = judge.predict(model, examples.collate([examples[index] for index in range(len(rows))]))
@@ -382,6 +380,67 @@ def test_a_teacher_of_segments_sees_them_whatever_its_student_takes(
     taught = {"teacher": str(tmp_path / "bert"), "hidden": 0.0, "attention": 0.0, "max_steps": 2}
     finetune(tmp_path / "distilbert", tmp_path / "out", data, "mrpc", **taught)
     assert seen and all(types is not None and types.any() and not types.all() for types in seen)
+
+
+def other_tokens(folder: Path) -> None:
+    """Give a saved model a tokenizer that numbers the same words in reverse, special ones apart."""
+    path = folder / "tokenizer.json"
+    told = json.loads(path.read_text())
+    vocabulary = told["model"]["vocab"]
+    numbers = sorted(number for word, number in vocabulary.items() if not word.startswith(("[", "<")))
+    mirrored = dict(zip(numbers, reversed(numbers), strict=True))
+    told["model"]["vocab"] = {word: mirrored.get(number, number) for word, number in vocabulary.items()}
+    path.write_text(json.dumps(told))
+
+
+def test_a_teacher_with_other_tokens_teaches_its_classes(
+    folders: dict[str, Path], teacher: Path, data: str, tmp_path: Path
+) -> None:
+    """Without a label the student learns the task from it."""
+    base = tmp_path / "base"
+    shutil.copytree(folders["llama"], base)
+    other_tokens(base)
+    recipe = {"steps": [{"finetune": {"glue": "sst2", "data": data, "teacher": str(teacher)}}], **QUICK}
+    with pytest.raises(UserError, match=r"differs\): a teacher must have the same, unless .* hidden 0 and"):
+        prepare(str(base), Recipe.parse(recipe))
+    finetune(base, tmp_path / "c", data, teacher=str(teacher), hidden=0.0, attention=0.0, alpha=1.0)
+    assert accuracy(tmp_path / "c", data) > 0.9
+
+
+def test_a_teacher_reads_by_its_own_tokenizer(folders: dict[str, Path], data: str, tmp_path: Path) -> None:
+    shutil.copytree(folders["llama"], tmp_path / "llama")
+    other_tokens(tmp_path / "llama")
+    student, teacher = (
+        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).eval()
+        for folder in (folders["bert"], tmp_path / "llama")
+    )
+    readings = [
+        reading(model, AutoTokenizer.from_pretrained(folder))
+        for model, folder in ((student, folders["bert"]), (teacher, tmp_path / "llama"))
+    ]
+    rows = task_rows(TASKS["sst2"], "validation", data)[:7]
+    examples = Sentences(TASKS["sst2"], rows, readings[0], 64, readings[1])
+    step = Finetune(glue="sst2", teacher="t", alpha=1.0, hidden=0.0, attention=0.0)
+    batch = examples.collate([examples[index] for index in range(7)])
+    texts = [row["sentence"] for row in rows]
+    with torch.no_grad():
+        found = step.criterion(student, (teacher, readings[1]), examples)[0](student, batch)
+        logits = []
+        for model, one in ((student, readings[0]), (teacher, readings[1])):
+            read = one.tokenizer(texts, padding=True, return_tensors="pt")
+            logits.append(model(read["input_ids"], attention_mask=read["attention_mask"]).logits)
+    mine, its = (one.log_softmax(-1) for one in logits)
+    torch.testing.assert_close(found, (its.exp() * (its - mine)).sum(-1).mean())
+    assert float(found) > 1e-6
+
+
+def test_a_teacher_of_fewer_positions_is_refused(folders: dict[str, Path], data: str, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_config(tiny_config("bert", max_position_embeddings=24))
+    model.save_pretrained(tmp_path / "short")
+    tiny_tokenizer().save_pretrained(tmp_path / "short")
+    recipe = {"steps": [{"finetune": {"glue": "sst2", "data": data, "teacher": str(tmp_path / "short")}}]}
+    with pytest.raises(UserError, match="max_length 128 is more than the 24 positions of the teacher"):
+        prepare(str(folders["llama"]), Recipe.parse({**recipe, **QUICK}))
 
 
 def test_a_decoder_that_names_no_padding_learns_and_teaches(

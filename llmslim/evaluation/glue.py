@@ -11,8 +11,8 @@ import torch
 from llmslim.checkpoint.load import load_model
 from llmslim.errors import UserError
 from llmslim.evaluation.run import resolve_dtype
-from llmslim.loaders.glue import DATASET, Sentences, Task, pad_token, require_data, task_of, task_rows
-from llmslim.loaders.heads import inputs_of, label_columns, positions, require_head
+from llmslim.loaders.glue import DATASET, Sentences, Task, require_data, task_of, task_rows
+from llmslim.loaders.heads import label_columns, positions, reading, require_head
 from llmslim.loaders.models import default_device, find
 from llmslim.metrics import predicted, require_metrics, score
 
@@ -54,7 +54,7 @@ def predictions(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = data.collate([data[index] for index in rows])
-        logits = model(**{name: batch[name].to(model.device) for name in data.inputs}).logits
+        logits = model(**{n: t.to(model.device) for n, t in data.inputs(batch).items()}).logits
         logits = logits.float().cpu()[:, columns]
         if not logits.isfinite().all():
             raise UserError(
@@ -82,11 +82,10 @@ def task_scores(
     """
     record: dict[str, Any] = {"examples": 0, "total": 0, "metrics": {}}
     length = min(MAX_LENGTH, positions(model) or MAX_LENGTH, tokenizer.model_max_length)
-    pad = model.config.pad_token_id = pad_token(model.config, tokenizer)
     for split in task.splits:
         rows = task_rows(task, split, folder)
         used = rows[:subset]
-        data = Sentences(task, used, tokenizer, inputs_of(model, tokenizer), pad, length)
+        data = Sentences(task, used, reading(model, tokenizer), length)
         found, labels = predictions(model, task, data, batch_size, progress), data.labels.numpy()
         record["examples"] += len(used)
         record["total"] += len(rows)

@@ -14,16 +14,17 @@ from llmslim.anatomy import Anatomy
 from llmslim.errors import UserError
 from llmslim.loaders.glue import (
     TASKS,
+    TEACHER,
+    Reading,
     Sentences,
     Task,
     data_files,
-    pad_token,
     require_data,
     task_of,
     task_rows,
     train_size,
 )
-from llmslim.loaders.heads import classifies, headed_config, inputs_of, label_columns, positions, require_head
+from llmslim.loaders.heads import classifies, headed_config, label_columns, positions, reading, require_head
 from llmslim.metrics import predicted, require_metrics, scores
 from llmslim.training.inside import InsideFields
 from llmslim.training.whole import WholeStep
@@ -50,12 +51,16 @@ class Finetune(InsideFields, WholeStep):
     - inside: the teacher's hidden states and relations of its last attention (TinyBERT, arXiv:1909.10351; MiniLMv2,
       arXiv:2012.15828), and whatever else `distill --method features` compares; padding is left out.
 
+    The teacher reads the sentences by its own tokenizer. One with other tokens than the student, whose inside cannot
+    be compared token by token, teaches by its classes alone: with hidden 0 and attention 0.
+
     With validation the best by the task's score (the mean of its metrics, as `evaluate --glue` has it) is kept.
     Batches are of like length, padded to their longest. Dropout is what the config says.
     """
 
     kind: ClassVar[str] = "finetune"
     verb: ClassVar[str] = "finetune"
+    without_tokens: ClassVar[str] = ", unless it teaches by its classes alone: hidden 0 and attention 0"
 
     glue: str = Field("", description=f"the task: {', '.join(TASKS)}")
     data: str = Field("", description="holds nyu-mll/glue in the Hub's layout; the Hub when not given")
@@ -138,43 +143,47 @@ class Finetune(InsideFields, WholeStep):
             require_metrics()
         config = anatomy.model.config
         require_head(config, self.task, "The model of this step")  # a recipe with two tasks
-        limit = positions(anatomy.model)
-        if limit and self.max_length > limit:
-            raise UserError(f"max_length {self.max_length} is more than the {limit} positions of the model.")
+        self._check_length(anatomy.model, "model")
+
+    @property
+    def by_token(self) -> bool:
+        return bool(self.inside)
 
     def check_teacher(self, config: PreTrainedConfig, spec: str) -> None:
         require_head(config, self.task, f"The teacher {spec}")
 
-    def learned_from(self, look: Survey) -> tuple[PreTrainedModel, list[str]] | None:
-        """The teacher, and the names of what it takes."""
-        model = super().learned_from(look)
-        return None if model is None else (model, inputs_of(model, look.tokenizer(self)))
+    def check_pair(self, front: Anatomy, other: Anatomy) -> None:
+        super().check_pair(front, other)
+        self._check_length(other.model, "teacher")
 
-    def examples(self, look: Survey, model: PreTrainedModel) -> Sentences:
+    def learned_from(self, look: Survey) -> tuple[PreTrainedModel, Reading] | None:
+        """The teacher, and how it reads."""
+        model = super().learned_from(look)
+        return None if model is None else (model, reading(model, look.tokenizer(self)))
+
+    def examples(
+        self, look: Survey, model: PreTrainedModel, teacher: tuple[PreTrainedModel, Reading] | None
+    ) -> Sentences:
         """The task's training sentences, in an order that the seed gives."""
         rows = task_rows(self.task, "train", self.data)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(look.seed)).tolist()
-        tokenizer = look.tokenizer()
-        pad = model.config.pad_token_id = pad_token(model.config, tokenizer)
         mixed = [rows[index] for index in order]
-        others = look.tokenizer(self).model_input_names if self.teacher else ()
-        return Sentences(
-            self.task, mixed, tokenizer, inputs_of(model, tokenizer), pad, self.max_length, others
-        )
+        its = teacher[1] if teacher else None
+        return Sentences(self.task, mixed, reading(model, look.tokenizer()), self.max_length, its)
 
     def products(self, look: Survey) -> torch.dtype:
         return super().products(look) if self.precision == "auto" else getattr(torch, self.precision)
 
     def criterion(
-        self, model: PreTrainedModel, teacher: tuple[PreTrainedModel, list[str]] | None, data: Any
+        self, model: PreTrainedModel, teacher: tuple[PreTrainedModel, Reading] | None, data: Any
     ) -> tuple[Loss, list[nn.Parameter]]:
         from llmslim.training.forward import run
 
         columns = label_columns(model.config, self.task)
-        learn = None if teacher is None else _Teacher(self, model, *teacher, data)
+        learn = None if teacher is None else _Teacher(self, model, teacher[0], data)
 
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            inputs = {name: batch[name] for name in data.inputs}
+            inputs = data.inputs(batch)
             if learn is None:
                 return self._labels(run(model, inputs).logits[:, columns].float(), batch["labels"])
             mine = learn.inside.views[0].of(model, inputs)
@@ -189,10 +198,16 @@ class Finetune(InsideFields, WholeStep):
         columns = label_columns(model.config, self.task)
 
         def predict(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            inputs = {name: batch[name] for name in data.inputs}
-            return predicted(self.task, model(**inputs).logits[:, columns])
+            return predicted(self.task, model(**data.inputs(batch)).logits[:, columns])
 
         return Judge(predict, lambda found, labels: scores(self.task, found, labels))
+
+    def _check_length(self, model: PreTrainedModel, which: str) -> None:
+        limit = positions(model)
+        if limit and self.max_length > limit:
+            raise UserError(
+                f"max_length {self.max_length} is more than the {limit} positions of the {which}."
+            )
 
     def _labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of logits [batch, labels]."""
@@ -205,27 +220,21 @@ class _Teacher:
     """What a batch teaches: adds the teacher's part to the loss of the labels."""
 
     def __init__(
-        self,
-        step: Finetune,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel,
-        names: list[str],
-        data: Sentences,
+        self, step: Finetune, model: PreTrainedModel, teacher: PreTrainedModel, data: Sentences
     ) -> None:
-        self.step, self.model, self.names = step, teacher, names
+        self.step, self.model, self.data = step, teacher, data
         self.columns = label_columns(teacher.config, step.task)
-        teacher.config.pad_token_id = data.pad  # a decoder finds the last token of a text by it
         some = data.collate([data[index] for index in range(min(SAMPLE, len(data)))])
         sample = {name: tensor.to(model.device) for name, tensor in some.items()}
-        mine, its = ({name: sample[name] for name in taken} for taken in (data.inputs, names))
-        self.inside = step.comparison(model, teacher, (mine, its), sample["attention_mask"].bool())
+        samples = data.inputs(sample), data.inputs(sample, TEACHER)
+        self.inside = step.comparison(model, teacher, samples, sample["attention_mask"].bool())
 
     def __call__(self, value: Tensor, logits: Tensor, mine: Seen, batch: dict[str, Tensor]) -> Tensor:
         from llmslim.training.losses import divergence
 
         step = self.step
         with torch.no_grad():
-            its = self.inside.views[1].of(self.model, {name: batch[name] for name in self.names})
+            its = self.inside.views[1].of(self.model, self.data.inputs(batch, TEACHER))
         target = its.output.logits[:, self.columns].float()
         classes = bool(step.task.labels)
         response = divergence(logits, target, step.temperature) if classes else F.mse_loss(logits, target)

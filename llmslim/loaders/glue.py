@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from llmslim.errors import UserError, nearest
 from llmslim.loaders.rows import records
 
 DATASET = "nyu-mll/glue"
+TEACHER = "teacher_"
 
 
 @dataclass(frozen=True)
@@ -127,56 +128,83 @@ def _records(task: Task, split: str, folder: str) -> Iterable[dict[str, Any]]:
         ) from error
 
 
+class Reading(NamedTuple):
+    """How a model reads sentences.
+
+    Attributes:
+        tokenizer: its own.
+        inputs: names of what it takes, of what the tokenizer can give.
+        pad: id of the token that fills up a batch.
+    """
+
+    tokenizer: Any
+    inputs: list[str]
+    pad: int
+
+    def encoded(self, texts: Sequence[list[str]], max_length: int) -> dict[str, list[list[int]]]:
+        """Each input of sentences, or of pairs."""
+        segments = "token_type_ids" in self.inputs  # which a tokenizer may be silent about and yet know
+        found = self.tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=segments)
+        return {name: rows for name, rows in found.items() if name in self.inputs}
+
+    def padded(self, columns: Mapping[str, Sequence[list[int]]]) -> dict[str, Tensor]:
+        """Inputs of some sentences, to their longest at the right: int64 [batch, seq] each."""
+        return {
+            name: torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(row) for row in rows],
+                batch_first=True,
+                padding_value=self.pad if name == "input_ids" else 0,
+            )
+            for name, rows in columns.items()
+        }
+
+
 class Sentences(torch.utils.data.Dataset):
-    """Sentences (or pairs) as tokens, with labels; batches are padded to their longest at the right.
+    """Sentences (or pairs) as tokens, with labels, as one model reads them, or two.
 
     Args:
         rows: of the task's data set.
-        inputs: names of what the model takes, of what the tokenizer can give.
-        pad: id of the token that fills up a batch.
+        reading: of the model.
         max_length: tokens that a sentence, or pair, is cut to.
-        others: names of what another model takes that gets the same batches.
-
-    Attributes:
-        inputs: as given.
-        pad: as given.
+        teacher: of another model that gets the same sentences; its inputs are called `teacher_...` in a batch.
     """
 
     def __init__(
         self,
         task: Task,
         rows: Sequence[dict[str, Any]],
-        tokenizer: Any,
-        inputs: Sequence[str],
-        pad: int,
+        reading: Reading,
         max_length: int,
-        others: Sequence[str] = (),
+        teacher: Reading | None = None,
     ) -> None:
-        self.inputs, self.pad = list(inputs), pad
-        wanted = {*inputs, *others}
         texts = [[str(row[column]) for row in rows] for column in task.columns]
-        segments = "token_type_ids" in wanted  # which a tokenizer may be silent about and yet know
-        encoded = tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=segments)
-        self._columns = {name: rows for name, rows in encoded.items() if name in wanted}
+        readings = {"": reading} if teacher is None else {"": reading, TEACHER: teacher}
+        self._read = [(prefix, one, one.encoded(texts, max_length)) for prefix, one in readings.items()]
         self.labels = torch.tensor(
             [row["label"] for row in rows], dtype=torch.int64 if task.labels else torch.float32
         )
-        self.lengths = [len(ids) for ids in encoded["input_ids"]]
+        self.lengths = [len(ids) for ids in self._read[0][2]["input_ids"]]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**{name: rows[index] for name, rows in self._columns.items()}, "labels": self.labels[index]}
+        """One sentence: lists of ints, and its label."""
+        found = {p + name: rows[index] for p, _, columns in self._read for name, rows in columns.items()}
+        return {**found, "labels": self.labels[index]}
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """A batch: each input int64 [batch, seq], labels [batch]."""
-        batch = {}
-        for name in self._columns:
-            rows = [torch.tensor(example[name]) for example in examples]
-            pad = self.pad if name == "input_ids" else 0
-            batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
-        return {**batch, "labels": torch.stack([example["labels"] for example in examples])}
+        """A batch: each input int64 [batch, seq], padded at the right; labels [batch]."""
+        batch = {"labels": torch.stack([example["labels"] for example in examples])}
+        for prefix, reading, columns in self._read:
+            rows = {name: [example[prefix + name] for example in examples] for name in columns}
+            batch.update({prefix + name: tensor for name, tensor in reading.padded(rows).items()})
+        return batch
+
+    def inputs(self, batch: Mapping[str, Tensor], whose: str = "") -> dict[str, Tensor]:
+        """What the model takes of a batch, or with `TEACHER` the other one."""
+        read = {prefix: columns for prefix, _, columns in self._read}
+        return {name: batch[whose + name] for name in read[whose]}
 
 
 def pad_token(config: Any, tokenizer: Any) -> int:

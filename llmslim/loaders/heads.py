@@ -6,10 +6,8 @@ import copy
 import inspect
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
 from llmslim.errors import UserError
-from llmslim.loaders.glue import Task, pad_token
+from llmslim.loaders.glue import Reading, Task, pad_token
 
 if TYPE_CHECKING:
     import transformers
@@ -73,10 +71,14 @@ def replaced_head(before: transformers.PreTrainedConfig, after: transformers.Pre
     return f"a fresh classification head ({labels}) in the place of one of {before.num_labels} labels"
 
 
-def inputs_of(model: torch.nn.Module, tokenizer: Any) -> list[str]:
-    """Names of what a model's tokenizer gives and its forward takes."""
+def reading(model: transformers.PreTrainedModel, tokenizer: Any) -> Reading:
+    """How a model takes the sentences that its tokenizer reads; its config gets what fills up a batch.
+
+    A decoder finds the last token of a text by that.
+    """
     taken = inspect.signature(model.forward).parameters
-    return [name for name in tokenizer.model_input_names if name in taken]
+    pad = model.config.pad_token_id = pad_token(model.config, tokenizer)
+    return Reading(tokenizer, [name for name in tokenizer.model_input_names if name in taken], pad)
 
 
 def positions(model: transformers.PreTrainedModel) -> int | None:

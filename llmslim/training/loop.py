@@ -25,6 +25,7 @@ from llmslim.errors import UserError
 from llmslim.files import write_atomically
 from llmslim.history import CURVES, curves, rewrite
 from llmslim.memory import freed_memory_kept, resident_bytes
+from llmslim.training.forward import products_in
 from llmslim.training.step import CHECKPOINTS, held_out
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -304,7 +305,7 @@ class _Trainer(Trainer):
         unwrapped = self.accelerator.unwrap_model(model)
         dtype, device = self.watch.schedule.dtype, self.args.device.type
         # accelerate casts in the forward of the module that it wraps, which a loss does not call
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        with products_in(dtype, device):
             return function(unwrapped.__dict__["model"], inputs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

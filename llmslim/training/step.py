@@ -82,6 +82,8 @@ class TrainStep(PlacingStep):
 
     without_teacher: ClassVar[str] = ""
     """What a step can do instead when there is no teacher, for messages: ', or ...'."""
+    without_tokens: ClassVar[str] = ""
+    """How a step could learn from a teacher with other tokens, for messages: ', unless ...'."""
 
     teacher: str = Field(
         "",
@@ -153,6 +155,11 @@ class TrainStep(PlacingStep):
             return None
         return find(self.teacher) if self.teacher else uncompressed(base, self.without_teacher)
 
+    @property
+    def by_token(self) -> bool:
+        """Whether student and teacher are compared token by token, so that both must have the same."""
+        return True
+
     def of_itself(self, spec: str) -> str:
         return (
             f"{spec} would be distilled from itself: name the uncompressed model with --teacher"
@@ -191,8 +198,12 @@ class TrainStep(PlacingStep):
         """Windows that there must be to train on."""
         return 1
 
-    def examples(self, look: Survey, model: PreTrainedModel) -> Tensor | Examples:
-        """What the step trains on: the calibration windows, int64 [windows, seq]."""
+    def examples(self, look: Survey, model: PreTrainedModel, teacher: Any) -> Tensor | Examples:
+        """What the step trains on: the calibration windows, int64 [windows, seq].
+
+        Args:
+            teacher: what `learned_from` gave.
+        """
         return look.tokens
 
     def products(self, look: Survey) -> torch.dtype:
@@ -246,7 +257,7 @@ class TrainStep(PlacingStep):
             if name not in ("name", "seed", "dtype")
         }
         schedule = Schedule(name=self.kind, seed=look.seed, dtype=self.products(look), **fields)
-        data = self.examples(look, model)
+        data = self.examples(look, model, teacher)
         with self.training(model) as (trained, finish):
             loss, beside = self.criterion(model, teacher, data)
             train(
