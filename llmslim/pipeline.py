@@ -269,7 +269,7 @@ def prepare(
         files,
     )
     others = check_others(recipe.steps, files, text, fronts)
-    chosen += tuple(dict.fromkeys(f"{step.kind} {step.takes} {other.spec}" for step, other in others))
+    chosen += tuple(dict.fromkeys(f"{step.kind} {step.takes} {other.spec}" for step, other, _ in others))
     if recipe.evaluation is not None:
         _check_evaluation(recipe.evaluation, files, whole)
     streams = True
@@ -277,8 +277,8 @@ def prepare(
         recipe.steps[0].check_source(files)
         streams = CheckpointReader(files).streams
     fresh = headed is not None
-    plan = make_plan(files, fronts, recipe, options, form, outlook, streams, chosen, fresh)
-    return Prepared(files, recipe, options, form, text, plan, [other for _, other in others], fresh)
+    plan = make_plan(files, fronts, recipe, options, form, outlook, streams, chosen, fresh, others)
+    return Prepared(files, recipe, options, form, text, plan, [other.files for other in others], fresh)
 
 
 def _resolved(

@@ -23,6 +23,8 @@ from llmslim.outlook import Foresight
 from llmslim.passes import PROBE_TOKENS, PassOptions
 from llmslim.recipe import Recipe
 from llmslim.step import BlockStep
+from llmslim.teacher import Other
+from llmslim.training.step import PlacingStep
 from llmslim.work import nearest_folder
 
 SMALL_FILES = 20 * 2**20
@@ -87,8 +89,13 @@ def make_plan(
     streams: bool,
     chosen: tuple[str, ...] = (),
     fresh_head: bool = False,
+    others: Sequence[Other] = (),
 ) -> Plan:
-    """Work out the plan from what stands in front of each step, on meta, and what the last one will leave."""
+    """Work out the plan from what stands in front of each step, on meta, and what the last one will leave.
+
+    Args:
+        others: models that steps take from.
+    """
     anatomy = fronts[0]
     shape = _Shape(anatomy, options, files.dtype)
     output = weight_bytes(outlook.anatomy.model, form, options.stored)
@@ -96,9 +103,9 @@ def make_plan(
     own = formats()["llmslim"]
     between = [weight_bytes(front.model, own, options.stored) for front in fronts[1:]]
     return Plan(
-        peak_memory=_peak_memory(shape, recipe, anatomy, streams),
+        peak_memory=_peak_memory(shape, recipe, anatomy, streams, others),
         available_memory=available_memory(),
-        seconds=_seconds(shape, recipe, anatomy, options.device, options.dtype),
+        seconds=_seconds(shape, recipe, anatomy, options.device, options.dtype, others),
         input_bytes=_input_bytes(files, shape.total),
         output_bytes=output,
         disk_bytes=start + _disk(shape, recipe, fronts, [*between, output]) + SMALL_FILES,
@@ -154,7 +161,9 @@ def _disk(shape: _Shape, recipe: Recipe, fronts: Sequence[Anatomy], made: Sequen
     return most
 
 
-def _peak_memory(shape: _Shape, recipe: Recipe, anatomy: Anatomy, streams: bool) -> int:
+def _peak_memory(
+    shape: _Shape, recipe: Recipe, anatomy: Anatomy, streams: bool, others: Sequence[Other]
+) -> int:
     """The process as it is now, plus the larger of: gradients, entering the blocks, working on one, evaluating."""
     weights = shape.block * (shape.compute + shape.stored) if streams else shape.total * shape.compute
     blocks = [step for step in recipe.steps if isinstance(step, BlockStep)]
@@ -174,6 +183,9 @@ def _peak_memory(shape: _Shape, recipe: Recipe, anatomy: Anatomy, streams: bool)
     training = max((_training(step, shape, len(list(anatomy.blocks))) for step in blocks), default=0)
     working = models * weights + int(lanes * shape.lane_bytes) + max(paused + max(chunk, step), training)
     surveying = max((_surveying(step, shape, anatomy) for step in blocks), default=0)
+    for other in others:
+        own, its = _surveying(other.step, shape, anatomy), other.values * shape.compute
+        surveying = max(surveying, own + its if other.step.keeps_other else its)
     entering = weights + shape.outer * 2 * shape.stored + shape.lane_bytes * 2
     evaluating = 0
     if recipe.evaluation is not None and anatomy.head is not None:
@@ -202,16 +214,25 @@ def _training(step: BlockStep, shape: _Shape, blocks: int) -> int:
 
 
 def _seconds(
-    shape: _Shape, recipe: Recipe, anatomy: Anatomy, device: torch.device, dtype: torch.dtype
+    shape: _Shape,
+    recipe: Recipe,
+    anatomy: Anatomy,
+    device: torch.device,
+    dtype: torch.dtype,
+    others: Sequence[Other],
 ) -> float:
     """Matrix products at the speed measured here for a moment, plus the search of scales per weight."""
     weights = sum(rows * width for rows, width in shape.matrices)
     flops, surveys, pace = 0.0, 0.0, _flops_per_second(device, dtype)
+    beside = {id(other.step): other.values for other in others}
     for step in recipe.steps:
         if isinstance(step, BlockStep) and step.needs_survey:
             head = anatomy.head is not None and step.survey_copies
             passed = weights + (shape.hidden * shape.vocabulary if head else 0)
-            surveys += min(step.survey_limit, step.survey_work(shape.tokens, shape.window) * passed / pace)
+            work = step.survey_work(shape.tokens, shape.window) * passed
+            if isinstance(step, PlacingStep):
+                work += 2.0 * step.asked(shape.tokens, shape.window) * beside.get(id(step), 0)
+            surveys += min(step.survey_limit, work / pace)
         if step.needs_calibration and isinstance(step, BlockStep) and step.streams_calibration:
             tokens = min(shape.tokens, step.text_limit or shape.tokens)
             flops += 2.0 * tokens * weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from llmslim.anatomy import Anatomy
 from llmslim.checkpoint.reader import plain_config, read_edits
@@ -14,21 +15,30 @@ from llmslim.step import Step
 from llmslim.training.step import PlacingStep, TrainStep
 
 
+class Other(NamedTuple):
+    """A model that a step takes from.
+
+    Attributes:
+        values: of its parameters and buffers, as it is loaded.
+    """
+
+    step: PlacingStep
+    files: ModelFiles
+    values: int
+
+
 def check_others(
     steps: Sequence[Step], files: ModelFiles, text: TextSample | None, fronts: Sequence[Anatomy]
-) -> list[tuple[PlacingStep, ModelFiles]]:
+) -> list[Other]:
     """Refuse teachers, texts and earlier models that steps cannot learn from, or go back to.
 
     Args:
         fronts: what stands in front of each step, on meta.
 
-    Returns:
-        The steps that take from another model, and which.
-
     Raises:
         UserError: in one sentence.
     """
-    others: list[tuple[PlacingStep, ModelFiles]] = []
+    others: list[Other] = []
     for number, step in enumerate(steps):
         if not isinstance(step, PlacingStep):
             continue
@@ -46,7 +56,8 @@ def check_others(
         model = skeleton(plain_config(other))
         replay(model, read_edits(other)[1])
         step.check_pair(fronts[number], Anatomy(model))
-        others.append((step, other))
+        values = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+        others.append(Other(step, other, values))
     return others
 
 

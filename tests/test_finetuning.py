@@ -16,11 +16,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from llmslim.errors import UserError
 from llmslim.evaluation.glue import evaluate_glue
-from llmslim.finetuning.finetune import Finetune
+from llmslim.finetuning.finetune import TARGET, Finetune
 from llmslim.loaders.glue import TASKS, Sentences, task_rows
-from llmslim.loaders.heads import reading
+from llmslim.loaders.heads import label_logits, reading
+from llmslim.loaders.models import find
+from llmslim.passes import PassOptions
 from llmslim.pipeline import compress, prepare
 from llmslim.recipe import Recipe
+from llmslim.survey import Look
 from llmslim.training import losses
 from llmslim.training.loop import _ByLength
 from tests.checkpoints import killed_at_training_step
@@ -104,8 +107,10 @@ def test_the_loss_is_that_of_labels_and_teacher(glue: str, data: str) -> None:
     inputs = examples.inputs(batch)
     step = Finetune(glue=glue, teacher="t", alpha=0.3, temperature=2.0, hidden=0.0, attention=0.0)
     with torch.no_grad():
-        found = step.criterion(student, (teacher, reading(teacher, tokenizer)), examples)[0](student, batch)
         mine, its = (model(**inputs).logits for model in (student, teacher))
+        examples.beside = {TARGET: label_logits(teacher, task, examples, 4, lambda done, total: None)}
+        taught = examples.collate([examples[index] for index in range(9)])
+        found = step.criterion(student, examples.beside[TARGET], examples)[0](student, taught)
     if glue == "sst2":
         p, q = (logits.div(2).softmax(-1) for logits in (its, mine))
         labels = -mine.softmax(-1)[range(9), batch["labels"]].log().mean()
@@ -407,31 +412,36 @@ def test_a_teacher_with_other_tokens_teaches_its_classes(
     assert accuracy(tmp_path / "c", data) > 0.9
 
 
-def test_a_teacher_reads_by_its_own_tokenizer(folders: dict[str, Path], data: str, tmp_path: Path) -> None:
-    shutil.copytree(folders["llama"], tmp_path / "llama")
-    other_tokens(tmp_path / "llama")
-    student, teacher = (
-        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).eval()
-        for folder in (folders["bert"], tmp_path / "llama")
-    )
-    readings = [
-        reading(model, AutoTokenizer.from_pretrained(folder))
-        for model, folder in ((student, folders["bert"]), (teacher, tmp_path / "llama"))
-    ]
-    rows = task_rows(TASKS["sst2"], "validation", data)[:7]
-    examples = Sentences(TASKS["sst2"], rows, readings[0], 64, readings[1])
-    step = Finetune(glue="sst2", teacher="t", alpha=1.0, hidden=0.0, attention=0.0)
-    batch = examples.collate([examples[index] for index in range(7)])
-    texts = [row["sentence"] for row in rows]
+def test_a_teacher_is_asked_once_by_its_own_tokenizer(
+    folders: dict[str, Path], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says of the classes is in files, which a run goes on from; the teacher is loaded for what lacks."""
+    base, teacher = tmp_path / "llama", tmp_path / "teacher"
+    shutil.copytree(folders["llama"], base)
+    other_tokens(base)
+    finetune(base, teacher, data, epochs=1)
+    model = AutoModelForSequenceClassification.from_pretrained(teacher).eval()
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    monkeypatch.setattr("llmslim.finetuning.finetune.PIECE", 100)
+    step = Finetune(glue="sst2", data=data, teacher=str(teacher), hidden=0.0, attention=0.0, batch_size=16)
+    told: list[Any] = []
+    files = find(str(folders["bert"]))
+    options = PassOptions(None, 3, torch.device("cpu"), torch.float32, torch.float32, files)
+    look = Look(files, options, lambda *at: told.append(at), tmp_path / "scratch")
+    found = step.learned_from(look)
+    assert told[-1] == ("teacher", 256, 256) and len(list((tmp_path / "scratch/teacher").iterdir())) == 3
+    texts = [row["sentence"] for row in step._rows(look)]
+    read = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
-        found = step.criterion(student, (teacher, readings[1]), examples)[0](student, batch)
-        logits = []
-        for model, one in ((student, readings[0]), (teacher, readings[1])):
-            read = one.tokenizer(texts, padding=True, return_tensors="pt")
-            logits.append(model(read["input_ids"], attention_mask=read["attention_mask"]).logits)
-    mine, its = (one.log_softmax(-1) for one in logits)
-    torch.testing.assert_close(found, (its.exp() * (its - mine)).sum(-1).mean())
-    assert float(found) > 1e-6
+        wanted = model(read["input_ids"], attention_mask=read["attention_mask"]).logits
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+    (tmp_path / "scratch/teacher/000000100.safetensors").unlink()
+    told.clear()
+    torch.testing.assert_close(step.learned_from(look), found, atol=1e-5, rtol=1e-5)
+    assert {done for _, done, _ in told} <= set(range(101, 201))
+    monkeypatch.setattr(Look, "other", lambda *args: pytest.fail("the teacher is loaded again"))
+    step.learned_from(look)
 
 
 def test_a_teacher_of_fewer_positions_is_refused(folders: dict[str, Path], data: str, tmp_path: Path) -> None:
@@ -475,7 +485,10 @@ def test_the_plan_knows_the_sentences(data: str) -> None:
     held = step.model_copy(update={"validation": 0.5}).survey_work(0, 0)
     assert held == pytest.approx((6 + 2) / 2 * 256 * 13 * 2, rel=1e-3)
     taught = Finetune(glue="sst2", data=data, epochs=2, teacher="t", max_length=10)
-    assert taught.survey_work(0, 0) == 8 * 256 * 10 * 2
+    assert taught.survey_work(0, 0) == 6 * 256 * 10 * 2
+    assert taught.keeps_other and taught.asked(0, 0) == 256 * 10 * 2
+    classes = taught.model_copy(update={"hidden": 0.0, "attention": 0.0})
+    assert not classes.keeps_other and classes.asked(0, 0) == 256 * 10
 
 
 def test_patience_needs_validation() -> None:

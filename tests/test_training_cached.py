@@ -11,9 +11,9 @@ import torch
 
 from llmslim.distillation.response import Response
 from llmslim.errors import UserError
-from llmslim.pipeline import compress
+from llmslim.pipeline import compress, prepare
 from llmslim.quantization.rtn import RTN
-from llmslim.recipe import Calibration
+from llmslim.recipe import Calibration, Recipe
 from llmslim.recovery.scales import Scales
 from llmslim.survey import Look
 from llmslim.training.cached import TeacherCache
@@ -133,3 +133,24 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         compress(str(base), [Scales(objective="next_token", cached_logits=8)], tmp_path / "x", **QUICK)
     with pytest.raises(ValueError, match="not of what the student writes"):
         Response(cached_logits=8, on_policy=0.5)
+
+
+def test_the_plan_knows_the_size_of_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher is held beside the student, in the run's type, or, asked before, in its place."""
+    monkeypatch.setattr("llmslim.plan.resident_bytes", lambda: 0)
+    student = save_tiny("llama", tmp_path / "student")
+    small, large = (
+        save_tiny("llama", tmp_path / str(blocks), 1, num_hidden_layers=blocks) for blocks in (2, 60)
+    )
+    more = sum(
+        tensor.numel() for tensor in tiny_model("llama", 1, num_hidden_layers=58).model.layers.parameters()
+    )
+
+    def planned(teacher: Path, **fields: Any) -> Any:
+        step = Response(teacher=str(teacher), **FAST, **fields)
+        return prepare(str(student), Recipe(steps=(step,), **QUICK)).plan
+
+    assert planned(large).peak_memory - planned(small).peak_memory == 4 * more
+    asked = planned(large, cached_logits=8)
+    assert 4 * more < asked.peak_memory < planned(large).peak_memory
+    assert planned(small, cached_logits=8).peak_memory < planned(small).peak_memory

@@ -12,7 +12,7 @@ from llmslim.checkpoint.load import load_model
 from llmslim.errors import UserError
 from llmslim.evaluation.run import resolve_dtype
 from llmslim.loaders.glue import DATASET, Sentences, Task, require_data, task_of, task_rows
-from llmslim.loaders.heads import label_columns, positions, reading, require_head
+from llmslim.loaders.heads import label_logits, positions, reading, require_head
 from llmslim.loaders.models import default_device, find
 from llmslim.metrics import predicted, require_metrics, score
 
@@ -36,7 +36,6 @@ def interval(metric: str, predicted: Any, labels: Any, seed: int = 0) -> tuple[f
     return float(low), float(high)
 
 
-@torch.no_grad()
 def predictions(
     model: PreTrainedModel,
     task: Task,
@@ -44,26 +43,8 @@ def predictions(
     batch_size: int = 32,
     progress: Progress = lambda done, total: None,
 ) -> np.ndarray:
-    """The most probable label of each example, or its score for a task without classes; [examples].
-
-    Batches are of like length: a padded token costs as much as a real one.
-    """
-    columns = label_columns(model.config, task)
-    order = sorted(range(len(data)), key=lambda index: data.lengths[index])
-    found = torch.zeros(len(data), dtype=torch.float32 if not task.labels else torch.int64)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = data.collate([data[index] for index in rows])
-        logits = model(**{n: t.to(model.device) for n, t in data.inputs(batch).items()}).logits
-        logits = logits.float().cpu()[:, columns]
-        if not logits.isfinite().all():
-            raise UserError(
-                "the model's logits hold NaN or infinity, so nothing can be measured: look for such values in its "
-                "weights, or load it with dtype float32 if it was made for a wider range"
-            )
-        found[rows] = predicted(task, logits)
-        progress(start + len(rows), len(order))
-    return found.numpy()
+    """The most probable label of each example, or its score for a task without classes; [examples]."""
+    return predicted(task, label_logits(model, task, data, batch_size, progress)).numpy()
 
 
 def task_scores(

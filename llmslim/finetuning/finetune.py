@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
 from llmslim.errors import UserError
+from llmslim.files import load_tensors, save_tensors
 from llmslim.loaders.glue import (
     TASKS,
     TEACHER,
@@ -24,7 +25,15 @@ from llmslim.loaders.glue import (
     task_rows,
     train_size,
 )
-from llmslim.loaders.heads import classifies, headed_config, label_columns, positions, reading, require_head
+from llmslim.loaders.heads import (
+    classifies,
+    headed_config,
+    label_columns,
+    label_logits,
+    positions,
+    reading,
+    require_head,
+)
 from llmslim.metrics import predicted, require_metrics, scores
 from llmslim.training.inside import InsideFields
 from llmslim.training.whole import WholeStep
@@ -35,10 +44,14 @@ if TYPE_CHECKING:
 
     from llmslim.loaders.models import ModelFiles
     from llmslim.step import Survey
-    from llmslim.training.forward import Seen
     from llmslim.training.loop import Judge, Loss
 
+    Taught = tuple[PreTrainedModel, Reading] | Tensor
+    """A teacher and how it reads, or its logits of all sentences, [sentences, labels]."""
+
 SAMPLE = 256  # sentences that projections are fitted to before training
+PIECE = 4096  # sentences that a teacher is asked about between two files
+TARGET = "target"  # of a batch: what the teacher said of it
 OF_TEACHER = ("alpha", "temperature", *InsideFields.model_fields)
 
 
@@ -51,8 +64,8 @@ class Finetune(InsideFields, WholeStep):
     - inside: the teacher's hidden states and relations of its last attention (TinyBERT, arXiv:1909.10351; MiniLMv2,
       arXiv:2012.15828), and whatever else `distill --method features` compares; padding is left out.
 
-    The teacher reads the sentences by its own tokenizer. One with other tokens than the student, whose inside cannot
-    be compared token by token, teaches by its classes alone: with hidden 0 and attention 0.
+    The teacher reads the sentences by its own tokenizer. With hidden 0 and attention 0 it teaches by its classes alone:
+    it may then have other tokens than the student, and is asked once for each sentence, before training.
 
     With validation the best by the task's score (the mean of its metrics, as `evaluate --glue` has it) is kept.
     Batches are of like length, padded to their longest. Dropout is what the config says.
@@ -106,14 +119,24 @@ class Finetune(InsideFields, WholeStep):
         return False  # the step brings its own text
 
     def survey_work(self, tokens: int, window: int) -> float:
-        length = min(self.task.tokens, self.max_length)
-        if self.max_steps:
-            return super().survey_work(0, length)
         held = self.validation * (1.0 - 1 / 3)  # an epoch runs it once, forward alone
-        return super().survey_work(round(train_size(self.task, self.data) * length * (1 - held)), length)
+        return super().survey_work(round(self._tokens * (1 - held)), self._length)
+
+    def asked(self, tokens: int, window: int) -> float:
+        return super().asked(self._tokens, self._length)
+
+    @property
+    def _length(self) -> int:
+        """Of a sentence, on average."""
+        return min(self.task.tokens, self.max_length)
+
+    @property
+    def _tokens(self) -> int:
+        return train_size(self.task, self.data) * self._length
 
     def survey_span(self, window: int) -> int:
-        return self.batch_size * self.max_length
+        # memory is kept for the next batch, whose lengths are others: of a 135M decoder half as much again stood empty
+        return self.batch_size * self.max_length * 3 // 2
 
     def survey_bytes(self, anatomy: Anatomy, window: int) -> int:
         return self.inside_bytes(anatomy, self.batch_size, self.max_length) if self.teacher else 0
@@ -149,6 +172,10 @@ class Finetune(InsideFields, WholeStep):
     def by_token(self) -> bool:
         return bool(self.inside)
 
+    @property
+    def keeps_other(self) -> bool:
+        return self.by_token and super().keeps_other  # what it says of the classes is asked before
+
     def check_teacher(self, config: PreTrainedConfig, spec: str) -> None:
         require_head(config, self.task, f"The teacher {spec}")
 
@@ -156,41 +183,73 @@ class Finetune(InsideFields, WholeStep):
         super().check_pair(front, other)
         self._check_length(other.model, "teacher")
 
-    def learned_from(self, look: Survey) -> tuple[PreTrainedModel, Reading] | None:
-        """The teacher, and how it reads."""
-        model = super().learned_from(look)
-        return None if model is None else (model, reading(model, look.tokenizer(self)))
+    def learned_from(self, look: Survey) -> Taught | None:
+        """The teacher and how it reads, or all that it says."""
+        if not self.teacher:
+            return None
+        if not self.by_token:
+            return self._said(look)
+        model = look.other(self)
+        return model, reading(model, look.tokenizer(self))
 
-    def examples(
-        self, look: Survey, model: PreTrainedModel, teacher: tuple[PreTrainedModel, Reading] | None
-    ) -> Sentences:
+    def _said(self, look: Survey) -> Tensor:
+        """The teacher's logits of all training sentences, [sentences, labels]; in files, of which each is made once."""
+        rows = self._rows(look)
+        starts = range(0, len(rows), PIECE)
+        paths = [look.scratch / "teacher" / f"{start:09d}.safetensors" for start in starts]
+        if not all(path.exists() for path in paths):
+            paths[0].parent.mkdir(parents=True, exist_ok=True)
+            model = look.other(self)
+            its = reading(model, look.tokenizer(self))
+            for start, path in zip(starts, paths, strict=True):
+                if path.exists():
+                    continue
+
+                def told(done: int, total: int, before: int = start) -> None:
+                    look.progress("teacher", before + done, len(rows))
+
+                data = Sentences(self.task, rows[start : start + PIECE], its, self.max_length)
+                save_tensors(path, {"logits": label_logits(model, self.task, data, self.batch_size, told)})
+        return torch.cat([load_tensors(path)["logits"] for path in paths])
+
+    def examples(self, look: Survey, model: PreTrainedModel, teacher: Taught | None) -> Sentences:
+        own = reading(model, look.tokenizer())
+        its = teacher[1] if isinstance(teacher, tuple) else None
+        data = Sentences(self.task, self._rows(look), own, self.max_length, its)
+        if isinstance(teacher, Tensor):
+            data.beside = {TARGET: teacher}
+        return data
+
+    def _rows(self, look: Survey) -> list[dict[str, Any]]:
         """The task's training sentences, in an order that the seed gives."""
         rows = task_rows(self.task, "train", self.data)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(look.seed)).tolist()
-        mixed = [rows[index] for index in order]
-        its = teacher[1] if teacher else None
-        return Sentences(self.task, mixed, reading(model, look.tokenizer()), self.max_length, its)
+        return [rows[index] for index in order]
 
     def products(self, look: Survey) -> torch.dtype:
         return super().products(look) if self.precision == "auto" else getattr(torch, self.precision)
 
     def criterion(
-        self, model: PreTrainedModel, teacher: tuple[PreTrainedModel, Reading] | None, data: Any
+        self, model: PreTrainedModel, teacher: Taught | None, data: Any
     ) -> tuple[Loss, list[nn.Parameter]]:
         from llmslim.training.forward import run
 
         columns = label_columns(model.config, self.task)
-        learn = None if teacher is None else _Teacher(self, model, teacher[0], data)
+        inside = _Inside(self, model, teacher[0], data) if isinstance(teacher, tuple) else None
 
         def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            inputs = data.inputs(batch)
-            if learn is None:
-                return self._labels(run(model, inputs).logits[:, columns].float(), batch["labels"])
-            mine = learn.inside.views[0].of(model, inputs)
-            logits = mine.output.logits[:, columns].float()
-            return learn(self._labels(logits, batch["labels"]), logits, mine, batch)
+            if inside is None:
+                given, target = run(model, data.inputs(batch)).logits, batch.get(TARGET)
+                terms: list[Tensor] = []
+            else:
+                given, target, terms = inside(model, batch)
+            logits = given[:, columns].float()
+            value = self._labels(logits, batch["labels"])
+            if target is not None:
+                value = (1 - self.alpha) * value + self.alpha * self._response(logits, target)
+            return torch.stack([value, *terms]).sum()
 
-        return loss, list(learn.inside.projections.parameters()) if learn else []
+        return loss, list(inside.comparison.projections.parameters()) if inside else []
 
     def judge(self, model: PreTrainedModel, data: Any) -> Judge:
         from llmslim.training.loop import Judge
@@ -215,28 +274,33 @@ class Finetune(InsideFields, WholeStep):
             return F.cross_entropy(logits, labels)
         return F.mse_loss(logits[:, 0], labels)
 
+    def _response(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Of logits and the teacher's, [batch, labels]."""
+        from llmslim.training.losses import divergence
 
-class _Teacher:
-    """What a batch teaches: adds the teacher's part to the loss of the labels."""
+        if self.task.labels:
+            return divergence(logits, target, self.temperature)
+        return F.mse_loss(logits, target)
+
+
+class _Inside:
+    """A teacher beside the student, whose inside is compared."""
 
     def __init__(
         self, step: Finetune, model: PreTrainedModel, teacher: PreTrainedModel, data: Sentences
     ) -> None:
-        self.step, self.model, self.data = step, teacher, data
+        self.teacher, self.data = teacher, data
         self.columns = label_columns(teacher.config, step.task)
         some = data.collate([data[index] for index in range(min(SAMPLE, len(data)))])
         sample = {name: tensor.to(model.device) for name, tensor in some.items()}
         samples = data.inputs(sample), data.inputs(sample, TEACHER)
-        self.inside = step.comparison(model, teacher, samples, sample["attention_mask"].bool())
+        self.comparison = step.comparison(model, teacher, samples, sample["attention_mask"].bool())
 
-    def __call__(self, value: Tensor, logits: Tensor, mine: Seen, batch: dict[str, Tensor]) -> Tensor:
-        from llmslim.training.losses import divergence
-
-        step = self.step
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The student's logits, the teacher's of the labels [batch, labels], and what the insides differ by."""
+        views = self.comparison.views
+        mine = views[0].of(model, self.data.inputs(batch))
         with torch.no_grad():
-            its = self.inside.views[1].of(self.model, self.data.inputs(batch, TEACHER))
-        target = its.output.logits[:, self.columns].float()
-        classes = bool(step.task.labels)
-        response = divergence(logits, target, step.temperature) if classes else F.mse_loss(logits, target)
-        value = (1 - step.alpha) * value + step.alpha * response
-        return torch.stack([value, *self.inside.losses(mine, its, batch["attention_mask"].bool())]).sum()
+            its = views[1].of(self.teacher, self.data.inputs(batch, TEACHER))
+        terms = self.comparison.losses(mine, its, batch["attention_mask"].bool())
+        return mine.output.logits, its.output.logits[:, self.columns].float(), terms

@@ -167,6 +167,9 @@ class Sentences(torch.utils.data.Dataset):
         reading: of the model.
         max_length: tokens that a sentence, or pair, is cut to.
         teacher: of another model that gets the same sentences; its inputs are called `teacher_...` in a batch.
+
+    Attributes:
+        beside: by name, what else a batch has of its sentences, [sentences, ...].
     """
 
     def __init__(
@@ -184,6 +187,7 @@ class Sentences(torch.utils.data.Dataset):
             [row["label"] for row in rows], dtype=torch.int64 if task.labels else torch.float32
         )
         self.lengths = [len(ids) for ids in self._read[0][2]["input_ids"]]
+        self.beside: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -191,11 +195,13 @@ class Sentences(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One sentence: lists of ints, and its label."""
         found = {p + name: rows[index] for p, _, columns in self._read for name, rows in columns.items()}
-        return {**found, "labels": self.labels[index]}
+        further = {name: rows[index] for name, rows in self.beside.items()}
+        return {**found, **further, "labels": self.labels[index]}
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """A batch: each input int64 [batch, seq], padded at the right; labels [batch]."""
-        batch = {"labels": torch.stack([example["labels"] for example in examples])}
+        whole = ("labels", *self.beside)
+        batch = {name: torch.stack([example[name] for example in examples]) for name in whole}
         for prefix, reading, columns in self._read:
             rows = {name: [example[prefix + name] for example in examples] for name in columns}
             batch.update({prefix + name: tensor for name, tensor in reading.padded(rows).items()})

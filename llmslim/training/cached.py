@@ -31,8 +31,8 @@ class CachedStep(TrainStep):
     )
 
     @property
-    def survey_copies(self) -> int:
-        return super().survey_copies - (self.distills and self.cached_logits is not None)
+    def keeps_other(self) -> bool:
+        return super().keeps_other and self.cached_logits is None
 
     def disk_bytes(self, anatomy: Anatomy, tokens: int) -> int:
         cache = tokens * (6 * self.cached_logits + 4) if self.cached_logits else 0

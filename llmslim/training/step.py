@@ -55,6 +55,15 @@ class PlacingStep(BlockStep):
     def needs_survey(self) -> bool:
         return True
 
+    @property
+    def keeps_other(self) -> bool:
+        """Whether the other model is in memory with this one, not before it; for the plan."""
+        return True
+
+    def asked(self, tokens: int, window: int) -> float:
+        """Tokens that pass the other model, of a text of so many in windows of that length; for the plan."""
+        return 0.0
+
     def placed(self, anatomy: Anatomy) -> int:
         """How many values the survey finds, float32; for the plan."""
         return sum(parameter.numel() for parameter in anatomy.model.parameters())
@@ -124,16 +133,22 @@ class TrainStep(PlacingStep):
 
     @property
     def survey_copies(self) -> int:
-        return 2 + self.distills
+        return 2
 
     def disk_bytes(self, anatomy: Anatomy, tokens: int) -> int:
         """Trainer keeps two checkpoints, of weights and both moments, and writes a third before one goes."""
         return super().disk_bytes(anatomy, tokens) + 3 * 12 * self.placed(anatomy)
 
     def survey_work(self, tokens: int, window: int) -> float:
+        return 6.0 * self._trained(tokens, window)
+
+    def asked(self, tokens: int, window: int) -> float:
+        return self._trained(tokens, window) if self.keeps_other else float(tokens)
+
+    def _trained(self, tokens: int, window: int) -> float:
+        """Tokens that are trained on, of a text of so many."""
         batch = self.batch_size * self.gradient_accumulation_steps
-        trained = self.max_steps * batch * window if self.max_steps else self.epochs * tokens
-        return (6.0 + 2.0 * self.distills) * trained
+        return self.max_steps * batch * window if self.max_steps else self.epochs * tokens
 
     def survey_span(self, window: int) -> int:
         return self.batch_size * window
@@ -146,6 +161,10 @@ class TrainStep(PlacingStep):
     def distills(self) -> bool:
         """Whether the step learns from a teacher."""
         return True
+
+    @property
+    def keeps_other(self) -> bool:
+        return self.distills
 
     def other(self, base: ModelFiles) -> ModelFiles | None:
         from llmslim.lineage import uncompressed
