@@ -6,6 +6,8 @@ Of each task: `teacher` is all of MiniLM fine-tuned; `labels` and `taught` are e
 the same way by the labels alone and by the teacher beside (classes, hidden states, attention relations), on SST-2 for
 the same time; `maps` and `tokens` are taught by attention maps, or by how tokens lie to each other, besides; `8bit`
 (rtn) and `4bit` (gptq, calibrated on 256 x 32 tokens of the task's own sentences) are the taught student, quantized.
+`decoder` is SmolLM2-135M fine-tuned, once over the sentences, and `by-decoder` all of MiniLM fine-tuned by its classes:
+a teacher of another family with other tokens.
 Judged on GLUE's validation data in float32. Models stay in --work, from where later variants take them; one that is not
 there is made. Matrix products of the training are bfloat16 where the CPU is fast at them, weights float32.
 """
@@ -24,7 +26,7 @@ import variants
 from pruning_encoder import TASKS, minilm, sentences
 
 TRAINING: dict[str, dict[str, Any]] = {  # of the teacher; a student has twice the learning rate
-    "sst2": {"lr": 3e-5, "epochs": 3, "batch_size": 32, "max_length": 64},
+    "sst2": {"lr": 2e-5, "epochs": 5, "batch_size": 32, "max_length": 64},
     "mrpc": {"lr": 5e-5, "epochs": 4, "batch_size": 16},
     "rte": {"lr": 5e-5, "epochs": 4, "batch_size": 16},
     "cola": {"lr": 5e-5, "epochs": 3, "batch_size": 32, "max_length": 64},
@@ -34,6 +36,8 @@ SCHOOLING: dict[str, dict[str, Any]] = {  # of students, where it is not the tea
     "sst2/labels": {"epochs": 1},
     "sst2/taught": {"epochs": 0.5},  # which takes as long: the teacher runs beside
 }
+DECODER = {"lr": 6e-5, "epochs": 1, "batch_size": 96, "max_length": 64, "warmup": 0.06, "save_steps": 200}
+BY_DECODER = {"lr": 3e-5, "epochs": 3, "alpha": 0.9, "temperature": 2.0, "hidden": 0.0, "attention": 0.0}
 STUDENT = [0, 2, 4]  # the blocks that go; those that stay learn from their own place in the teacher
 BESIDE: dict[str, dict[str, float]] = {  # what more the teacher shows
     "maps": {"attention_maps": 1.0},
@@ -43,11 +47,16 @@ KINDS = ("teacher", "labels", "taught", *BESIDE, "8bit", "4bit")
 
 
 def steps_of(name: str, options: Namespace) -> tuple[str, list[dict[str, Any]]]:
-    """The model that a variant starts from (the name of another variant, or a path), and its steps."""
+    """The model that a variant starts from (the name of another variant, a path or demo), and its steps."""
     task, kind = name.split("/")
     learn = {**TRAINING[task], "glue": task, "data": options.data, "precision": record.fast_type()}
     if kind == "teacher":
         return minilm(), [{"finetune": learn}]
+    if kind == "decoder":
+        return "demo", [{"finetune": {**learn, **DECODER}}]
+    if kind == "by-decoder":
+        teacher = str(place(f"{task}/decoder", options))
+        return minilm(), [{"finetune": {**learn, **BY_DECODER, "teacher": teacher}}]
     if kind in ("8bit", "4bit"):
         bits = {"rtn": {"bits": 8}} if kind == "8bit" else {"gptq": {"bits": 4, "group_size": 64}}
         return f"{task}/taught", [bits]
@@ -66,8 +75,9 @@ def made(name: str, options: Namespace) -> dict[str, Any]:
     """Make the model of a variant, and before it what it is made from if that is not there; what it cost."""
     source, steps = steps_of(name, options)
     task, kind = name.split("/")
-    if kind != "teacher" and not place(source, options).is_dir():  # a student is made from its teacher
-        made(source, options)
+    needs = {"teacher": None, "decoder": None, "by-decoder": f"{task}/decoder"}.get(kind, source)
+    if needs and not place(needs, options).is_dir():  # a student is made from its teacher
+        made(needs, options)
     options.work.mkdir(parents=True, exist_ok=True)
     text, recipe = options.work / f"{task}.jsonl", options.work / f"{name.replace('/', '-')}.yaml"
     seen = sentences(options.data, "train", {task: TASKS[task]}, 4000)
@@ -75,7 +85,7 @@ def made(name: str, options: Namespace) -> dict[str, Any]:
     calibration = {"text": str(text), "num_samples": options.num_samples, "seq_len": options.seq_len}
     whole = {"steps": steps, "calibration": calibration, "evaluation": None, "seed": options.seed}
     recipe.write_text(json.dumps(whole))  # JSON is YAML
-    start = source if source == minilm() else str(place(source, options))
+    start = source if source in (minilm(), "demo") else str(place(source, options))
     report, cost = record.quantized(record.llmslim("compress", start, str(recipe)), place(name, options))
     return {**cost, **record.outcome(report), "steps": steps}
 
@@ -109,7 +119,7 @@ def main() -> None:
     parser = variants.parser(__doc__ or "", "glue")
     parser.set_defaults(model=minilm() if "--list" not in sys.argv else "", num_samples=256, seq_len=32)
     options = record.parse(parser)
-    names = [f"{task}/{kind}" for task in TRAINING for kind in KINDS]
+    names = [f"{task}/{kind}" for task in TRAINING for kind in KINDS] + ["sst2/decoder", "sst2/by-decoder"]
     variants.each(options, names, measure, render.glue)
 
 

@@ -24,9 +24,13 @@ from llmslim.passes import PROBE_TOKENS, PassOptions
 from llmslim.recipe import Recipe
 from llmslim.step import BlockStep
 from llmslim.teacher import Other
-from llmslim.training.step import PlacingStep
+from llmslim.training.step import PlacingStep, TrainStep
 from llmslim.work import nearest_folder
 
+TOUCHED = 2
+"""What is done in training, beside its products, to a value that goes into a Linear or comes out of one (norms,
+activations, attention, in both directions), takes as long as 12 products of two numbers, 2 for each FLOP per weight:
+measured on SmolLM2 and MiniLM, in float32 and bfloat16."""
 SMALL_FILES = 20 * 2**20
 """Bytes for tokenizer, logs, reports and what else is no weight."""
 
@@ -221,18 +225,24 @@ def _seconds(
     dtype: torch.dtype,
     others: Sequence[Other],
 ) -> float:
-    """Matrix products at the speed measured here for a moment, plus the search of scales per weight."""
+    """Matrix products at the speed measured here for a moment, plus the search of scales per weight.
+
+    In what trains, also what is done to each value between products: with fast ones most of the time.
+    """
     weights = sum(rows * width for rows, width in shape.matrices)
     flops, surveys, pace = 0.0, 0.0, _flops_per_second(device, dtype)
+    touched = shape.widths * TOUCHED / _values_per_second(device)
     beside = {id(other.step): other.values for other in others}
     for step in recipe.steps:
         if isinstance(step, BlockStep) and step.needs_survey:
             head = anatomy.head is not None and step.survey_copies
             passed = weights + (shape.hidden * shape.vocabulary if head else 0)
-            work = step.survey_work(shape.tokens, shape.window) * passed
+            own = _flops_per_second(device, step.products(dtype)) if isinstance(step, TrainStep) else pace
+            work = step.survey_work(shape.tokens, shape.window)
+            seconds = work * (passed / own + (touched if step.survey_copies else 0.0))
             if isinstance(step, PlacingStep):
-                work += 2.0 * step.asked(shape.tokens, shape.window) * beside.get(id(step), 0)
-            surveys += min(step.survey_limit, work / pace)
+                seconds += 2.0 * step.asked(shape.tokens, shape.window) * beside.get(id(step), 0) / pace
+            surveys += min(step.survey_limit, seconds)
         if step.needs_calibration and isinstance(step, BlockStep) and step.streams_calibration:
             tokens = min(shape.tokens, step.text_limit or shape.tokens)
             flops += 2.0 * tokens * weights
@@ -255,6 +265,16 @@ def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
         (a @ a).sum().item()
         rounds += 1
     return 2 * 512**3 * rounds / (time.perf_counter() - started)
+
+
+def _values_per_second(device: torch.device) -> float:
+    a = torch.ones(2**20, device=device)
+    b = a * a
+    started, rounds = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.05:
+        torch.mul(a, a, out=b)[:1].item()
+        rounds += 1
+    return a.numel() * rounds / (time.perf_counter() - started)
 
 
 def _input_bytes(files: ModelFiles, parameters: int) -> int:

@@ -199,7 +199,7 @@ class Finetune(InsideFields, WholeStep):
         paths = [look.scratch / "teacher" / f"{start:09d}.safetensors" for start in starts]
         if not all(path.exists() for path in paths):
             paths[0].parent.mkdir(parents=True, exist_ok=True)
-            model = look.other(self)
+            model = look.other(self).to(self.products(look.dtype))
             its = reading(model, look.tokenizer(self))
             for start, path in zip(starts, paths, strict=True):
                 if path.exists():
@@ -226,8 +226,8 @@ class Finetune(InsideFields, WholeStep):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(look.seed)).tolist()
         return [rows[index] for index in order]
 
-    def products(self, look: Survey) -> torch.dtype:
-        return super().products(look) if self.precision == "auto" else getattr(torch, self.precision)
+    def products(self, dtype: torch.dtype) -> torch.dtype:
+        return super().products(dtype) if self.precision == "auto" else getattr(torch, self.precision)
 
     def criterion(
         self, model: PreTrainedModel, teacher: Taught | None, data: Any

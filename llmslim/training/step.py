@@ -225,9 +225,9 @@ class TrainStep(PlacingStep):
         """
         return look.tokens
 
-    def products(self, look: Survey) -> torch.dtype:
-        """The type that matrix products are computed in: the run's; weights and their updates are float32."""
-        return look.dtype
+    def products(self, dtype: torch.dtype) -> torch.dtype:
+        """The type that matrix products are computed in, in a run of that type; weights and updates are float32."""
+        return dtype
 
     def check_text(self, windows: int) -> None:
         """Refuse a text of so few windows that nothing is learned from it."""
@@ -275,7 +275,7 @@ class TrainStep(PlacingStep):
             for name in Schedule.__dataclass_fields__
             if name not in ("name", "seed", "dtype")
         }
-        schedule = Schedule(name=self.kind, seed=look.seed, dtype=self.products(look), **fields)
+        schedule = Schedule(name=self.kind, seed=look.seed, dtype=self.products(look.dtype), **fields)
         data = self.examples(look, model, teacher)
         with self.training(model) as (trained, finish):
             loss, beside = self.criterion(model, teacher, data)
