@@ -199,7 +199,8 @@ class Finetune(InsideFields, WholeStep):
         paths = [look.scratch / "teacher" / f"{start:09d}.safetensors" for start in starts]
         if not all(path.exists() for path in paths):
             paths[0].parent.mkdir(parents=True, exist_ok=True)
-            model = look.other(self).to(self.products(look.dtype))
+            model = look.other(self)
+            nn.Module.to(model, self.products(look.dtype))
             its = reading(model, look.tokenizer(self))
             for start, path in zip(starts, paths, strict=True):
                 if path.exists():
