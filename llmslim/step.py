@@ -194,8 +194,10 @@ class Survey(Protocol):
     def loaded(self) -> PreTrainedModel:
         """The whole model in float32, for gradients; takes the memory that this needs."""
 
-    def other(self, step: BlockStep, exact: bool = False) -> PreTrainedModel:
-        """The other model that a step takes from, whole and frozen; in the run's type, or exact."""
+    def other(
+        self, step: BlockStep, exact: bool = False, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        """The other model that a step takes from, whole and frozen; as stored, or in a type, the run's when None."""
 
     @property
     def scratch(self) -> Path:

@@ -65,9 +65,12 @@ class Look:
     def loaded(self) -> PreTrainedModel:
         return load_model(self.files, torch.float32, self.options.device)
 
-    def other(self, step: BlockStep, exact: bool = False) -> PreTrainedModel:
+    def other(
+        self, step: BlockStep, exact: bool = False, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
         files = self._other(step)
-        model = load_model(files, files.dtype if exact else self.options.dtype, self.options.device)
+        chosen = files.dtype if exact else dtype or self.options.dtype
+        model = load_model(files, chosen, self.options.device)
         return model.requires_grad_(False)
 
     def _other(self, step: BlockStep) -> ModelFiles:

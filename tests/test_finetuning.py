@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -489,6 +490,8 @@ def test_the_plan_knows_the_sentences(data: str) -> None:
     assert taught.keeps_other and taught.asked(0, 0) == 256 * 10 * 2
     classes = taught.model_copy(update={"hidden": 0.0, "attention": 0.0})
     assert not classes.keeps_other and classes.asked(0, 0) == 256 * 10
+    few = classes.model_copy(update={"max_steps": 3, "batch_size": 4, "validation": 0.25})
+    assert few.asked(0, 0) == 16 * 10 and len(few._rows(SimpleNamespace(seed=0))) == 16
 
 
 def test_patience_needs_validation() -> None:

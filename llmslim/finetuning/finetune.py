@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -64,8 +65,8 @@ class Finetune(InsideFields, WholeStep):
     - inside: the teacher's hidden states and relations of its last attention (TinyBERT, arXiv:1909.10351; MiniLMv2,
       arXiv:2012.15828), and whatever else `distill --method features` compares; padding is left out.
 
-    The teacher reads the sentences by its own tokenizer. With hidden 0 and attention 0 it teaches by its classes alone:
-    it may then have other tokens than the student, and is asked once for each sentence, before training.
+    With hidden 0 and attention 0 the teacher teaches by its classes alone: it reads the sentences by its own tokenizer,
+    may have other tokens than the student, and is asked once for each sentence, before training.
 
     With validation the best by the task's score (the mean of its metrics, as `evaluate --glue` has it) is kept.
     Batches are of like length, padded to their longest. Dropout is what the config says.
@@ -132,7 +133,14 @@ class Finetune(InsideFields, WholeStep):
 
     @property
     def _tokens(self) -> int:
-        return train_size(self.task, self.data) * self._length
+        return self._used(train_size(self.task, self.data)) * self._length
+
+    def _used(self, rows: int) -> int:
+        """How many of the sentences are taken: where a teacher is asked about them, as many as max_steps comes to."""
+        if self.max_steps is None or not self.teacher or self.by_token:
+            return rows
+        seen = self.max_steps * self.batch_size * self.gradient_accumulation_steps
+        return min(rows, math.ceil(seen / (1 - self.validation)))
 
     def survey_span(self, window: int) -> int:
         # memory is kept for the next batch, whose lengths are others: of a 135M decoder half as much again stood empty
@@ -199,8 +207,7 @@ class Finetune(InsideFields, WholeStep):
         paths = [look.scratch / "teacher" / f"{start:09d}.safetensors" for start in starts]
         if not all(path.exists() for path in paths):
             paths[0].parent.mkdir(parents=True, exist_ok=True)
-            model = look.other(self)
-            nn.Module.to(model, self.products(look.dtype))
+            model = look.other(self, dtype=self.products(look.dtype))
             its = reading(model, look.tokenizer(self))
             for start, path in zip(starts, paths, strict=True):
                 if path.exists():
@@ -214,8 +221,12 @@ class Finetune(InsideFields, WholeStep):
         return torch.cat([load_tensors(path)["logits"] for path in paths])
 
     def examples(self, look: Survey, model: PreTrainedModel, teacher: Taught | None) -> Sentences:
-        own = reading(model, look.tokenizer())
-        its = teacher[1] if isinstance(teacher, tuple) else None
+        own, its = reading(model, look.tokenizer()), None
+        if isinstance(
+            teacher, tuple
+        ):  # the same tokens, if its tokenizer would put others in front or at the end
+            its = teacher[1]._replace(tokenizer=own.tokenizer, pad=own.pad)
+            teacher[0].config.pad_token_id = own.pad
         data = Sentences(self.task, self._rows(look), own, self.max_length, its)
         if isinstance(teacher, Tensor):
             data.beside = {TARGET: teacher}
@@ -225,7 +236,7 @@ class Finetune(InsideFields, WholeStep):
         """The task's training sentences, in an order that the seed gives."""
         rows = task_rows(self.task, "train", self.data)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(look.seed)).tolist()
-        return [rows[index] for index in order]
+        return [rows[index] for index in order[: self._used(len(rows))]]
 
     def products(self, dtype: torch.dtype) -> torch.dtype:
         return super().products(dtype) if self.precision == "auto" else getattr(torch, self.precision)

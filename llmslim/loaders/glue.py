@@ -182,7 +182,15 @@ class Sentences(torch.utils.data.Dataset):
     ) -> None:
         texts = [[str(row[column]) for row in rows] for column in task.columns]
         readings = {"": reading} if teacher is None else {"": reading, TEACHER: teacher}
-        self._read = [(prefix, one, one.encoded(texts, max_length)) for prefix, one in readings.items()]
+        tokenizers = {id(one.tokenizer): one for one in readings.values()}
+        wanted = sorted({name for one in readings.values() for name in one.inputs})
+        encoded = {
+            key: one._replace(inputs=wanted).encoded(texts, max_length) for key, one in tokenizers.items()
+        }
+        self._read = [
+            (prefix, one, {n: rows for n, rows in encoded[id(one.tokenizer)].items() if n in one.inputs})
+            for prefix, one in readings.items()
+        ]
         self.labels = torch.tensor(
             [row["label"] for row in rows], dtype=torch.int64 if task.labels else torch.float32
         )
