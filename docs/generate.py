@@ -131,7 +131,8 @@ def facts(kind: str, cls: type[Step], source: str) -> list[str]:
         f"- Format written: {readme_formats()[kind]} ([formats](../formats.md)).",
     ]
     if copies := getattr(step, "survey_copies", 0):
-        lines.append(f"- Memory: the whole model, {copies} times its weights in float32 at the peak.")
+        beside = ", and the teacher" if getattr(step, "distills", False) and step.keeps_other else ""
+        lines.append(f"- Memory: the whole model, {copies} times its weights in float32 at the peak{beside}.")
     papers = dict.fromkeys(re.findall(r"arXiv:([\d.]+\d)", cls.__doc__ or ""))
     if papers:
         lines.append(

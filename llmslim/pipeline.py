@@ -269,7 +269,7 @@ def prepare(
         files,
     )
     others = check_others(recipe.steps, files, text, fronts)
-    chosen += tuple(dict.fromkeys(f"{step.kind} {step.takes} {other.spec}" for step, other, _ in others))
+    chosen += tuple(dict.fromkeys(f"{step.kind} {step.takes} {other.spec}" for step, other, *_ in others))
     if recipe.evaluation is not None:
         _check_evaluation(recipe.evaluation, files, whole)
     streams = True
@@ -381,7 +381,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, Any]:
         "choice to measure every step": recipe.measures_steps,
         "text": prepared.text.data_hash if prepared.text else None,
         "teacher or earlier model": [
-            [str(one.folder), _stamps(_weight_paths(one))] for one in prepared.others
+            [str(one.folder), _stamps([*_weight_paths(one), *_told(one)])] for one in prepared.others
         ],
         "data": _stamps(beside),
         "versions": [llmslim.__version__, torch.__version__],
@@ -395,6 +395,12 @@ def _weight_paths(files: ModelFiles) -> list[Path]:
     return [
         files.folder / name for name in sorted({entry["file"] for entry in files.weights.entries.values()})
     ]
+
+
+def _told(files: ModelFiles) -> list[Path]:
+    """What says how a model reads, and what its outputs are called."""
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    return [path for name in names if (path := files.folder / name).exists()]
 
 
 def _stamps(paths: Sequence[Path]) -> list[list[int]]:

@@ -28,9 +28,9 @@ from llmslim.training.step import PlacingStep, TrainStep
 from llmslim.work import nearest_folder
 
 TOUCHED = 2
-"""What is done in training, beside its products, to a value that goes into a Linear or comes out of one (norms,
-activations, attention, in both directions), takes as long as 12 products of two numbers, 2 for each FLOP per weight:
-measured on SmolLM2 and MiniLM, in float32 and bfloat16."""
+"""Elementwise products that take as long as what is done beside matrix products (norms, activations, attention) to each
+value that goes into a Linear or comes out of one: so many for each FLOP per weight, 12 in training. Measured on SmolLM2
+and MiniLM, in float32 and bfloat16."""
 SMALL_FILES = 20 * 2**20
 """Bytes for tokenizer, logs, reports and what else is no weight."""
 
@@ -107,7 +107,7 @@ def make_plan(
     own = formats()["llmslim"]
     between = [weight_bytes(front.model, own, options.stored) for front in fronts[1:]]
     return Plan(
-        peak_memory=_peak_memory(shape, recipe, anatomy, streams, others),
+        peak_memory=_peak_memory(shape, recipe, anatomy, options, streams, others),
         available_memory=available_memory(),
         seconds=_seconds(shape, recipe, anatomy, options.device, options.dtype, others),
         input_bytes=_input_bytes(files, shape.total),
@@ -166,7 +166,12 @@ def _disk(shape: _Shape, recipe: Recipe, fronts: Sequence[Anatomy], made: Sequen
 
 
 def _peak_memory(
-    shape: _Shape, recipe: Recipe, anatomy: Anatomy, streams: bool, others: Sequence[Other]
+    shape: _Shape,
+    recipe: Recipe,
+    anatomy: Anatomy,
+    options: PassOptions,
+    streams: bool,
+    others: Sequence[Other],
 ) -> int:
     """The process as it is now, plus the larger of: gradients, entering the blocks, working on one, evaluating."""
     weights = shape.block * (shape.compute + shape.stored) if streams else shape.total * shape.compute
@@ -188,7 +193,8 @@ def _peak_memory(
     working = models * weights + int(lanes * shape.lane_bytes) + max(paused + max(chunk, step), training)
     surveying = max((_surveying(step, shape, anatomy) for step in blocks), default=0)
     for other in others:
-        own, its = _surveying(other.step, shape, anatomy), other.values * shape.compute
+        own = _surveying(other.step, shape, anatomy)
+        its = other.values * _products(other.step, options.dtype).itemsize
         surveying = max(surveying, own + its if other.step.keeps_other else its)
     entering = weights + shape.outer * 2 * shape.stored + shape.lane_bytes * 2
     evaluating = 0
@@ -217,6 +223,10 @@ def _training(step: BlockStep, shape: _Shape, blocks: int) -> int:
     return 4 * step.block_copies * shape.block + 3 * tokens * shape.widths // blocks * shape.compute
 
 
+def _products(step: BlockStep, dtype: torch.dtype) -> torch.dtype:
+    return step.products(dtype) if isinstance(step, TrainStep) else dtype
+
+
 def _seconds(
     shape: _Shape,
     recipe: Recipe,
@@ -232,16 +242,18 @@ def _seconds(
     weights = sum(rows * width for rows, width in shape.matrices)
     flops, surveys, pace = 0.0, 0.0, _flops_per_second(device, dtype)
     touched = shape.widths * TOUCHED / _values_per_second(device)
-    beside = {id(other.step): other.values for other in others}
+    beside = {id(other.step): other.weights for other in others}
     for step in recipe.steps:
         if isinstance(step, BlockStep) and step.needs_survey:
             head = anatomy.head is not None and step.survey_copies
             passed = weights + (shape.hidden * shape.vocabulary if head else 0)
-            own = _flops_per_second(device, step.products(dtype)) if isinstance(step, TrainStep) else pace
+            own = _flops_per_second(device, _products(step, dtype))
             work = step.survey_work(shape.tokens, shape.window)
             seconds = work * (passed / own + (touched if step.survey_copies else 0.0))
-            if isinstance(step, PlacingStep):
-                seconds += 2.0 * step.asked(shape.tokens, shape.window) * beside.get(id(step), 0) / pace
+            if isinstance(step, PlacingStep) and id(step) in beside:
+                asking = 2.0 * step.asked(shape.tokens, shape.window) * beside[id(step)] / own
+                seconds += asking if step.keeps_other else 0.0
+                surveys += 0.0 if step.keeps_other else asking  # before training, whose time alone is limited
             surveys += min(step.survey_limit, seconds)
         if step.needs_calibration and isinstance(step, BlockStep) and step.streams_calibration:
             tokens = min(shape.tokens, step.text_limit or shape.tokens)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from llmslim.anatomy import Anatomy
+from llmslim.anatomy.parts import features, is_matrix
 from llmslim.checkpoint.reader import plain_config, read_edits
 from llmslim.edit import replay
 from llmslim.errors import UserError
@@ -20,11 +22,13 @@ class Other(NamedTuple):
 
     Attributes:
         values: of its parameters and buffers, as it is loaded.
+        weights: of the matrices that each token passes.
     """
 
     step: PlacingStep
     files: ModelFiles
     values: int
+    weights: int
 
 
 def check_others(
@@ -51,13 +55,17 @@ def check_others(
             raise UserError(step.of_itself(files.spec))
         if isinstance(step, TrainStep):
             if step.by_token:
-                check_tokens(other, files, step.without_tokens)
+                check_tokens(other, files, step.otherwise)
             step.check_teacher(other.config, other.spec)
         model = skeleton(plain_config(other))
         replay(model, read_edits(other)[1])
-        step.check_pair(fronts[number], Anatomy(model))
+        anatomy = Anatomy(model)
+        step.check_pair(fronts[number], anatomy)
         values = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-        others.append(Other(step, other, values))
+        matrices = [features(m) for block in anatomy.blocks for m in block.module.modules() if is_matrix(m)]
+        head = math.prod(features(anatomy.head[1])) if anatomy.head is not None else 0
+        weights = head + sum(rows * width for rows, width in matrices)
+        others.append(Other(step, other, values, weights))
     return others
 
 

@@ -407,7 +407,7 @@ def test_a_teacher_with_other_tokens_teaches_its_classes(
     shutil.copytree(folders["llama"], base)
     other_tokens(base)
     recipe = {"steps": [{"finetune": {"glue": "sst2", "data": data, "teacher": str(teacher)}}], **QUICK}
-    with pytest.raises(UserError, match=r"differs\): a teacher must have the same, unless .* hidden 0 and"):
+    with pytest.raises(UserError, match=r"differs\): a teacher must have the same, unless .* hidden 0, attention 0"):
         prepare(str(base), Recipe.parse(recipe))
     finetune(base, tmp_path / "c", data, teacher=str(teacher), hidden=0.0, attention=0.0, alpha=1.0)
     assert accuracy(tmp_path / "c", data) > 0.9
@@ -443,6 +443,50 @@ def test_a_teacher_is_asked_once_by_its_own_tokenizer(
     assert {done for _, done, _ in told} <= set(range(101, 201))
     monkeypatch.setattr(Look, "other", lambda *args: pytest.fail("the teacher is loaded again"))
     step.learned_from(look)
+
+
+def test_a_teacher_that_is_asked_is_loaded_in_the_type_of_the_products(
+    folders: dict[str, Path], data: str, tmp_path: Path
+) -> None:
+    """In the run's type, converted, its rotary frequencies would be rounded."""
+    teacher = tmp_path / "teacher"
+    finetune(folders["llama"], teacher, data, epochs=1)
+    fields = {"teacher": str(teacher), "hidden": 0.0, "attention": 0.0, "precision": "bfloat16"}
+    step = Finetune(glue="sst2", data=data, **fields)
+    options = PassOptions(None, 0, torch.device("cpu"), torch.float32, torch.float32, find(str(teacher)))
+    look = Look(find(str(folders["bert"])), options, lambda *at: None, tmp_path / "scratch")
+    model = AutoModelForSequenceClassification.from_pretrained(teacher, dtype=torch.bfloat16).eval()
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    examples = Sentences(TASKS["sst2"], step._rows(look), reading(model, tiny_tokenizer()), 128)
+    wanted = label_logits(model, TASKS["sst2"], examples, step.batch_size, lambda *at: None)
+    torch.testing.assert_close(step.learned_from(look), wanted, rtol=0, atol=0)
+
+
+def test_a_teacher_beside_its_student_reads_the_same_tokens(
+    folders: dict[str, Path], teacher: Path, data: str, tmp_path: Path
+) -> None:
+    """Also where its own tokenizer, with the same vocabulary, would put one more at the end."""
+    from tokenizers.processors import TemplateProcessing
+
+    shutil.copytree(teacher, tmp_path / "teacher")
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    fields = {"max_steps": 2, "epochs": 1}
+    outputs = [tmp_path / "with", tmp_path / "without"]
+    for output, taught in zip(outputs, (tmp_path / "teacher", teacher), strict=True):
+        finetune(folders["bert"], output, data, teacher=str(taught), **fields)
+    ones = [
+        AutoModelForSequenceClassification.from_pretrained(output).classifier.weight for output in outputs
+    ]
+    torch.testing.assert_close(*ones, rtol=0, atol=0)
+
+
+def test_a_teacher_of_which_nothing_is_learned_is_refused() -> None:
+    with pytest.raises(ValueError, match="alpha 0 and nothing inside leaves nothing to learn"):
+        Finetune(glue="sst2", teacher="t", alpha=0.0, hidden=0.0, attention=0.0)
 
 
 def test_a_teacher_of_fewer_positions_is_refused(folders: dict[str, Path], data: str, tmp_path: Path) -> None:

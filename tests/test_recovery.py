@@ -371,6 +371,7 @@ def test_an_encoder_learns_the_tokens_that_are_masked(folders: dict[str, Path], 
 
 def test_the_plan_counts_epochs_steps_batches_and_minutes(folders: dict[str, Path], monkeypatch: Any) -> None:
     monkeypatch.setattr("llmslim.plan._flops_per_second", lambda *asked: 1e6)
+    monkeypatch.setattr("llmslim.plan._values_per_second", lambda *asked: 1e9)
 
     def plan(**fields: Any) -> Any:
         step = Full(objective="next_token", **{"batch_size": 2, **fields})

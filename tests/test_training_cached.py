@@ -154,3 +154,27 @@ def test_the_plan_knows_the_size_of_the_teacher(tmp_path: Path, monkeypatch: pyt
     asked = planned(large, cached_logits=8)
     assert 4 * more < asked.peak_memory < planned(large).peak_memory
     assert planned(small, cached_logits=8).peak_memory < planned(small).peak_memory
+
+
+def test_the_plan_knows_how_long_a_teacher_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 FLOP for each of its weights and token that it is shown; one asked before is, whatever training is allowed."""
+    monkeypatch.setattr("llmslim.plan._flops_per_second", lambda *asked: 1e9)
+    monkeypatch.setattr("llmslim.plan._values_per_second", lambda *asked: 1e9)
+    student = save_tiny("llama", tmp_path / "student")
+    small, large = (
+        save_tiny("llama", tmp_path / str(blocks), 1, num_hidden_layers=blocks) for blocks in (2, 3)
+    )
+    blocks = tiny_model("llama", 1, num_hidden_layers=1).model.layers
+    more = sum(tensor.numel() for tensor in blocks.parameters() if tensor.ndim == 2)
+
+    def seconds(teacher: Path, **fields: Any) -> float:
+        step = Response(teacher=str(teacher), **{**FAST, **fields})
+        return prepare(str(student), Recipe(steps=(step,), **QUICK)).plan.seconds
+
+    trained, text = 6 * 4 * 32, 8 * 32
+    assert seconds(large) - seconds(small) == pytest.approx(2 * trained * more / 1e9, rel=1e-3)
+    asked = {"cached_logits": 8, "max_minutes": 1e-9}
+    assert seconds(large, **asked) - seconds(small, **asked) == pytest.approx(2 * text * more / 1e9, rel=1e-3)
+    before = seconds(small)
+    monkeypatch.setattr("llmslim.plan._values_per_second", lambda *asked: 1e8)
+    assert seconds(small) > 1.2 * before

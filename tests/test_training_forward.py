@@ -29,6 +29,28 @@ def test_short_attention_is_of_float32_where_gradients_come_back(mask: bool) -> 
     torch.testing.assert_close(found.float(), wanted, rtol=2e-2, atol=2e-2)
 
 
+def test_short_attention_takes_its_arguments_as_the_function_does() -> None:
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, 9, 8).bfloat16().requires_grad_()
+    key, value = (torch.randn(2, 2, 9, 8).bfloat16().requires_grad_() for _ in range(2))
+    seen = torch.ones(9, 9, dtype=torch.bool).tril(2)
+    hidden = torch.zeros(9, 9).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
+    wanted = F.scaled_dot_product_attention(*(t.float() for t in (query, key, value)), seen, enable_gqa=True)
+    with products_in(torch.bfloat16, "cpu"):
+        for found in (
+            F.scaled_dot_product_attention(query, key, value, seen, enable_gqa=True),
+            F.scaled_dot_product_attention(query, key, value, hidden.bfloat16(), enable_gqa=True),
+            F.scaled_dot_product_attention(
+                query=query, key=key, value=value, attn_mask=seen, enable_gqa=True
+            ),
+        ):
+            torch.testing.assert_close(found, wanted.bfloat16(), rtol=0, atol=0)
+        causal = F.scaled_dot_product_attention(query, query, query, None, 0.0, True)
+    wide = query.float()
+    wanted = F.scaled_dot_product_attention(wide, wide, wide, is_causal=True)
+    torch.testing.assert_close(causal, wanted.bfloat16(), rtol=0, atol=0)
+
+
 def test_long_attention_and_that_of_teachers_is_of_the_type() -> None:
     torch.manual_seed(0)
     for length, learns in ((SHORT, True), (9, False)):

@@ -74,7 +74,6 @@ class Finetune(InsideFields, WholeStep):
 
     kind: ClassVar[str] = "finetune"
     verb: ClassVar[str] = "finetune"
-    without_tokens: ClassVar[str] = ", unless it teaches by its classes alone: hidden 0 and attention 0"
 
     glue: str = Field("", description=f"the task: {', '.join(TASKS)}")
     data: str = Field("", description="holds nyu-mll/glue in the Hub's layout; the Hub when not given")
@@ -105,6 +104,8 @@ class Finetune(InsideFields, WholeStep):
         changed = next(filter(self.given, OF_TEACHER), None)
         if changed and not self.teacher:
             raise ValueError(f"{changed} is about learning from a teacher, and none is given")
+        if self.teacher and not self.alpha and not self.inside:
+            raise ValueError("alpha 0 and nothing inside leaves nothing to learn from the teacher")
         self.require_batch(self.batch_size)
         return self
 
@@ -181,6 +182,10 @@ class Finetune(InsideFields, WholeStep):
         return bool(self.inside)
 
     @property
+    def otherwise(self) -> str:
+        return f", unless it teaches by its classes alone: {', '.join(f'{name} 0' for name in self.inside)}"
+
+    @property
     def keeps_other(self) -> bool:
         return self.by_token and super().keeps_other  # what it says of the classes is asked before
 
@@ -217,7 +222,11 @@ class Finetune(InsideFields, WholeStep):
                     look.progress("teacher", before + done, len(rows))
 
                 data = Sentences(self.task, rows[start : start + PIECE], its, self.max_length)
-                save_tensors(path, {"logits": label_logits(model, self.task, data, self.batch_size, told)})
+                try:
+                    logits = label_logits(model, self.task, data, self.batch_size, told)
+                except UserError as error:
+                    raise UserError(f"The teacher {self.teacher} teaches nothing: {error}") from error
+                save_tensors(path, {"logits": logits})
         return torch.cat([load_tensors(path)["logits"] for path in paths])
 
     def examples(self, look: Survey, model: PreTrainedModel, teacher: Taught | None) -> Sentences:

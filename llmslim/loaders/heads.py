@@ -80,14 +80,14 @@ def label_logits(
         UserError: for NaN or infinity.
     """
     columns = label_columns(model.config, task)
+    cacheless = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
     order = sorted(range(len(data)), key=lambda index: data.lengths[index])
     found = torch.zeros(len(data), len(columns))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = data.collate([data[index] for index in rows])
-        logits = model(
-            **{name: tensor.to(model.device) for name, tensor in data.inputs(batch).items()}
-        ).logits
+        inputs = {name: tensor.to(model.device) for name, tensor in data.inputs(batch).items()}
+        logits = model(**inputs, **cacheless).logits
         found[rows] = logits[:, columns].float().cpu()
         if not found[rows].isfinite().all():
             raise UserError(
@@ -123,12 +123,12 @@ def positions(model: transformers.PreTrainedModel) -> int | None:
 
     RoBERTa and its kin count positions from behind the id of the padding token.
     """
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     for name, module in model.named_modules():
         padding = getattr(module, "padding_idx", None)
-        if limit and name.endswith("position_embeddings") and padding is not None:
+        if limit > 0 and name.endswith("position_embeddings") and padding is not None:
             return limit - int(padding) - 1
-    return limit
+    return limit if limit > 0 else None
 
 
 def headed_config(files: ModelFiles, task: Task) -> transformers.PreTrainedConfig:

@@ -35,8 +35,11 @@ class Rewind(PlacingStep):
     source: str = Field("", description="the earlier model; the one that the run starts from when not given")
 
     @property
-    def survey_copies(self) -> int:
-        return 1
+    def keeps_other(self) -> bool:
+        return False  # it is all that there is
+
+    def survey_work(self, tokens: int, window: int) -> float:
+        return 0.0
 
     def other(self, base: ModelFiles) -> ModelFiles:
         from llmslim.loaders.models import find  # brings transformers, which help must not wait for

@@ -128,21 +128,22 @@ def products_in(dtype: torch.dtype, device: str) -> Iterator[None]:
 
 
 class _ShortAttention(TorchFunctionMode):
-    """Attention that gradients come back through, in float32 where sequences are short."""
+    """Attention that gradients come back through, in float32 where sequences are short; not when it is recomputed."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        query, *others = args
-        if query.shape[-2] >= SHORT:
+        if (args[0] if args else kwargs["query"]).shape[-2] >= SHORT:
             return func(*args, **kwargs)
         dtype = torch.get_autocast_dtype("cpu")
-        mask = kwargs.get("attn_mask")
-        if mask is not None and mask.dtype != torch.bool:
-            kwargs = {**kwargs, "attn_mask": mask.float()}
         with torch.autocast("cpu", enabled=False):
-            return func(query.float(), *(other.float() for other in others), **kwargs).to(dtype)
+            return func(*map(_full, args), **{name: _full(value) for name, value in kwargs.items()}).to(dtype)
+
+
+def _full(value: Any) -> Any:
+    """In float32, if it is a tensor of numbers; a mask of bools stays one."""
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 @torch.no_grad()

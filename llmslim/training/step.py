@@ -91,8 +91,6 @@ class TrainStep(PlacingStep):
 
     without_teacher: ClassVar[str] = ""
     """What a step can do instead when there is no teacher, for messages: ', or ...'."""
-    without_tokens: ClassVar[str] = ""
-    """How a step could learn from a teacher with other tokens, for messages: ', unless ...'."""
 
     teacher: str = Field(
         "",
@@ -178,6 +176,11 @@ class TrainStep(PlacingStep):
     def by_token(self) -> bool:
         """Whether student and teacher are compared token by token, so that both must have the same."""
         return True
+
+    @property
+    def otherwise(self) -> str:
+        """How the step could learn from a teacher with other tokens, for messages: ', unless ...'."""
+        return ""
 
     def of_itself(self, spec: str) -> str:
         return (
