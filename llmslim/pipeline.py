@@ -27,7 +27,7 @@ from llmslim.evaluation.perplexity import require_causal
 from llmslim.evaluation.tasks import load_tasks
 from llmslim.hub import file_record
 from llmslim.kvcache.store import check_lasts, read_setting
-from llmslim.loaders.heads import positions, replaced_head
+from llmslim.loaders.heads import replaced_head, require_positions
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find, skeleton
 from llmslim.loaders.texts import TextSample, sample
 from llmslim.measure import judged_by, measure
@@ -258,7 +258,7 @@ def prepare(
     text = None
     if any(step.needs_calibration for step in recipe.steps):
         choice = recipe.calibration
-        _check_length("seq_len", choice.seq_len, files, whole)
+        require_positions("seq_len", choice.seq_len, whole, files.spec)
         text = sample(choice.text, files.tokenizer(), choice.num_samples, choice.seq_len, recipe.seed)
     options = PassOptions(
         text.tokens if text else None,
@@ -342,18 +342,10 @@ def _check_evaluation(evaluation: Evaluation, files: ModelFiles, model: PreTrain
         require_causal(model)
     except UserError:
         return  # the report will say so
-    _check_length("eval_seq_len", evaluation.seq_len, files, model)
+    require_positions("eval_seq_len", evaluation.seq_len, model, files.spec)
     judged_by(evaluation, files.tokenizer())
     if evaluation.tasks:
         load_tasks(evaluation.tasks, evaluation.tasks_data)
-
-
-def _check_length(what: str, seq_len: int, files: ModelFiles, model: PreTrainedModel) -> None:
-    limit = positions(model)
-    if limit and seq_len > limit:
-        raise UserError(
-            f"{what} {seq_len} is more than the {limit} positions of {files.spec}; use at most {limit}."
-        )
 
 
 def _read_from(prepared: Prepared) -> list[Path]:

@@ -407,7 +407,9 @@ def test_a_teacher_with_other_tokens_teaches_its_classes(
     shutil.copytree(folders["llama"], base)
     other_tokens(base)
     recipe = {"steps": [{"finetune": {"glue": "sst2", "data": data, "teacher": str(teacher)}}], **QUICK}
-    with pytest.raises(UserError, match=r"differs\): a teacher must have the same, unless .* hidden 0, attention 0"):
+    with pytest.raises(
+        UserError, match=r"differs\): a teacher must have the same, unless .* hidden 0, attention 0"
+    ):
         prepare(str(base), Recipe.parse(recipe))
     finetune(base, tmp_path / "c", data, teacher=str(teacher), hidden=0.0, attention=0.0, alpha=1.0)
     assert accuracy(tmp_path / "c", data) > 0.9

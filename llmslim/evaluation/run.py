@@ -16,6 +16,7 @@ from llmslim.evaluation.perplexity import PerplexityResult, perplexity, require_
 from llmslim.evaluation.stream import streamed_scores
 from llmslim.kvcache.allocation import fitted, told
 from llmslim.kvcache.settings import KVSettings
+from llmslim.loaders.heads import require_positions
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find
 from llmslim.loaders.texts import TextSample, sample
 
@@ -68,9 +69,10 @@ def evaluate(
     files, other = find(model, revision), find(base) if base is not None else None
     if adapter is not None:
         check_adapter(adapter, files, streamed)
-    require_causal(CheckpointReader(files).model_skeleton())
+    whole = CheckpointReader(files).model_skeleton()
+    require_causal(whole)
+    require_positions("seq_len", seq_len, whole, files.spec)
     chosen = resolve_dtype(dtype, files, device)
-    _check_length(files, seq_len)
     tokens = sample(text, files.tokenizer(), windows, seq_len, join=join, builtin_part="test")
     figures: dict[str, Any] = {"model": model, "base": base, "streamed": streamed}
     if adapter is not None:
@@ -185,11 +187,3 @@ def resolve_dtype(name: str | None, files: ModelFiles, device: torch.device) -> 
     if name not in known:
         raise UserError(f"Unknown dtype {name!r}; there are {', '.join(known)}.")
     return known[name]
-
-
-def _check_length(files: ModelFiles, seq_len: int) -> None:
-    limit = getattr(files.config.get_text_config(), "max_position_embeddings", None)
-    if limit and seq_len > limit:
-        raise UserError(
-            f"seq_len {seq_len} is more than the {limit} positions of {files.spec}: give at most {limit}."
-        )

@@ -31,9 +31,9 @@ from llmslim.loaders.heads import (
     headed_config,
     label_columns,
     label_logits,
-    positions,
     reading,
     require_head,
+    require_positions,
 )
 from llmslim.metrics import predicted, require_metrics, scores
 from llmslim.training.inside import InsideFields
@@ -175,7 +175,7 @@ class Finetune(InsideFields, WholeStep):
             require_metrics()
         config = anatomy.model.config
         require_head(config, self.task, "The model of this step")  # a recipe with two tasks
-        self._check_length(anatomy.model, "model")
+        require_positions("max_length", self.max_length, anatomy.model, "the model")
 
     @property
     def by_token(self) -> bool:
@@ -194,7 +194,7 @@ class Finetune(InsideFields, WholeStep):
 
     def check_pair(self, front: Anatomy, other: Anatomy) -> None:
         super().check_pair(front, other)
-        self._check_length(other.model, "teacher")
+        require_positions("max_length", self.max_length, other.model, "the teacher")
 
     def learned_from(self, look: Survey) -> Taught | None:
         """The teacher and how it reads, or all that it says."""
@@ -281,13 +281,6 @@ class Finetune(InsideFields, WholeStep):
             return predicted(self.task, model(**data.inputs(batch)).logits[:, columns])
 
         return Judge(predict, lambda found, labels: scores(self.task, found, labels))
-
-    def _check_length(self, model: PreTrainedModel, which: str) -> None:
-        limit = positions(model)
-        if limit and self.max_length > limit:
-            raise UserError(
-                f"max_length {self.max_length} is more than the {limit} positions of the {which}."
-            )
 
     def _labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Of logits [batch, labels]."""

@@ -131,6 +131,18 @@ def positions(model: transformers.PreTrainedModel) -> int | None:
     return limit if limit > 0 else None
 
 
+def require_positions(what: str, length: int, model: transformers.PreTrainedModel, spec: str) -> None:
+    """Refuse more tokens than a model can take.
+
+    Args:
+        what: the option that gave the length.
+        spec: the model, in words.
+    """
+    limit = positions(model)
+    if limit and length > limit:
+        raise UserError(f"{what} {length} is more than the {limit} positions of {spec}: use at most {limit}.")
+
+
 def headed_config(files: ModelFiles, task: Task) -> transformers.PreTrainedConfig:
     """The config of the model with a head for the task.
 
