@@ -231,9 +231,8 @@ class Finetune(InsideFields, WholeStep):
 
     def examples(self, look: Survey, model: PreTrainedModel, teacher: Taught | None) -> Sentences:
         own, its = reading(model, look.tokenizer()), None
-        if isinstance(
-            teacher, tuple
-        ):  # the same tokens, if its tokenizer would put others in front or at the end
+        if isinstance(teacher, tuple):
+            # token by token: its own tokenizer may put others in front, or at the end
             its = teacher[1]._replace(tokenizer=own.tokenizer, pad=own.pad)
             teacher[0].config.pad_token_id = own.pad
         data = Sentences(self.task, self._rows(look), own, self.max_length, its)
