@@ -54,9 +54,9 @@ def check_others(
         if number == 0 and other.folder == files.folder:
             raise UserError(step.of_itself(files.spec))
         if isinstance(step, TrainStep):
+            step.check_teacher(other.config, other.spec)
             if step.by_token:
                 check_tokens(other, files, step.otherwise)
-            step.check_teacher(other.config, other.spec)
         model = skeleton(plain_config(other))
         replay(model, read_edits(other)[1])
         anatomy = Anatomy(model)
