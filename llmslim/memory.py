@@ -11,7 +11,8 @@ from pathlib import Path
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 _THRESHOLD = 2**20
-_KEPT = 2**30
+KEPT = 2**30
+"""Bytes of freed memory that a loop in `freed_memory_kept` may hold at the heap's end."""
 
 
 def return_freed_memory() -> None:
@@ -26,7 +27,7 @@ def return_freed_memory() -> None:
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
     """Inside, freed memory is kept for the next tensor: a loop that asks for the same sizes again saves a fifth."""
-    _set_threshold(_KEPT)
+    _set_threshold(KEPT)
     try:
         yield
     finally:

@@ -35,6 +35,7 @@ from llmslim.loaders.heads import (
     require_head,
     require_positions,
 )
+from llmslim.memory import KEPT
 from llmslim.metrics import predicted, require_metrics, scores
 from llmslim.training.inside import InsideFields
 from llmslim.training.whole import WholeStep
@@ -144,11 +145,11 @@ class Finetune(InsideFields, WholeStep):
         return min(rows, math.ceil(seen / (1 - self.validation)))
 
     def survey_span(self, window: int) -> int:
-        # memory is kept for the next batch, whose lengths are others: of a 135M decoder half as much again stood empty
+        # freed memory is kept for batches of other lengths: in training a 135M decoder half as much again stood empty
         return self.batch_size * self.max_length * 3 // 2
 
     def survey_bytes(self, anatomy: Anatomy, window: int) -> int:
-        return self.inside_bytes(anatomy, self.batch_size, self.max_length) if self.teacher else 0
+        return KEPT + (self.inside_bytes(anatomy, self.batch_size, self.max_length) if self.teacher else 0)
 
     @property
     def distills(self) -> bool:
