@@ -37,7 +37,7 @@ SCHOOLING: dict[str, dict[str, Any]] = {  # of students, where it is not the tea
     "sst2/taught": {"epochs": 0.5},  # which takes as long: the teacher runs beside
 }
 DECODER = {"lr": 6e-5, "epochs": 1, "batch_size": 96, "max_length": 64, "warmup": 0.06, "save_steps": 200}
-BY_DECODER = {"lr": 3e-5, "epochs": 3, "alpha": 0.9, "temperature": 2.0, "hidden": 0.0, "attention": 0.0}
+BY_DECODER = {"lr": 2e-5, "epochs": 3, "alpha": 0.9, "temperature": 2.0, "hidden": 0.0, "attention": 0.0}
 STUDENT = [0, 2, 4]  # the blocks that go; those that stay learn from their own place in the teacher
 BESIDE: dict[str, dict[str, float]] = {  # what more the teacher shows
     "maps": {"attention_maps": 1.0},
