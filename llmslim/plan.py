@@ -107,7 +107,7 @@ def make_plan(
     own = formats()["llmslim"]
     between = [weight_bytes(front.model, own, options.stored) for front in fronts[1:]]
     return Plan(
-        peak_memory=_peak_memory(shape, recipe, anatomy, options, streams, others),
+        peak_memory=_peak_memory(shape, recipe, anatomy, streams, others),
         available_memory=available_memory(),
         seconds=_seconds(shape, recipe, anatomy, options.device, options.dtype, others),
         input_bytes=_input_bytes(files, shape.total),
@@ -127,6 +127,7 @@ class _Shape:
 
     def __init__(self, anatomy: Anatomy, options: PassOptions, stored: torch.dtype) -> None:
         model = anatomy.model
+        self.dtype = options.dtype
         self.compute, self.stored = options.dtype.itemsize, stored.itemsize
         stacks = tuple(f"{stack.name}." for stack in anatomy.stacks)
         self.total = sum(p.numel() for p in model.parameters())
@@ -166,12 +167,7 @@ def _disk(shape: _Shape, recipe: Recipe, fronts: Sequence[Anatomy], made: Sequen
 
 
 def _peak_memory(
-    shape: _Shape,
-    recipe: Recipe,
-    anatomy: Anatomy,
-    options: PassOptions,
-    streams: bool,
-    others: Sequence[Other],
+    shape: _Shape, recipe: Recipe, anatomy: Anatomy, streams: bool, others: Sequence[Other] = ()
 ) -> int:
     """The process as it is now, plus the larger of: gradients, entering the blocks, working on one, evaluating."""
     weights = shape.block * (shape.compute + shape.stored) if streams else shape.total * shape.compute
@@ -194,7 +190,7 @@ def _peak_memory(
     surveying = max((_surveying(step, shape, anatomy) for step in blocks), default=0)
     for other in others:
         own = _surveying(other.step, shape, anatomy)
-        its = other.values * _products(other.step, options.dtype).itemsize
+        its = other.values * _products(other.step, shape.dtype).itemsize
         surveying = max(surveying, own + its if other.step.keeps_other else its)
     entering = weights + shape.outer * 2 * shape.stored + shape.lane_bytes * 2
     evaluating = 0
