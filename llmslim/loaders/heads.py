@@ -140,7 +140,7 @@ def require_positions(what: str, length: int, model: transformers.PreTrainedMode
     """
     limit = positions(model)
     if limit and length > limit:
-        raise UserError(f"{what} {length} is more than the {limit} positions of {spec}: use at most {limit}.")
+        raise UserError(f"{what} {length} is more than the {limit} positions of {spec}; use at most {limit}.")
 
 
 def headed_config(files: ModelFiles, task: Task) -> transformers.PreTrainedConfig:
