@@ -236,10 +236,11 @@ def encoders() -> str:
             f"| {situation} | {take} | MRPC: {100 * one['score']:.1f}, the teacher {100 * teacher['score']:.1f}; "
             f"{megabytes(one)}, the teacher {megabytes(teacher)} |"
         )
-    small, large = found["sst2/by-decoder"], found["sst2/decoder"]
+    small, large, alone = (found[f"sst2/{kind}"] for kind in ("by-decoder", "decoder", "teacher"))
     text.append(
         "| What a large classifier knows, in a small one of another family | `finetune --teacher ... --hidden 0 "
-        f"--attention 0` | SST-2: {100 * small['score']:.1f}, the teacher {100 * large['score']:.1f}; "
+        f"--attention 0` | SST-2: {100 * small['score']:.1f}, the teacher {100 * large['score']:.1f}, by labels alone "
+        f"{100 * alone['score']:.1f}: try without first; "
         f"{megabytes(small)}, the teacher {megabytes(large)} |"
     )
     return "\n".join(text)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from llmslim.anatomy import Anatomy
-from llmslim.anatomy.parts import features, is_matrix
+from llmslim.anatomy.parts import matrix_shapes
 from llmslim.checkpoint.formats import Format, formats
 from llmslim.checkpoint.writer import weight_bytes
 from llmslim.errors import UserError
@@ -109,7 +109,7 @@ def make_plan(
     return Plan(
         peak_memory=_peak_memory(shape, recipe, anatomy, streams, others),
         available_memory=available_memory(),
-        seconds=_seconds(shape, recipe, anatomy, options.device, options.dtype, others),
+        seconds=_seconds(shape, recipe, anatomy, options.device, others),
         input_bytes=_input_bytes(files, shape.total),
         output_bytes=output,
         disk_bytes=start + _disk(shape, recipe, fronts, [*between, output]) + SMALL_FILES,
@@ -135,7 +135,7 @@ class _Shape:
         self.block = max(sum(p.numel() for p in block.module.parameters()) for block in anatomy.blocks)
         self.hidden = model.config.get_text_config().hidden_size
         self.vocabulary = cast(int, model.get_input_embeddings().num_embeddings)
-        self.matrices = [features(m) for b in anatomy.blocks for m in b.module.modules() if is_matrix(m)]
+        self.matrices = [shape for block in anatomy.blocks for shape in matrix_shapes(block.module)]
         self.widest = max((width for _, width in self.matrices), default=self.hidden)
         self.largest = max((rows * width for rows, width in self.matrices), default=0)
         self.widths = sum(rows + width for rows, width in self.matrices)
@@ -224,28 +224,23 @@ def _products(step: BlockStep, dtype: torch.dtype) -> torch.dtype:
 
 
 def _seconds(
-    shape: _Shape,
-    recipe: Recipe,
-    anatomy: Anatomy,
-    device: torch.device,
-    dtype: torch.dtype,
-    others: Sequence[Other],
+    shape: _Shape, recipe: Recipe, anatomy: Anatomy, device: torch.device, others: Sequence[Other]
 ) -> float:
     """Matrix products at the speed measured here for a moment, plus the search of scales per weight.
 
     In what trains, also what is done to each value between products: with fast ones most of the time.
     """
     weights = sum(rows * width for rows, width in shape.matrices)
-    flops, surveys, pace = 0.0, 0.0, _flops_per_second(device, dtype)
-    touched = shape.widths * TOUCHED / _values_per_second(device)
+    flops, surveys, pace = 0.0, 0.0, _flops_per_second(device, shape.dtype)
     beside = {id(other.step): other.weights for other in others}
     for step in recipe.steps:
         if isinstance(step, BlockStep) and step.needs_survey:
             head = anatomy.head is not None and step.survey_copies
             passed = weights + (shape.hidden * shape.vocabulary if head else 0)
-            own = _flops_per_second(device, _products(step, dtype))
-            work = step.survey_work(shape.tokens, shape.window)
-            seconds = work * (passed / own + (touched if step.survey_copies else 0.0))
+            products = _products(step, shape.dtype)
+            own = pace if products == shape.dtype else _flops_per_second(device, products)
+            touched = shape.widths * TOUCHED / _values_per_second(device) if step.survey_copies else 0.0
+            seconds = step.survey_work(shape.tokens, shape.window) * (passed / own + touched)
             if isinstance(step, PlacingStep) and id(step) in beside:
                 asking = 2.0 * step.asked(shape.tokens, shape.window) * beside[id(step)] / own
                 seconds += asking if step.keeps_other else 0.0

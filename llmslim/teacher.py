@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from llmslim.anatomy import Anatomy
-from llmslim.anatomy.parts import features, is_matrix
+from llmslim.anatomy.parts import features, matrix_shapes
 from llmslim.checkpoint.reader import plain_config, read_edits
 from llmslim.edit import replay
 from llmslim.errors import UserError
@@ -62,7 +62,7 @@ def check_others(
         anatomy = Anatomy(model)
         step.check_pair(fronts[number], anatomy)
         values = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-        matrices = [features(m) for block in anatomy.blocks for m in block.module.modules() if is_matrix(m)]
+        matrices = [shape for block in anatomy.blocks for shape in matrix_shapes(block.module)]
         head = math.prod(features(anatomy.head[1])) if anatomy.head is not None else 0
         weights = head + sum(rows * width for rows, width in matrices)
         others.append(Other(step, other, values, weights))

@@ -19,13 +19,14 @@ from llmslim.errors import UserError
 from llmslim.evaluation.glue import evaluate_glue
 from llmslim.finetuning.finetune import TARGET, Finetune
 from llmslim.loaders.glue import TASKS, Sentences, task_rows
-from llmslim.loaders.heads import label_logits, reading
+from llmslim.loaders.heads import reading
 from llmslim.loaders.models import find
 from llmslim.passes import PassOptions
 from llmslim.pipeline import compress, prepare
 from llmslim.recipe import Recipe
 from llmslim.survey import Look
 from llmslim.training import losses
+from llmslim.training.forward import label_logits
 from llmslim.training.loop import _ByLength
 from tests.checkpoints import killed_at_training_step
 from tests.glue_data import write_glue

@@ -44,6 +44,11 @@ def features(module: nn.Module) -> tuple[int, int]:
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
 
 
+def matrix_shapes(module: nn.Module) -> list[tuple[int, int]]:
+    """(outputs, inputs) of all matrices in a module."""
+    return [features(part) for part in module.modules() if is_matrix(part)]
+
+
 @dataclass(frozen=True, eq=False)
 class Projection:
     """One of q, k, v, o, gate, up, down: a module, or the share of a module, that does one thing.

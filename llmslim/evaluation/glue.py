@@ -12,9 +12,10 @@ from llmslim.checkpoint.load import load_model
 from llmslim.errors import UserError
 from llmslim.evaluation.run import resolve_dtype
 from llmslim.loaders.glue import DATASET, Sentences, Task, require_data, task_of, task_rows
-from llmslim.loaders.heads import label_logits, positions, reading, require_head
+from llmslim.loaders.heads import positions, reading, require_head
 from llmslim.loaders.models import default_device, find
 from llmslim.metrics import predicted, require_metrics, score
+from llmslim.training.forward import label_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -30,7 +30,6 @@ from llmslim.loaders.heads import (
     classifies,
     headed_config,
     label_columns,
-    label_logits,
     reading,
     require_head,
     require_positions,
@@ -208,6 +207,8 @@ class Finetune(InsideFields, WholeStep):
 
     def _said(self, look: Survey) -> Tensor:
         """The teacher's logits of all training sentences, [sentences, labels]; in files, of which each is made once."""
+        from llmslim.training.forward import label_logits
+
         rows = self._rows(look)
         starts = range(0, len(rows), PIECE)
         paths = [look.scratch / "teacher" / f"{start:09d}.safetensors" for start in starts]
@@ -273,12 +274,13 @@ class Finetune(InsideFields, WholeStep):
         return loss, list(inside.comparison.projections.parameters()) if inside else []
 
     def judge(self, model: PreTrainedModel, data: Any) -> Judge:
+        from llmslim.training.forward import run
         from llmslim.training.loop import Judge
 
         columns = label_columns(model.config, self.task)
 
         def predict(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            return predicted(self.task, model(**data.inputs(batch)).logits[:, columns])
+            return predicted(self.task, run(model, data.inputs(batch)).logits[:, columns])
 
         return Judge(predict, lambda found, labels: scores(self.task, found, labels))
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
 from llmslim.errors import UserError
-from llmslim.loaders.glue import Reading, Sentences, Task, pad_token
+from llmslim.loaders.glue import Reading, Task, pad_token
 
 if TYPE_CHECKING:
     import transformers
@@ -62,40 +59,6 @@ def label_columns(config: transformers.PreTrainedConfig, task: Task) -> list[int
     if set(names) != set(task.labels):
         return list(range(task.num_labels))
     return [int(names[label]) for label in task.labels]
-
-
-@torch.no_grad()
-def label_logits(
-    model: transformers.PreTrainedModel,
-    task: Task,
-    data: Sentences,
-    batch_size: int,
-    progress: Callable[[int, int], None],
-) -> torch.Tensor:
-    """What a classifier gives each label of sentences, float32 [sentences, labels], on the CPU.
-
-    Batches are of like length: a padded token costs as much as a real one.
-
-    Raises:
-        UserError: for NaN or infinity.
-    """
-    columns = label_columns(model.config, task)
-    cacheless = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
-    order = sorted(range(len(data)), key=lambda index: data.lengths[index])
-    found = torch.zeros(len(data), len(columns))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = data.collate([data[index] for index in rows])
-        inputs = {name: tensor.to(model.device) for name, tensor in data.inputs(batch).items()}
-        logits = model(**inputs, **cacheless).logits
-        found[rows] = logits[:, columns].float().cpu()
-        if not found[rows].isfinite().all():
-            raise UserError(
-                "the model's logits hold NaN or infinity, so nothing can be measured: look for such values in its "
-                "weights, or load it with dtype float32 if it was made for a wider range"
-            )
-        progress(start + len(rows), len(order))
-    return found
 
 
 def replaced_head(before: transformers.PreTrainedConfig, after: transformers.PreTrainedConfig) -> str:

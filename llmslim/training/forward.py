@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from llmslim.errors import UserError
+from llmslim.loaders.glue import Sentences, Task
+from llmslim.loaders.heads import label_columns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Inputs = Tensor | Mapping[str, Tensor]
 """Tokens int64 [batch, seq], or all that a model takes, by name."""
@@ -41,6 +48,38 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
     caches = bool(getattr(model.config, "use_cache", False))
     named = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
     return model(**named, use_cache=False) if caches else model(**named)
+
+
+@torch.no_grad()
+def label_logits(
+    model: PreTrainedModel,
+    task: Task,
+    data: Sentences,
+    batch_size: int,
+    progress: Callable[[int, int], None],
+) -> Tensor:
+    """What a classifier gives each label of sentences, float32 [sentences, labels], on the CPU.
+
+    Batches are of like length: a padded token costs as much as a real one.
+
+    Raises:
+        UserError: for NaN or infinity.
+    """
+    columns = label_columns(model.config, task)
+    order = sorted(range(len(data)), key=lambda index: data.lengths[index])
+    found = torch.zeros(len(data), len(columns))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = data.collate([data[index] for index in rows])
+        inputs = {name: tensor.to(model.device) for name, tensor in data.inputs(batch).items()}
+        found[rows] = run(model, inputs).logits[:, columns].float().cpu()
+        if not found[rows].isfinite().all():
+            raise UserError(
+                "the model's logits hold NaN or infinity, so nothing can be measured: look for such values in its "
+                "weights, or load it with dtype float32 if it was made for a wider range"
+            )
+        progress(start + len(rows), len(order))
+    return found
 
 
 def observe(
