@@ -190,8 +190,10 @@ def _peak_memory(
     surveying = max((_surveying(step, shape, anatomy) for step in blocks), default=0)
     for other in others:
         own = _surveying(other.step, shape, anatomy)
-        its = other.values * _products(other.step, shape.dtype).itemsize
-        surveying = max(surveying, own + its if other.step.keeps_other else its)
+        if other.step.keeps_other:
+            surveying = max(surveying, own + other.values * shape.compute)
+        else:  # asked before, in the type of the products
+            surveying = max(surveying, other.values * _products(other.step, shape.dtype).itemsize)
     entering = weights + shape.outer * 2 * shape.stored + shape.lane_bytes * 2
     evaluating = 0
     if recipe.evaluation is not None and anatomy.head is not None:
