@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections.abc import Sequence
@@ -262,6 +263,7 @@ def _seconds(
     return surveys + flops / pace + len(recipe.steps) * weights * 1e-7
 
 
+@functools.cache
 def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     a = torch.randn(512, 512, device=device, dtype=dtype)
     a @ a
@@ -272,6 +274,7 @@ def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * 512**3 * rounds / (time.perf_counter() - started)
 
 
+@functools.cache
 def _values_per_second(device: torch.device) -> float:
     a = torch.ones(2**20, device=device)
     b = a * a

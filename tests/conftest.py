@@ -7,8 +7,12 @@ import os
 
 import pytest
 
+from llmslim.loaders import texts
+
 # as the command line sets it, which is too late where a test has imported datasets before
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+texts.POOL_TOKENS = 10_000  # a quarter of the suite's time went into tokens that no tiny model was shown
 
 
 def pytest_collection_finish() -> None:

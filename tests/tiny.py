@@ -7,6 +7,7 @@ or a one, and scaled so that logits have a standard deviation of about 1.5.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -150,11 +151,8 @@ def randomize(model: nn.Module, seed: int) -> None:
                 parameter.copy_(noise * 1.5 / fan_in**0.5)
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 512 tokens, trained on Python's own documentation.
-
-    Ids 0 to 4 are pad, bos, eos, unk, mask. `tokenizer(text)` adds no special tokens. It has a chat template.
-    """
+@functools.cache
+def _trained() -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -165,7 +163,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator([topics[name] for name in sorted(topics)[:40]], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **SPECIAL)
+    return tokenizer.to_str()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 512 tokens, trained on Python's own documentation.
+
+    Ids 0 to 4 are pad, bos, eos, unk, mask. `tokenizer(text)` adds no special tokens. It has a chat template.
+    """
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained()), model_max_length=512, **SPECIAL
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast
 

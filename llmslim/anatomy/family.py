@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 Names = tuple[str, ...]
@@ -61,21 +62,22 @@ class Family:
     shared: Names = ("shared_expert", "shared_experts")
     head_dim: Names = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 
+    @cached_property
+    def _roles(self) -> dict[str, str]:
+        """Name -> role; of a name that several roles have, the last by the alphabet."""
+        roles = sorted((*ATTENTION_ROLES, *MLP_ROLES, *EXPERT_ROLES))
+        return {name: role for role in roles for name in getattr(self, role)}
+
     def role_of(self, path: str) -> tuple[str, str] | None:
         """(site, role) of the module at `path` inside a block, or None.
 
         The site is one of SITES.
         """
-        fits = [
-            (len(name), role)
-            for role in (*ATTENTION_ROLES, *MLP_ROLES, *EXPERT_ROLES)
-            for name in getattr(self, role)
-            if f".{path}".endswith(f".{name}")
-        ]
-        if not fits:
-            return None
-        role = max(fits)[1]
         steps = path.split(".")
+        ends = (".".join(steps[start:]) for start in range(len(steps)))  # the longest first
+        role = next((self._roles[end] for end in ends if end in self._roles), None)
+        if role is None:
+            return None
         if role in ATTENTION_ROLES:
             return "cross_attention" if any(step in self.cross for step in steps) else "attention", role
         if role in EXPERT_ROLES:
