@@ -7,7 +7,7 @@ the same way by the labels alone and by the teacher beside (classes, hidden stat
 the same time; `maps` and `tokens` are taught by attention maps, or by how tokens lie to each other, besides; `8bit`
 (rtn) and `4bit` (gptq, calibrated on 256 x 32 tokens of the task's own sentences) are the taught student, quantized.
 `decoder` is SmolLM2-135M fine-tuned, once over the sentences, and `by-decoder` all of MiniLM fine-tuned by its classes:
-a teacher of another family with other tokens.
+a teacher of another family with other tokens. `r-drop` is all of MiniLM, each sentence read twice with its own dropout.
 Judged on GLUE's validation data in float32. Models stay in --work, from where later variants take them; one that is not
 there is made. Matrix products of the training are bfloat16 where the CPU is fast at them, weights float32.
 """
@@ -38,11 +38,13 @@ SCHOOLING: dict[str, dict[str, Any]] = {  # of students, where it is not the tea
 }
 DECODER = {"lr": 6e-5, "epochs": 1, "batch_size": 96, "max_length": 64, "warmup": 0.06, "save_steps": 200}
 BY_DECODER = {"lr": 2e-5, "epochs": 3, "alpha": 0.9, "temperature": 2.0, "hidden": 0.0, "attention": 0.0}
+R_DROP = {"lr": 5e-5, "epochs": 2, "warmup": 0.1, "r_drop": 1.0}
 STUDENT = [0, 2, 4]  # the blocks that go; those that stay learn from their own place in the teacher
 BESIDE: dict[str, dict[str, float]] = {  # what more the teacher shows
     "maps": {"attention_maps": 1.0},
     "tokens": {"token_distance": 1.0, "token_angle": 2.0},
 }
+ALONE = ("decoder", "by-decoder", "r-drop")  # of SST-2
 KINDS = ("teacher", "labels", "taught", *BESIDE, "8bit", "4bit")
 
 
@@ -52,6 +54,8 @@ def steps_of(name: str, options: Namespace) -> tuple[str, list[dict[str, Any]]]:
     learn = {**TRAINING[task], "glue": task, "data": options.data, "precision": record.fast_type()}
     if kind == "teacher":
         return minilm(), [{"finetune": learn}]
+    if kind == "r-drop":
+        return minilm(), [{"finetune": {**learn, **R_DROP}}]
     if kind == "decoder":
         return "demo", [{"finetune": {**learn, **DECODER}}]
     if kind == "by-decoder":
@@ -74,9 +78,10 @@ def place(name: str, options: Namespace) -> Path:
 def made(name: str, options: Namespace) -> dict[str, Any]:
     """Make the model of a variant, and before it what it is made from if that is not there; what it cost."""
     source, steps = steps_of(name, options)
+    starts = (minilm(), "demo")
     task, kind = name.split("/")
-    needs = {"teacher": None, "decoder": None, "by-decoder": f"{task}/decoder"}.get(kind, source)
-    if needs and not place(needs, options).is_dir():  # a student is made from its teacher
+    needs = f"{task}/decoder" if kind == "by-decoder" else source
+    if needs not in starts and not place(needs, options).is_dir():  # a student is made from its teacher
         made(needs, options)
     options.work.mkdir(parents=True, exist_ok=True)
     text, recipe = options.work / f"{task}.jsonl", options.work / f"{name.replace('/', '-')}.yaml"
@@ -85,7 +90,7 @@ def made(name: str, options: Namespace) -> dict[str, Any]:
     calibration = {"text": str(text), "num_samples": options.num_samples, "seq_len": options.seq_len}
     whole = {"steps": steps, "calibration": calibration, "evaluation": None, "seed": options.seed}
     recipe.write_text(json.dumps(whole))  # JSON is YAML
-    start = source if source in (minilm(), "demo") else str(place(source, options))
+    start = source if source in starts else str(place(source, options))
     report, cost = record.quantized(record.llmslim("compress", start, str(recipe)), place(name, options))
     return {**cost, **record.outcome(report), "steps": steps}
 
@@ -119,7 +124,7 @@ def main() -> None:
     parser = variants.parser(__doc__ or "", "glue")
     parser.set_defaults(model=minilm() if "--list" not in sys.argv else "", num_samples=256, seq_len=32)
     options = record.parse(parser)
-    names = [f"{task}/{kind}" for task in TRAINING for kind in KINDS] + ["sst2/decoder", "sst2/by-decoder"]
+    names = [f"{task}/{kind}" for task in TRAINING for kind in KINDS] + [f"sst2/{kind}" for kind in ALONE]
     variants.each(options, names, measure, render.glue)
 
 

@@ -122,6 +122,66 @@ def test_the_loss_is_that_of_labels_and_teacher(glue: str, data: str) -> None:
     torch.testing.assert_close(found, 0.7 * labels + 0.3 * taught)
 
 
+@pytest.mark.parametrize("glue", ["sst2", "stsb"])
+def test_r_drop_weighs_how_far_two_passes_lie_apart(glue: str, data: str) -> None:
+    """Both KLs' mean (of a score the square) on top of the labels' loss, with gradients through both passes."""
+    task = TASKS[glue]
+    model = AutoModelForSequenceClassification.from_config(tiny_config("bert", num_labels=task.num_labels))
+    randomize(model, 0)
+    examples = Sentences(task, task_rows(task, "validation", data), reading(model, tiny_tokenizer()), 64)
+    batch = examples.collate([examples[index] for index in range(9)])
+    twice = {name: torch.cat([tensor, tensor]) for name, tensor in examples.inputs(batch).items()}
+    plain, step = (Finetune(glue=glue, r_drop=weight) for weight in (0.0, 0.6))
+
+    def gradient(value: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(value, model.classifier.weight)[0]
+
+    loss = step.criterion(model, None, examples)[0]
+    torch.manual_seed(1)
+    found = loss(model.train(), batch)
+    torch.manual_seed(1)
+    logits = model(**twice).logits
+    one, other = logits[:9], logits[9:]
+    labels = torch.cat([batch["labels"]] * 2)
+    if glue == "sst2":
+        p, q = one.softmax(-1), other.softmax(-1)
+        apart = ((p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1)).mean() / 2
+        wanted = -logits.softmax(-1)[range(18), labels].log().mean() + 0.6 * apart
+    else:
+        apart = (one - other).square().mean()
+        wanted = (logits[:, 0] - labels).square().mean() + 0.6 * apart
+    assert apart > 1e-3
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(gradient(found), gradient(wanted))
+    model.eval()  # passes without dropout are the same
+    torch.testing.assert_close(loss(model, batch), plain.criterion(model, None, examples)[0](model, batch))
+
+
+def test_r_drop_brings_passes_together(folders: dict[str, Path], data: str, tmp_path: Path) -> None:
+    spread = {}
+    for weight in (0.0, 5.0):
+        finetune(folders["bert"], tmp_path / str(weight), data, r_drop=weight, epochs=3)
+        assert accuracy(tmp_path / str(weight), data) > 0.9
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / str(weight)).train()
+        texts = [row["sentence"] for row in task_rows(TASKS["sst2"], "validation", data)]
+        read = tiny_tokenizer()(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            torch.manual_seed(0)
+            found = torch.stack([model(**read).logits.log_softmax(-1)[:, 1] for _ in range(8)])
+        spread[weight] = found.std(0).mean()
+    assert spread[5.0] < 0.7 * spread[0.0]
+
+
+def test_the_plan_counts_both_passes(folders: dict[str, Path], data: str) -> None:
+    one, two = (
+        prepare(str(folders["bert"]), Recipe(steps=(Finetune(glue="sst2", data=data, r_drop=w),), **QUICK))
+        for w in (0.0, 1.0)
+    )
+    steps = [prepared.recipe.steps[0] for prepared in (one, two)]
+    assert steps[1].survey_work(0, 0) == 2 * steps[0].survey_work(0, 0)
+    assert two.plan.peak_memory > one.plan.peak_memory and two.plan.seconds > one.plan.seconds
+
+
 def test_a_decoder_without_a_pad_token_gets_one(folders: dict[str, Path], data: str, tmp_path: Path) -> None:
     base = save_tiny("llama", tmp_path / "base", pad_token_id=None)
     tokenizer = tiny_tokenizer()
@@ -277,6 +337,12 @@ def test_the_report_has_the_scores_on_the_task(teacher: Path, data: str, tmp_pat
         ("bert", {"glue": "rte"}, "No GLUE data for rte"),
         ("bert", {"data": "nowhere"}, "No GLUE data for sst2: there is no folder"),
         ("bert", {"alpha": 0.9}, "alpha is about learning from a teacher, and none is given"),
+        (
+            "llama",
+            {"r_drop": 1.0},
+            "r_drop 1 compares two passes with dropout, and LlamaConfig of the model has none",
+        ),
+        ("bert", {"r_drop": 1.0, "teacher": "bert"}, "leave it out, or give hidden 0 and attention 0"),
         ("bert", {"teacher": "bert"}, "The teacher .* cannot be scored|distilled from itself"),
         ("bert", {"teacher": "llama"}, "classification head of 2 labels, and LlamaForCausalLM has none"),
         ("bert", {"max_length": 1000}, "max_length 1000 is more than the 512 positions"),

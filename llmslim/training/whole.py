@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def drops_out(model: PreTrainedModel) -> bool:
+    """Whether anything of the model is dropped out in training."""
+    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    return any(rates) or bool(getattr(model.config, "attention_dropout", 0.0))
+
+
 class WholeStep(TrainStep):
     """A `TrainStep` of all weights; packed ones are refused, pruned ones stay zero."""
 
