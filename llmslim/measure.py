@@ -95,9 +95,10 @@ def _glue(result: ModelFiles, step: Any, device: torch.device, progress: Progres
 
     told = lambda done, total: progress("evaluate", done, total)  # noqa: E731
     try:
-        return evaluate_glue(
+        found = evaluate_glue(
             str(result.folder), [step.glue], data=step.data, dtype="float32", device=device, progress=told
         )
+        return {**found, "chosen_by_it": step.choose_on_validation}
     except UserError as error:
         return {"skipped": str(error)}
 

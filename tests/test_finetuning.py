@@ -21,6 +21,7 @@ from llmslim.finetuning.finetune import TARGET, Finetune
 from llmslim.loaders.glue import TASKS, Sentences, task_rows
 from llmslim.loaders.heads import reading
 from llmslim.loaders.models import find
+from llmslim.metrics import scores
 from llmslim.passes import PassOptions
 from llmslim.pipeline import compress, prepare
 from llmslim.recipe import Recipe
@@ -33,7 +34,8 @@ from tests.glue_data import write_glue
 from tests.tiny import randomize, save_tiny, tiny_config, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("verified_here")
-QUICK: dict[str, Any] = {"evaluation": None, "calibration": {"num_samples": 4, "seq_len": 32}}
+CALIBRATION = {"num_samples": 4, "seq_len": 32}
+QUICK: dict[str, Any] = {"evaluation": None, "calibration": CALIBRATION}
 FAST: dict[str, Any] = {"lr": 2e-3, "epochs": 5, "batch_size": 16}
 
 
@@ -406,6 +408,39 @@ def test_the_best_by_the_metric_is_kept_not_the_lowest_loss(
     torch.testing.assert_close(
         first(tmp_path / "c"), first(tmp_path / "flat"), rtol=0, atol=0
     )  # both of step 2
+
+
+def test_the_validation_data_choose(
+    folders: dict[str, Path], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who calls the worst the best gets the worst; nothing is learned from what chooses."""
+    judged: list[tuple[list[int], float]] = []
+
+    def upside_down(task: Any, found: Any, labels: Any) -> dict[str, float]:
+        judged.append((labels.tolist(), scores(task, found, labels)["score"]))
+        return {"score": -judged[-1][1]}
+
+    monkeypatch.setattr("llmslim.finetuning.finetune.scores", upside_down)
+    step = Finetune(glue="sst2", data=data, **{**FAST, "epochs": 3}, save_steps=4, choose_on_validation=True)
+    result = compress(
+        str(folders["bert"]), [step], tmp_path / "c", evaluation={"speed": False}, calibration=CALIBRATION
+    )
+    found = [score for _, score in judged]
+    assert len(judged) == 12  # 256 / 16 * 3 / 4: all of the training sentences are trained on
+    assert min(found) < found[-1] - 0.2
+    assert accuracy(tmp_path / "c", data) == pytest.approx(min(found))
+    dev = [row["label"] for row in task_rows(TASKS["sst2"], "validation", data)]
+    assert all(sorted(labels) == sorted(dev) for labels, _ in judged)
+    assert result.report["glue"]["chosen_by_it"]
+    assert "sst2 accuracy (of the data that chose the checkpoint)" in (tmp_path / "c/README.md").read_text()
+
+
+def test_who_chooses_is_one(data: str) -> None:
+    with pytest.raises(ValueError, match="give one of them"):
+        Finetune(glue="sst2", validation=0.1, choose_on_validation=True)
+    assert Finetune(glue="sst2", patience=2, choose_on_validation=True).validates
+    names = [path.name for path in Finetune(glue="sst2", data=data, choose_on_validation=True).reads()]
+    assert len(names) == 2 and any(name.startswith("validation") for name in names)
 
 
 def test_validation_scores_as_the_evaluator_does(teacher: Path, data: str) -> None:

@@ -305,7 +305,7 @@ def test_products_are_computed_in_the_runs_type_and_weights_stay_float32(
 
     schedule = Schedule(
         "test", lr=0.01, epochs=1, max_steps=None, batch_size=2, warmup=0, weight_decay=0, save_steps=2,
-        validation=0.5, max_minutes=None, seed=0, dtype=dtype,
+        held=4, max_minutes=None, seed=0, dtype=dtype,
     )  # fmt: skip
     tokens = torch.randint(0, 9, (8, 8))
     train(
@@ -325,7 +325,7 @@ def test_products_are_computed_in_the_runs_type_and_weights_stay_float32(
 def test_the_learning_rate_rises_and_falls_with_the_time_when_that_ends_training(tmp_path: Path) -> None:
     fields: dict[str, Any] = {
         "name": "test", "lr": 0.1, "epochs": 1, "max_steps": None, "batch_size": 1, "warmup": 0.1, "weight_decay": 0,
-        "save_steps": 50, "validation": 0, "seed": 0, "dtype": torch.float32,
+        "save_steps": 50, "held": 0, "seed": 0, "dtype": torch.float32,
     }  # fmt: skip
     (tmp_path / "elapsed.json").write_text("30.0")  # of 60 seconds, 3 of a million steps
     nothing: Any = lambda *told: None  # noqa: E731

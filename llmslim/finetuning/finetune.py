@@ -73,7 +73,8 @@ class Finetune(InsideFields, WholeStep):
     With hidden 0 and attention 0 the teacher teaches by its classes alone: it reads the sentences by its own tokenizer,
     may have other tokens than the student, and is asked once for each sentence, before training.
 
-    With validation the best by the task's score (the mean of its metrics, as `evaluate --glue` has it) is kept.
+    With validation, or choose_on_validation, the best by the task's score (the mean of its metrics, as
+    `evaluate --glue` has it) is kept. The report says where the data that it is scored on have chosen it.
     Batches are of like length, padded to their longest. Dropout is what the config says.
     """
 
@@ -106,6 +107,11 @@ class Finetune(InsideFields, WholeStep):
         lt=1,
         description="share of the training sentences held out; what has the best score of the task on it is kept",
     )
+    choose_on_validation: bool = Field(
+        False,
+        description="keep what scores best on the task's validation data, as most published figures do; its score "
+        "there is then no independent one",
+    )
 
     @model_validator(mode="after")
     def _of_the_teacher(self) -> Self:
@@ -119,8 +125,29 @@ class Finetune(InsideFields, WholeStep):
                 "r_drop compares two passes of the student, of which the teacher's inside meets one: leave it out, or "
                 f"give {' and '.join(f'{name} 0' for name in self.inside)}"
             )
+        if self.choose_on_validation and self.validation:
+            raise ValueError(
+                "choose_on_validation keeps what is best on the task's validation data, and validation what is best "
+                "on a share of the training sentences: give one of them"
+            )
         self.require_batch(self.batch_size)
         return self
+
+    @property
+    def validates(self) -> bool:
+        return self.choose_on_validation or super().validates
+
+    def held(self, examples: int) -> int:
+        return len(self._judging()) if self.choose_on_validation else super().held(examples)
+
+    def _judging(self) -> list[dict[str, Any]]:
+        """The validation sentences that choose; of MNLI the matched ones."""
+        return task_rows(self.task, self.task.splits[0], self.data) if self.choose_on_validation else []
+
+    @property
+    def _splits(self) -> tuple[str, ...]:
+        """Of the data, those that are read."""
+        return ("train", self.task.splits[0]) if self.choose_on_validation else ("train",)
 
     @property
     def _passes(self) -> int:
@@ -184,12 +211,12 @@ class Finetune(InsideFields, WholeStep):
         return None if classifies(files.config, self.task) else headed_config(files, self.task)
 
     def reads(self) -> list[Path]:
-        return data_files(self.task, "train", self.data)
+        return [file for split in self._splits for file in data_files(self.task, split, self.data)]
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
-        require_data(self.task, ("train",), self.data)
-        if self.validation:
+        require_data(self.task, self._splits, self.data)
+        if self.validates:
             require_metrics()
         config = anatomy.model.config
         require_head(config, self.task, "The model of this step")  # a recipe with two tasks
@@ -266,10 +293,10 @@ class Finetune(InsideFields, WholeStep):
         return data
 
     def _rows(self, look: Survey) -> list[dict[str, Any]]:
-        """The task's training sentences, in an order that the seed gives."""
+        """The task's training sentences, in an order that the seed gives; at the end those that choose."""
         rows = task_rows(self.task, "train", self.data)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(look.seed)).tolist()
-        return [rows[index] for index in order[: self._used(len(rows))]]
+        return [*(rows[index] for index in order[: self._used(len(rows))]), *self._judging()]
 
     def products(self, dtype: torch.dtype) -> torch.dtype:
         return super().products(dtype) if self.precision == "auto" else getattr(torch, self.precision)

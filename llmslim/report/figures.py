@@ -28,9 +28,10 @@ def rows(report: dict[str, Any]) -> list[Row]:
 
 def _glue(scores: dict[str, Any]) -> list[Row]:
     """Metrics of the result in percent, with 95 % intervals."""
+    chosen = " (of the data that chose the checkpoint)" if scores.get("chosen_by_it") else ""
     return [
         Row(
-            f"{task} {metric.replace('_', ' ')}",
+            f"{task} {metric.replace('_', ' ')}{chosen}",
             "",
             f"{100 * found['value']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]",
         )

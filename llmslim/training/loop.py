@@ -26,7 +26,7 @@ from llmslim.files import write_atomically
 from llmslim.history import CURVES, curves, rewrite
 from llmslim.memory import freed_memory_kept, resident_bytes
 from llmslim.training.forward import products_in
-from llmslim.training.step import CHECKPOINTS, held_out
+from llmslim.training.step import CHECKPOINTS
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch) -> scalar; it runs the model itself. A batch is tokens int64 [batch, seq], or of `Examples`."""
@@ -61,7 +61,8 @@ class Schedule:
     warmup: float
     weight_decay: float
     save_steps: int
-    validation: float
+    held: int
+    """Examples that are for validation, the last ones."""
     max_minutes: float | None
     seed: int
     dtype: torch.dtype
@@ -118,7 +119,7 @@ def train(
 
     Args:
         trained: float32 leaves; all others of the model are frozen.
-        data: tokens int64 [windows, seq], or examples; the last `schedule.validation` of them are held out.
+        data: tokens int64 [windows, seq], or examples; the last `schedule.held` of them are for validation.
         log: a .jsonl file; entries of other passes in it stay.
         dropout: whether the model drops out while it trains, as its config says.
         judge: of examples with `labels`; what has the lowest loss is the best without.
@@ -132,12 +133,10 @@ def train(
         parameter.requires_grad_(True)
     windows = _Windows(data) if isinstance(data, Tensor) else None
     examples: Any = windows or data
-    held, lengths = held_out(len(data), schedule.validation), examples.lengths
+    held, lengths = schedule.held, examples.lengths
     kept = len(data) - held
     if kept < 1:
-        raise UserError(
-            f"validation {schedule.validation:g} holds out all of {len(data)} examples: give fewer."
-        )
+        raise UserError(f"Validation holds out all of {len(data)} examples: hold out fewer.")
     batch = schedule.batch_size * schedule.gradient_accumulation_steps
     epoch = math.ceil(kept / batch)
     steps = schedule.max_steps or math.ceil(epoch * schedule.epochs)

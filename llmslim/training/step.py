@@ -121,9 +121,18 @@ class TrainStep(PlacingStep):
 
     @model_validator(mode="after")
     def _patience_validates(self) -> Self:
-        if self.patience is not None and not self.validation:
+        if self.patience is not None and not self.validates:
             raise ValueError("patience counts validations, and without --validation SHARE there are none")
         return self
+
+    @property
+    def validates(self) -> bool:
+        """Whether what does best on other data than it learns from is kept."""
+        return bool(self.validation)
+
+    def held(self, examples: int) -> int:
+        """How many of so many examples, the last ones, are for validation."""
+        return held_out(examples, self.validation)
 
     @property
     def needs_calibration(self) -> bool:
@@ -234,7 +243,7 @@ class TrainStep(PlacingStep):
 
     def check_text(self, windows: int) -> None:
         """Refuse a text of so few windows that nothing is learned from it."""
-        left = windows - held_out(windows, self.validation)
+        left = windows - self.held(windows)
         if left < self.needed:
             raise UserError(
                 f"validation {self.validation:g} holds out {windows - left} of {windows} windows, and {left} are too "
@@ -276,10 +285,11 @@ class TrainStep(PlacingStep):
         fields = {
             name: getattr(self, name)
             for name in Schedule.__dataclass_fields__
-            if name not in ("name", "seed", "dtype")
+            if name not in ("name", "seed", "dtype", "held")
         }
-        schedule = Schedule(name=self.kind, seed=look.seed, dtype=self.products(look.dtype), **fields)
         data = self.examples(look, model, teacher)
+        dtype, held = self.products(look.dtype), self.held(len(data))
+        schedule = Schedule(name=self.kind, seed=look.seed, dtype=dtype, held=held, **fields)
         with self.training(model) as (trained, finish):
             loss, beside = self.criterion(model, teacher, data)
             train(
