@@ -57,14 +57,13 @@ OF_TEACHER = ("alpha", "temperature", *InsideFields.model_fields)
 
 
 class Finetune(InsideFields, WholeStep):
-    """Train all weights of a dense model as a classifier: (1 - alpha) * labels + alpha * teacher + inside.
+    """Train all weights of a dense model as a classifier: (1 - alpha) * labels + alpha * teacher + inside + r_drop.
 
     - labels: cross-entropy, or the squared error of a score (stsb).
     - teacher: KL from its distribution over the classes, both divided by the temperature (Hinton et al. 2015,
       arXiv:1503.02531); the squared error from its score. Without a teacher alpha is 0.
     - inside: the teacher's hidden states and relations of its last attention (TinyBERT, arXiv:1909.10351; MiniLMv2,
       arXiv:2012.15828), and whatever else `distill --method features` compares; padding is left out.
-
     - r_drop: how far two passes of a sentence lie apart, each with its own dropout (R-Drop; Liang et al. 2021,
       arXiv:2106.14448): the mean of the KL each way, or the squared error of scores, both passes being moved. What is
       asked of one pass is asked of their mean, as in the authors' code: their paper's alpha is twice as large. A step
