@@ -8,8 +8,8 @@ the same time; `maps` and `tokens` are taught by attention maps, or by how token
 (rtn) and `4bit` (gptq, calibrated on 256 x 32 tokens of the task's own sentences) are the taught student, quantized.
 `decoder` is SmolLM2-135M fine-tuned, once over the sentences, and `by-decoder` all of MiniLM fine-tuned by its classes:
 a teacher of another family with other tokens. `r-drop` is all of MiniLM, each sentence read twice with its own dropout,
-and `chosen` is that of its checkpoints, every 100 steps, which does best on the validation data it is then judged on, as most
-published figures are made.
+and `chosen` the one of its checkpoints, of every 100 steps, that does best on the validation data it is then judged on,
+as most published figures are made.
 Judged on GLUE's validation data in float32. Models stay in --work, from where later variants take them; one that is not
 there is made. Matrix products of the training are bfloat16 where the CPU is fast at them, weights float32.
 """
