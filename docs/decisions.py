@@ -236,7 +236,13 @@ def encoders() -> str:
             f"| {situation} | {take} | MRPC: {100 * one['score']:.1f}, the teacher {100 * teacher['score']:.1f}; "
             f"{megabytes(one)}, the teacher {megabytes(teacher)} |"
         )
-    small, large, alone = (found[f"sst2/{kind}"] for kind in ("by-decoder", "decoder", "teacher"))
+    small, large, alone, twice = (
+        found[f"sst2/{kind}"] for kind in ("by-decoder", "decoder", "teacher", "r-drop")
+    )
+    text.append(
+        "| A classifier from labels, where a training of twice the time per step is affordable | `finetune --r-drop 1` | "
+        f"SST-2: {100 * twice['score']:.1f}, without {100 * alone['score']:.1f} |"
+    )
     text.append(
         "| What a large classifier knows, in a small one of another family | `finetune --teacher ... --hidden 0 "
         f"--attention 0` | SST-2: {100 * small['score']:.1f}, the teacher {100 * large['score']:.1f}, by labels alone "
