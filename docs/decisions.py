@@ -240,7 +240,7 @@ def encoders() -> str:
         found[f"sst2/{kind}"] for kind in ("by-decoder", "decoder", "teacher", "r-drop")
     )
     text.append(
-        "| A classifier from labels, where a training of twice the time per step is affordable | `finetune --r-drop 1` | "
+        "| A classifier from labels, where twice the time per step is affordable | `finetune --r-drop 1` | "
         f"SST-2: {100 * twice['score']:.1f}, without {100 * alone['score']:.1f} |"
     )
     text.append(
