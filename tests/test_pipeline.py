@@ -169,6 +169,7 @@ def test_a_killed_process_loses_nothing(folders: dict[str, Path], tmp_path: Path
         "    if len(calls) == 10: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return original(*args)\n"
         "gptq.gptq = dying\n"
+        "import tests.conftest\n"  # which the windows are drawn by
         "from tests.test_pipeline import STEP, QUICK, compress\n"
         f"compress({str(folders['llama'])!r}, [STEP], {str(tmp_path / 'out')!r}, **QUICK)\n"
     )
