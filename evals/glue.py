@@ -55,10 +55,8 @@ def steps_of(name: str, options: Namespace) -> tuple[str, list[dict[str, Any]]]:
     """The model that a variant starts from (the name of another variant, a path or demo), and its steps."""
     task, kind = name.split("/")
     learn = {**TRAINING[task], "glue": task, "data": options.data, "precision": record.fast_type()}
-    if kind == "teacher":
-        return minilm(), [{"finetune": learn}]
-    if kind in ("r-drop", "chosen"):
-        return minilm(), [{"finetune": {**learn, **(R_DROP if kind == "r-drop" else CHOSEN)}}]
+    if kind in WHOLE:
+        return minilm(), [{"finetune": {**learn, **WHOLE[kind]}}]
     if kind == "decoder":
         return "demo", [{"finetune": {**learn, **DECODER}}]
     if kind == "by-decoder":
