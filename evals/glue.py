@@ -40,13 +40,16 @@ SCHOOLING: dict[str, dict[str, Any]] = {  # of students, where it is not the tea
 }
 DECODER = {"lr": 6e-5, "epochs": 1, "batch_size": 96, "max_length": 64, "warmup": 0.06, "save_steps": 200}
 BY_DECODER = {"lr": 2e-5, "epochs": 3, "alpha": 0.9, "temperature": 2.0, "hidden": 0.0, "attention": 0.0}
-R_DROP = {"lr": 5e-5, "epochs": 2, "warmup": 0.1, "r_drop": 1.0}
+WHOLE: dict[str, dict[str, Any]] = {  # all of MiniLM by the labels: what is not as for the teacher
+    "teacher": {},
+    "r-drop": {"lr": 5e-5, "epochs": 2, "warmup": 0.1, "r_drop": 1.0},
+    "chosen": {"lr": 5e-5, "epochs": 1, "warmup": 0.1, "choose_on_validation": True, "save_steps": 100},
+}
 STUDENT = [0, 2, 4]  # the blocks that go; those that stay learn from their own place in the teacher
 BESIDE: dict[str, dict[str, float]] = {  # what more the teacher shows
     "maps": {"attention_maps": 1.0},
     "tokens": {"token_distance": 1.0, "token_angle": 2.0},
 }
-CHOSEN = {"lr": 5e-5, "epochs": 1, "warmup": 0.1, "choose_on_validation": True, "save_steps": 100}
 ALONE = ("decoder", "by-decoder", "r-drop", "chosen")  # of SST-2
 KINDS = ("teacher", "labels", "taught", *BESIDE, "8bit", "4bit")
 
