@@ -11,7 +11,9 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from kv_plots import rows_of
@@ -201,34 +203,47 @@ def pruning_encoder(result: Result) -> str:
 def glue(result: Result) -> str:
     """A row for each kind of model: the metrics of each task, their mean, and how much of the teacher's that is."""
     tasks = list(dict.fromkeys(row["task"] for row in result["rows"]))
-    kinds: dict[str, dict[str, Result]] = {}
+    kinds: dict[str, dict[str, list[Result]]] = {}
     for row in result["rows"]:
-        kinds.setdefault(row["kind"], {})[row["task"]] = row
-    whole = kinds.get("teacher", {})
+        kinds.setdefault(row["kind"], {}).setdefault(row["task"], []).append(row)
+    score = {kind: {task: mean(rows, "score") for task, rows in of.items()} for kind, of in kinds.items()}
+    whole = score.get("teacher", {})
     listed, names = [], {}
-    for kind, rows in kinds.items():
+    for kind, of in kinds.items():
         cells = []
         for task in tasks:
-            metrics = rows[task]["metrics"] if task in rows else {}
+            metrics = list(of[task][0]["metrics"]) if task in of else []
             names |= {task: ", ".join(metrics)} if metrics else {}
-            cells.append(" / ".join(f"{100 * found['value']:.1f}" for found in metrics.values()))
-        both = [task for task in rows if task in whole]
-        kept = sum(rows[t]["score"] for t in both) / sum(whole[t]["score"] for t in both) if both else None
-        sizes = [row["size"]["bytes_on_disk"] / 1e6 for row in rows.values()]
-        seconds = sum(row["cpu_seconds"]["steps"] for row in rows.values())
-        mean = 100 * sum(row["score"] for row in rows.values()) / len(rows)
+            seeds = [[100 * row["metrics"][name]["value"] for row in of.get(task, [])] for name in metrics]
+            cells.append(" / ".join(spread(values, 1) for values in seeds))
+        both = [task for task in of if task in whole]
+        kept = sum(score[kind][t] for t in both) / sum(whole[t] for t in both) if both else None
         listed.append(
             [
                 kind,
                 *cells,
-                f"{mean:.1f}",
+                f"{100 * sum(score[kind].values()) / len(of):.1f}",
                 "" if kept is None else f"{100 * kept:.1f} %",
-                f"{sizes[0]:.1f}",
-                f"{seconds:.0f}",
+                f"{next(iter(of.values()))[0]['size']['bytes_on_disk'] / 1e6:.1f}",
+                f"{sum(mean(rows, 'cpu_seconds', 'steps') for rows in of.values()):.0f}",
             ]
         )
     headings = ["model", *(f"{task} ({names.get(task, '')})" for task in tasks), "mean", "of the teacher's"]
-    return table([*headings, "MB on disk", "CPU s"], listed)
+    return f"{table([*headings, 'MB on disk', 'CPU s'], listed)}\n\n{SEEDS}"
+
+
+SEEDS = "± is the standard deviation over three seeds, before it their mean; figures without are of one seed."
+
+
+def mean(rows: list[Result], *path: str) -> float:
+    """Of one figure over rows."""
+    return fmean(reduce(lambda found, key: found[key], path, row) for row in rows)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """A figure, or the mean of several and their standard deviation."""
+    beside = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{beside}"
 
 
 def lm(result: Result) -> str:

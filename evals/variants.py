@@ -1,6 +1,7 @@
 """Recipes as variants: each runs in a fresh process, its checkpoint is judged in another, and a row says how it went.
 
-What `pruning.py`, `factorization.py`, `sharing.py` and `recipes.py` share. Judged is perplexity in float32 over the
+What `pruning.py`, `factorization.py`, `sharing.py` and `recipes.py` share. A name that ends in `/seed-1` is the variant
+before it from that seed, all that it is made from included; other names are of --seed. Judged is perplexity in float32 over the
 first 16 windows of 512 tokens of WikiText-2 test (rows concatenated as they are, no BOS).
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 import record
 
 Steps = list[dict[str, dict[str, Any]]]
+SEED = "/seed-"
 
 
 def parser(docstring: str, name: str) -> ArgumentParser:
@@ -48,13 +50,27 @@ def each(
     if options.list or not chosen:
         sys.exit("\n".join(order))
     result = record.opened(options)
-    done = {row["name"] for row in result["rows"] if row["options"] == (known or settings)(options)}
+    done = {row["name"]: row["options"] for row in result["rows"]}
     for name in chosen:
-        if options.again or name not in done:
-            record.put(result, measure(name, options), options.output)
+        variant, own = seeded(name, options)
+        if options.again or done.get(name) != (known or settings)(own):
+            record.put(result, {**measure(variant, own), "name": name}, options.output)
     result["rows"].sort(key=lambda row: order.index(row["name"]) if row["name"] in order else len(order))
     record.write(result, options.output)
     print(render(result))
+
+
+def again(names: list[str], seeds: tuple[int, ...] = (1, 2)) -> list[str]:
+    """The same variants from other seeds."""
+    return [f"{name}{SEED}{seed}" for seed in seeds for name in names]
+
+
+def seeded(name: str, options: Namespace) -> tuple[str, Namespace]:
+    """A variant's name without its seed, and the options with that seed and a work folder of its own."""
+    variant, found, seed = name.partition(SEED)
+    if not found:
+        return name, options
+    return variant, Namespace(**{**vars(options), "seed": int(seed), "work": options.work / f"seed-{seed}"})
 
 
 def measure(
