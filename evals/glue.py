@@ -51,7 +51,12 @@ BESIDE: dict[str, dict[str, float]] = {  # what more the teacher shows
     "tokens": {"token_distance": 1.0, "token_angle": 2.0},
 }
 ALONE = ("decoder", "by-decoder", "r-drop", "chosen")  # of SST-2
-MINUTES = ("mrpc", "rte", "cola", "stsb")  # tasks whose models are trained within minutes: from more seeds than one
+MINUTES = (
+    "mrpc",
+    "rte",
+    "cola",
+    "stsb",
+)  # tasks whose models are trained within minutes: from more seeds than one
 KINDS = ("teacher", "labels", "taught", *BESIDE, "8bit", "4bit")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import variants
 from kv_plots import rows_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,36 +134,45 @@ def by_bytes(result: Result) -> str:
 
 def recovery(result: Result) -> str:
     """A line per row: what training took, and how much of the perplexity that was lost it won back, on two texts."""
-    listed = []
+    rows: dict[str, list[Result]] = {}
     for row in result["rows"]:
-        won = [text for judged in ("quality", "elsewhere") for text in _won_back(row, judged, result["rows"])]
-        if row["name"] == "base":
+        rows.setdefault(variants.seeded(row["name"])[0], []).append(row)
+    listed = []
+    for name, seeds in rows.items():
+        won = [text for judged in ("quality", "elsewhere") for text in _won_back(name, judged, rows)]
+        if name == "base":
             listed.append(["float32", "", "", *won, "", ""])
             continue
+        first = seeds[0]
         listed.append(
             [
-                row["name"],
-                f"{(row['size']['bytes_on_disk'] + row.get('adapter_bytes', 0)) / 1e6:.1f}",
-                f"{row['minutes']:g}" if "minutes" in row else "",
+                name,
+                f"{(first['size']['bytes_on_disk'] + first.get('adapter_bytes', 0)) / 1e6:.1f}",
+                f"{first['minutes']:g}" if "minutes" in first else "",
                 *won,
-                f"{row['cpu_seconds']['steps']:.0f}",
-                f"{row['peak_memory_mb']['process']:.0f}",
+                f"{mean(seeds, 'cpu_seconds', 'steps'):.0f}",
+                f"{mean(seeds, 'peak_memory_mb', 'process'):.0f}",
             ]
         )
     texts = ["WikiText-2 perplexity", "of the increase gone", "C4 perplexity", "of that increase gone"]
-    return table(["what / training", "MB on disk", "minutes", *texts, "CPU s", "peak MB"], listed)
+    told = table(["what / training", "MB on disk", "minutes", *texts, "CPU s", "peak MB"], listed)
+    return f"{told}{seeds_told(result)}"
 
 
-def _won_back(row: dict[str, Any], judged: str, rows: list[dict[str, Any]]) -> tuple[str, str]:
+def _won_back(name: str, judged: str, rows: dict[str, list[Result]]) -> tuple[str, str]:
     """The perplexity of a row on one text, and what share of the increase is gone; empty where not measured."""
-    found = {one["name"]: one[judged]["perplexity"] for one in rows if judged in one}
-    perplexity = found.get(row["name"])
-    if perplexity is None:
+    found = {
+        one: [row[judged]["perplexity"] for row in seeds]
+        for one, seeds in rows.items()
+        if all(judged in row for row in seeds)
+    }
+    if name not in found:
         return "", ""
-    base, before = found.get("base"), found.get(f"{row['name'].split('/')[0]}/untrained")
-    if "minutes" not in row or base is None or before is None:
-        return f"{perplexity:.2f}", ""
-    return f"{perplexity:.2f}", f"{100 * (before - perplexity) / (before - base):.0f} %"
+    before = found.get(f"{name.split('/')[0]}/untrained")
+    if "minutes" not in rows[name][0] or "base" not in found or before is None:
+        return spread(found[name], 2), ""
+    start, end, base = fmean(before), fmean(found[name]), fmean(found["base"])
+    return spread(found[name], 2), f"{100 * (start - end) / (start - base):.0f} %"
 
 
 def pruning(result: Result) -> str:
@@ -229,10 +239,16 @@ def glue(result: Result) -> str:
             ]
         )
     headings = ["model", *(f"{task} ({names.get(task, '')})" for task in tasks), "mean", "of the teacher's"]
-    return f"{table([*headings, 'MB on disk', 'CPU s'], listed)}\n\n{SEEDS}"
+    return f"{table([*headings, 'MB on disk', 'CPU s'], listed)}{seeds_told(result)}"
 
 
-SEEDS = "± is the standard deviation over three seeds, before it their mean; figures without are of one seed."
+def seeds_told(result: Result) -> str:
+    """What ± is, where rows are of several seeds."""
+    several = any(variants.SEED in row["name"] for row in result["rows"])
+    told = (
+        "± is the standard deviation over three seeds, before it their mean; figures without are of one seed."
+    )
+    return f"\n\n{told}" if several else ""
 
 
 def mean(rows: list[Result], *path: str) -> float:

@@ -1,8 +1,8 @@
 """Recipes as variants: each runs in a fresh process, its checkpoint is judged in another, and a row says how it went.
 
 What `pruning.py`, `factorization.py`, `sharing.py` and `recipes.py` share. A name that ends in `/seed-1` is the variant
-before it from that seed, all that it is made from included; other names are of --seed. Judged is perplexity in float32 over the
-first 16 windows of 512 tokens of WikiText-2 test (rows concatenated as they are, no BOS).
+before it from that seed, all that it is made from included; other names are of --seed. Judged is perplexity in float32
+over the first 16 windows of 512 tokens of WikiText-2 test (rows concatenated as they are, no BOS).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def each(
     result = record.opened(options)
     done = {row["name"]: row["options"] for row in result["rows"]}
     for name in chosen:
-        variant, own = seeded(name, options)
+        variant, own = of_seed(name, options)
         if options.again or done.get(name) != (known or settings)(own):
             record.put(result, {**measure(variant, own), "name": name}, options.output)
     result["rows"].sort(key=lambda row: order.index(row["name"]) if row["name"] in order else len(order))
@@ -65,12 +65,17 @@ def again(names: list[str], seeds: tuple[int, ...] = (1, 2)) -> list[str]:
     return [f"{name}{SEED}{seed}" for seed in seeds for name in names]
 
 
-def seeded(name: str, options: Namespace) -> tuple[str, Namespace]:
+def seeded(name: str) -> tuple[str, int | None]:
+    """A variant's name without its seed, and the seed."""
+    variant, _, seed = name.partition(SEED)
+    return variant, int(seed) if seed else None
+
+
+def of_seed(name: str, options: Namespace) -> tuple[str, Namespace]:
     """A variant's name without its seed, and the options with that seed and a work folder of its own."""
-    variant, found, seed = name.partition(SEED)
-    if not found:
-        return name, options
-    return variant, Namespace(**{**vars(options), "seed": int(seed), "work": options.work / f"seed-{seed}"})
+    variant, seed = seeded(name)
+    own = {} if seed is None else {"seed": seed, "work": options.work / f"seed-{seed}"}
+    return variant, Namespace(**{**vars(options), **own})
 
 
 def measure(

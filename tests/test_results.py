@@ -2,6 +2,7 @@
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import kv_cache  # noqa: E402
 import kv_plots  # noqa: E402
 import pareto  # noqa: E402
 import render  # noqa: E402
+import variants  # noqa: E402
 
 MARKED = f"# Title\n\nbefore\n{render.BEGIN}\nold\n{render.END}\nafter\n"
 
@@ -67,16 +69,85 @@ def test_every_committed_result_is_rendered_and_placed():
         for row in result[
             "rows"
         ]:  # in a line of its own, in the column of its share, or of its task (the heading)
-            parts = [part for part in row["name"].split("/") if part not in render.CURVE]
+            name, _ = variants.seeded(row["name"])
+            parts = [part for part in name.split("/") if part not in render.CURVE]
             if path.stem == "glue":
                 assert parts[0] in lines[0] and any(parts[1] in line for line in lines[1:])
                 continue
             if path.stem == "kv_cache":  # a column per what was measured, a line per cache
                 assert any(parts[1] in line for line in lines[1:])
                 continue
-            assert row["name"] == "base" or any(
-                row["name"] in line or all(part in line for part in parts) for line in lines
+            assert name == "base" or any(
+                name in line or all(part in line for part in parts) for line in lines
             )
+
+
+def test_what_is_repeated_has_three_seeds():
+    """The sentence below a table says so."""
+    for path in (ROOT / "evals" / "results").glob("*.json"):
+        seeds: dict[str, set[int]] = {}
+        for row in (rows := json.loads(path.read_text("utf-8"))["rows"]):
+            name, seed = variants.seeded(row["name"])
+            seeds.setdefault(name, set()).add(seed or 0)
+            assert seed is None or row["options"]["seed"] == seed
+        assert all(found in ({0}, {0, 1, 2}) for found in seeds.values()), path.name
+        assert len(rows) == sum(map(len, seeds.values()))
+
+
+def test_a_variant_of_a_seed_is_made_apart(tmp_path: Path):
+    options = Namespace(seed=0, work=tmp_path, threads=1)
+    assert variants.of_seed("rte/taught", options) == ("rte/taught", options)
+    assert variants.again(["rte/taught"], (3,)) == ["rte/taught/seed-3"]
+    name, own = variants.of_seed("rte/taught/seed-3", options)
+    assert name == "rte/taught" and vars(own) == {"seed": 3, "work": tmp_path / "seed-3", "threads": 1}
+    assert options.seed == 0
+
+
+def test_only_variants_without_a_row_of_their_seed_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "evals" / "glue.py")])
+    output, asked = tmp_path / "r.json", []
+    words = ["--variants", "a*", "--threads", "1", "--output", str(output), "--work", str(tmp_path)]
+
+    def measure(name: str, options: Namespace) -> dict:
+        asked.append((name, options.seed))
+        return {"name": name, "options": variants.settings(options)}
+
+    def run(order: list[str]) -> list[str]:
+        asked.clear()
+        options = variants.parser("", "r").parse_args(words)
+        variants.each(options, order, measure, lambda result: "")
+        return [row["name"] for row in json.loads(output.read_text())["rows"]]
+
+    assert run(["a", "b"]) == ["a"] and asked == [("a", 0)]
+    order = ["a", "b", *variants.again(["a", "b"])]
+    assert run(order) == ["a", "a/seed-1", "a/seed-2"] and asked == [("a", 1), ("a", 2)]
+    assert run(order) and not asked
+
+
+def test_seeds_are_a_mean_and_its_spread():
+    def row(name: str, value: float, **more: object) -> dict:
+        cost = {"cpu_seconds": {"steps": 100 * value}, "peak_memory_mb": {"process": 5.0}}
+        size, quality = {"size": {"bytes_on_disk": 2e6}}, {"quality": {"perplexity": value}}
+        scores = {"metrics": {"accuracy": {"value": value / 100}}, "score": value / 100}
+        return {"name": name, **cost, **size, **quality, **scores, **more}
+
+    rows = [
+        row(f"rte/{kind}{seed}", value, kind=kind, task="rte")
+        for kind, values in (("teacher", (60.0, 64.0, 68.0)), ("taught", (50.0, 50.0, 56.0)))
+        for seed, value in zip(("", "/seed-1", "/seed-2"), values, strict=True)
+    ]
+    table = render.glue({"rows": [*rows, row("sst2/teacher", 90.0, kind="teacher", task="sst2")]})
+    assert "| teacher | 64.0 ± 4.0 | 90.0 | 77.0 | 100.0 % | 2.0 | 15400 |" in table
+    assert "| taught | 52.0 ± 3.5 |  | 52.0 | 81.2 % | 2.0 | 5200 |" in table and "three seeds" in table
+    assert "±" not in render.glue({"rows": rows[:1]})
+
+    lost = [row("base", 30.0), row("cut/untrained", 50.0), row("cut/untrained/seed-1", 54.0)]
+    won = [row(name, value, minutes=7) for name, value in (("cut/a", 40.0), ("cut/a/seed-1", 42.0))]
+    table = render.recovery({"rows": lost + won})
+    assert "| cut/untrained | 2.0 |  | 52.00 ± 2.83 |  |  |  | 5200 | 5 |" in table
+    assert "| cut/a | 2.0 | 7 | 41.00 ± 1.41 | 50 % |  |  | 4100 | 5 |" in table
 
 
 def test_write_then_check(project):
