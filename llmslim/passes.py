@@ -67,6 +67,7 @@ class BlockPass:
         work: WorkFolder,
         number: int,
         survey: dict[str, Tensor],
+        notes: list[dict[str, str]],
     ) -> None:
         self.step, self.options, self.work = step, options, work
         self.reader = CheckpointReader(files)
@@ -88,7 +89,7 @@ class BlockPass:
                 "seconds": 0.0,
                 "edits": [],
                 "linears": [],
-                "notes": [],
+                "notes": notes,
             },
         )
         self.record = recorded(self.state, survey)

@@ -320,9 +320,9 @@ def run_step(
     """Run one step from a checkpoint to the parts of the next one."""
     if isinstance(step, BlockStep):
         started = time.process_time()
-        survey = run_survey(step, source, options, work.scratch(f"pass-{number}"), progress)
+        survey, notes = run_survey(step, source, options, work.scratch(f"pass-{number}"), progress)
         surveyed = time.process_time() - started
-        one = BlockPass(step, source, folder, form, options, work, number, survey)
+        one = BlockPass(step, source, folder, form, options, work, number, survey, notes)
         one.state["seconds"] += surveyed
         return one.run(progress)
     raise UserError(f"The step {step.kind!r} does not work on blocks, and nothing else can run it yet.")

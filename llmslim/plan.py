@@ -279,7 +279,8 @@ def _values_per_second(device: torch.device) -> float:
 def _quickest(work: Callable[[], object]) -> float:
     """Seconds of the quickest run of 50 ms: what else the machine does just then only makes one slower."""
     work()
-    ends, times = time.perf_counter() + 0.05, []
+    ends = time.perf_counter() + 0.05
+    times: list[float] = []
     while not times or time.perf_counter() < ends:
         started = time.perf_counter()
         work()

@@ -206,6 +206,9 @@ class Survey(Protocol):
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """Tell how far some work is."""
 
+    def note(self, where: str, what: str) -> None:
+        """Tell of a fallback or an anomaly, for the report."""
+
 
 class BlockStep(Step):
     """A step that decides block by block, in order, with the inputs that earlier decisions produce."""

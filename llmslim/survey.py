@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +17,14 @@ from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.checkpoint.load import load_model
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.walk import walk_blocks
-from llmslim.files import load_tensors, save_tensors
+from llmslim.files import load_tensors, save_tensors, write_atomically
 from llmslim.loaders.models import ModelFiles
 from llmslim.passes import PassOptions
 from llmslim.step import BlockStep
 from llmslim.training.step import CHECKPOINTS
 from llmslim.work import Progress
+
+NOTES = "notes.json"  # in the scratch folder
 
 
 class Look:
@@ -46,6 +49,15 @@ class Look:
     @property
     def mask_token(self) -> int | None:
         return self.tokenizer().mask_token_id
+
+    @property
+    def notes(self) -> list[dict[str, str]]:
+        """What was told for the report, by an earlier run of the same survey, too."""
+        path = self.scratch / NOTES
+        return json.loads(path.read_text()) if path.exists() else []
+
+    def note(self, where: str, what: str) -> None:
+        write_atomically(self.scratch / NOTES, json.dumps([*self.notes, {"where": where, "what": what}]))
 
     def progressed(self, done: int, total: int) -> None:
         self.progress("survey", done, total)
@@ -82,12 +94,14 @@ class Look:
 
 def run_survey(
     step: BlockStep, files: ModelFiles, options: PassOptions, scratch: Path, progress: Progress
-) -> dict[str, Tensor]:
-    """The step's survey, from the scratch folder if an earlier run finished it."""
+) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
+    """The step's survey and its notes, from the scratch folder if an earlier run finished it."""
     if not step.needs_survey:
-        return {}
+        return {}, []
     path = scratch / "survey.safetensors"
+    look = Look(files, options, progress, scratch)
     if not path.exists():
-        save_tensors(path, step.survey(Look(files, options, progress, scratch)))
+        (scratch / NOTES).unlink(missing_ok=True)  # of a run that was killed
+        save_tensors(path, step.survey(look))
     shutil.rmtree(scratch / CHECKPOINTS, ignore_errors=True)  # also those of a run that was killed here
-    return load_tensors(path)
+    return load_tensors(path), look.notes

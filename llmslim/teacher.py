@@ -60,6 +60,8 @@ def check_others(
         model = skeleton(plain_config(other))
         replay(model, read_edits(other)[1])
         anatomy = Anatomy(model)
+        if isinstance(step, TrainStep) and step.predicts:
+            check_predictions(anatomy, fronts[number], step.kind)
         step.check_pair(fronts[number], anatomy)
         values = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
         matrices = [shape for block in anatomy.blocks for shape in matrix_shapes(block.module)]
@@ -67,6 +69,29 @@ def check_others(
         weights = head + sum(rows * width for rows, width in matrices)
         others.append(Other(step, other, values, weights))
     return others
+
+
+def check_predictions(teacher: Anatomy, student: Anatomy, kind: str) -> None:
+    """Refuse a teacher that predicts no tokens, or others at the same place than the student does.
+
+    Args:
+        kind: of the step that compares them.
+
+    Raises:
+        UserError: in one sentence.
+    """
+    name = type(teacher.model).__name__
+    if teacher.head is None or teacher.model.config.is_encoder_decoder:
+        raise UserError(
+            f"{kind} compares distributions over tokens, and the teacher, a {name}, predicts none from one text: name "
+            "a causal or masked language model."
+        )
+    its, own = ("causal" if one.is_decoder else "masked" for one in (teacher, student))
+    if its != own:
+        raise UserError(
+            f"The teacher is a {its} language model ({name}), and the model a {own} one "
+            f"({type(student.model).__name__}), which predict different tokens at the same place: name a {own} teacher."
+        )
 
 
 def check_tokens(teacher: ModelFiles, student: ModelFiles, otherwise: str = "") -> None:

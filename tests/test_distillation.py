@@ -27,6 +27,7 @@ from llmslim.training.forward import Scores, observe, sampled
 from llmslim.training.pairing import projection
 from tests import reference
 from tests.checkpoints import killed_at_training_step
+from tests.test_evaluation_glue import save_classifier
 from tests.test_recovery import tensors, whole
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -464,6 +465,27 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
 
 # --- encoders without a head, bad input ---------------------------------------------------------------------
+
+
+def test_a_teacher_that_predicts_nothing_or_something_else(folders: dict[str, Path], tmp_path: Path) -> None:
+    bert = tiny_model("bert", 0)
+    for name, model in (("masked", bert), ("headless", bert.bert)):
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    save_classifier("bert", tmp_path / "classifier")
+
+    def refused(student: Path, teacher: str, message: str) -> None:
+        step = Response(teacher=str(tmp_path / teacher), **FAST)
+        with pytest.raises(UserError, match=message):
+            prepare(str(student), Recipe(steps=(step,), **QUICK))
+
+    refused(tmp_path / "masked", "headless", "the teacher, a BertModel, predicts none from one text")
+    refused(tmp_path / "masked", "classifier", "the teacher, a BertForSequenceClassification, predicts none")
+    refused(
+        folders["llama student"],
+        "masked",
+        "is a masked language model .* a causal one .* name a causal teacher",
+    )
 
 
 @pytest.mark.parametrize(

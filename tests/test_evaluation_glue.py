@@ -95,6 +95,31 @@ def test_labels_are_matched_by_name(bert: Path, data: str, tmp_path: Path) -> No
     assert named == pytest.approx(1 - plain) and named != plain
 
 
+def test_labels_with_names_of_no_task_are_taken_in_their_order(bert: Path, data: str, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(bert)
+    plain = evaluate_glue(str(bert), ["sst2"], data=data, subset=9)["tasks"]["sst2"]["score"]
+    model.config.id2label = {0: "bad", 1: "good"}
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert evaluate_glue(str(tmp_path), ["sst2"], data=data, subset=9)["tasks"]["sst2"]["score"] == plain
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_labels_that_the_task_has_not(label: int, bert: Path, tmp_path: Path) -> None:
+    """GLUE's test parts, whose labels are kept, have -1."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = next((write_glue(tmp_path, ["sst2"], 2, 4) / "nyu-mll/glue/sst2").glob("validation*"))
+    table = pq.read_table(path)
+    labels = [*table["label"].to_pylist()[:-1], label]
+    pq.write_table(table.set_column(table.column_names.index("label"), "label", pa.array(labels)), path)
+    with pytest.raises(
+        UserError, match=rf"has a label {label}, and those of sst2 are 0 to 1 \(negative, positive"
+    ):
+        evaluate_glue(str(bert), ["sst2"], data=str(tmp_path))
+
+
 @pytest.mark.parametrize(("without", "found"), [("train", True), ("validation", False)])
 def test_only_the_split_that_is_measured_must_be_there(
     without: str, found: bool, bert: Path, tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -288,8 +289,18 @@ def test_the_head_comes_from_the_seed(folders: dict[str, Path], data: str, tmp_p
 
 def test_a_head_of_other_labels_is_replaced_and_the_plan_says_so(teacher: Path, data: str) -> None:
     plan = prepare(str(teacher), Recipe(steps=(Finetune(glue="stsb", data=data),), **QUICK)).plan
-    assert plan.chosen == ("a fresh classification head (score) in the place of one of 2 labels",)
+    assert plan.chosen == (
+        "a fresh classification head (score) in the place of one of 2 labels (negative, positive)",
+    )
+    plan = prepare(str(teacher), Recipe(steps=(Finetune(glue="mrpc", data=data),), **QUICK)).plan
+    assert (
+        "(not_equivalent, equivalent) in the place of one of 2 labels (negative, positive)" in plan.chosen[0]
+    )
     assert prepare(str(teacher), Recipe(steps=(Finetune(glue="sst2", data=data),), **QUICK)).plan.chosen == ()
+    with pytest.raises(
+        UserError, match=r"2 labels \(not_equivalent, equivalent\), and that of .* tells negative, pos"
+    ):
+        evaluate_glue(str(teacher), ["mrpc"], data=data)
 
 
 def test_a_run_does_not_go_on_with_other_data_or_another_teacher(
@@ -378,8 +389,8 @@ def test_two_tasks_are_no_recipe(folders: dict[str, Path], data: str) -> None:
 def test_the_best_by_the_metric_is_kept_not_the_lowest_loss(
     folders: dict[str, Path], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scores that are made up: best at the first validation, so that training on is forgotten, and soon given up."""
-    made_up, seen = iter([0.9, 0.5, 0.9, 0.1, 0.2]), []
+    """Made up scores: best at the first validation in training, so that more of it is forgotten, and soon given up."""
+    made_up, seen = iter([0.1, 0.9, 0.5, 0.9, 0.1, 0.2]), []
 
     def scores(task: Any, found: Any, labels: Any) -> dict[str, float]:
         seen.append((task.name, found.shape, labels.shape))
@@ -394,16 +405,17 @@ def test_the_best_by_the_metric_is_kept_not_the_lowest_loss(
         str(folders["bert"]), [step], tmp_path / "c", **QUICK,
         progress=lambda what, done, total, note="": told.append(note),
     )  # fmt: skip
-    assert seen == [("sst2", (64,), (64,))] * 3  # of 192 / 16 / 2 = 6
+    assert seen == [("sst2", (64,), (64,))] * 4  # at the start, and of 192 / 16 / 2 = 6
     lines = [json.loads(line) for line in (tmp_path / "c/training.jsonl").read_text().splitlines()]
-    assert [line["eval_score"] for line in lines if "eval_score" in line] == [0.9, 0.5, 0.9]
+    assert [line["eval_score"] for line in lines if "eval_score" in line] == [0.1, 0.9, 0.5, 0.9]
     assert max(line["step"] for line in lines) == 6
     assert any("validation score 0.5, best 0.9" in note for note in told)
 
     def first(model: Any) -> torch.Tensor:
         return AutoModelForSequenceClassification.from_pretrained(model).classifier.weight
 
-    monkeypatch.setattr("llmslim.finetuning.finetune.scores", lambda *of: {"score": 0.0})
+    flat = itertools.chain([-1.0], itertools.repeat(0.0))
+    monkeypatch.setattr("llmslim.finetuning.finetune.scores", lambda *of: {"score": next(flat)})
     finetune(folders["bert"], tmp_path / "flat", data, epochs=1, validation=0.25, save_steps=2, patience=1)
     torch.testing.assert_close(
         first(tmp_path / "c"), first(tmp_path / "flat"), rtol=0, atol=0
@@ -426,7 +438,9 @@ def test_the_validation_data_choose(
         str(folders["bert"]), [step], tmp_path / "c", evaluation={"speed": False}, calibration=CALIBRATION
     )
     found = [score for _, score in judged]
-    assert len(judged) == 12  # 256 / 16 * 3 / 4: all of the training sentences are trained on
+    assert (
+        len(judged) == 13
+    )  # at the start, and 256 / 16 * 3 / 4: all of the training sentences are trained on
     assert min(found) < found[-1] - 0.2
     assert accuracy(tmp_path / "c", data) == pytest.approx(min(found))
     dev = [row["label"] for row in task_rows(TASKS["sst2"], "validation", data)]
@@ -643,5 +657,5 @@ def test_the_plan_knows_the_sentences(data: str) -> None:
 
 
 def test_patience_needs_validation() -> None:
-    with pytest.raises(ValueError, match="without --validation SHARE there are none"):
+    with pytest.raises(ValueError, match="without --validation SHARE or --choose-on-validation there"):
         Finetune(glue="sst2", patience=2)

@@ -292,6 +292,31 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize("step", ["scales", "lora"])
+def test_what_training_only_made_worse_is_left_as_it_began(
+    step: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By validation the start was best: weights are those without training, and the report says so; resumed, too."""
+    torch.set_num_threads(1)
+    fields: dict[str, Any] = {**FAST, "lr": 3.0, "save_steps": 4, "validation": 0.25}
+    trained = Scales(**fields) if step == "scales" else LoRA(rank=4, **fields)
+    before = [RTN3 if step == "scales" else Magnitude(sparsity=0.5)]
+    base = str(folders["llama"])
+    compress(base, before, tmp_path / "start", **QUICK)
+    with killed_at_training_step(6, monkeypatch):
+        compress(base, [*before, trained], tmp_path / "r", **QUICK)
+    report = compress(base, [*before, trained], tmp_path / "r", **QUICK).report
+    assert report["run"]["resumed"]
+    assert [note["what"] for note in report["notes"] if note["where"] == step] == [
+        "training changed nothing: no validation did better than the one at the start"
+    ]
+    start, end = tensors(tmp_path / "start"), tensors(tmp_path / "r")
+    assert all(torch.equal(start[name], end[name]) for name in start) and set(start) == set(end)
+    history = [json.loads(line) for line in (tmp_path / "r/training.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
+    assert 0 in losses and len(losses) > 2 and min(losses.values()) == losses[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_computed_in_the_runs_type_and_weights_stay_float32(
     dtype: torch.dtype, tmp_path: Path

@@ -79,6 +79,7 @@ class Finetune(InsideFields, WholeStep):
 
     kind: ClassVar[str] = "finetune"
     verb: ClassVar[str] = "finetune"
+    validating: ClassVar[str] = "--validation SHARE or --choose-on-validation"
 
     glue: str = Field("", description=f"the task: {', '.join(TASKS)}")
     data: str = Field("", description="holds nyu-mll/glue in the Hub's layout; the Hub when not given")

@@ -83,7 +83,7 @@ def task_rows(task: Task, split: str, folder: str = "") -> list[dict[str, Any]]:
     """The rows of a split, from the Hub, or from `FOLDER/nyu-mll/glue` in the Hub's layout.
 
     Raises:
-        UserError: the data are not there, or have not the columns of the task.
+        UserError: the data are not there, or have not the columns or the labels of the task.
     """
     rows = list(_records(task, split, folder))
     wanted = (*task.columns, "label")
@@ -92,6 +92,13 @@ def task_rows(task: Task, split: str, folder: str = "") -> list[dict[str, Any]]:
         there = f"the columns {', '.join(rows[0])}" if rows else "no rows"
         raise UserError(
             f"{DATASET}:{task.name}:{split} has {there}, and {task.name} needs {', '.join(wanted)}."
+        )
+    classes = range(len(task.labels))
+    wrong = next((row["label"] for row in rows if classes and row["label"] not in classes), None)
+    if wrong is not None:
+        raise UserError(
+            f"{DATASET}:{task.name}:{split} has a label {wrong!r}, and those of {task.name} are 0 to "
+            f"{len(classes) - 1} ({', '.join(task.labels)})."
         )
     return rows
 

@@ -7,7 +7,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, cast
 
 from llmslim.errors import UserError
-from llmslim.loaders.glue import Reading, Task, pad_token
+from llmslim.loaders.glue import TASKS, Reading, Task, pad_token
 
 if TYPE_CHECKING:
     import transformers
@@ -29,14 +29,30 @@ def classifier_class(config: transformers.PreTrainedConfig) -> type[transformers
 
 
 def classifies(config: transformers.PreTrainedConfig, task: Task) -> bool:
-    """Whether a model of that config has a head with the labels of the task."""
+    """Whether a model of that config has a head with the labels of the task.
+
+    Names that the config gives no task of GLUE (LABEL_0, or a model's own) count as this one's, in their order.
+    """
     import transformers
 
     from llmslim.loaders.models import model_class
 
     mapping = transformers.AutoModelForSequenceClassification._model_mapping
     known = type(config) in mapping and model_class(config) is mapping[type(config)]
-    return known and config.num_labels == task.num_labels
+    return known and config.num_labels == task.num_labels and not _other_task(config, task)
+
+
+def _other_task(config: transformers.PreTrainedConfig, task: Task) -> str:
+    """The labels of the head, where they are those of another task; else empty."""
+    names = _label_names(config)
+    if set(names) == set(task.labels) or not any(set(names) == set(other.labels) for other in TASKS.values()):
+        return ""
+    return ", ".join(names)
+
+
+def _label_names(config: transformers.PreTrainedConfig) -> dict[str, int]:
+    """The outputs of a head by name, in lower case."""
+    return {str(name).lower(): int(index) for index, name in (config.id2label or {}).items()}
 
 
 def require_head(config: transformers.PreTrainedConfig, task: Task, spec: str) -> None:
@@ -47,18 +63,21 @@ def require_head(config: transformers.PreTrainedConfig, task: Task, spec: str) -
         return
     name = model_class(config).__name__
     has = f"{name} has one of {config.num_labels}" if "Classification" in name else f"{name} has none"
+    labels = f"{task.num_labels} label{'s' * (task.num_labels > 1)}"
+    if other := _other_task(config, task):
+        has, labels = f"that of {name} tells {other}", f"{labels} ({', '.join(task.labels)})"
     raise UserError(
-        f"{spec} cannot be scored on {task.name}: that needs a classification head of {task.num_labels} "
-        f"label{'s' * (task.num_labels > 1)}, and {has}; `llmslim finetune` makes one."
+        f"{spec} cannot be scored on {task.name}: that needs a classification head of {labels}, and {has}; "
+        "`llmslim finetune` makes one."
     )
 
 
 def label_columns(config: transformers.PreTrainedConfig, task: Task) -> list[int]:
     """For each label of the task, the output of the head that stands for it: by name, else in the same order."""
-    names = {str(name).lower(): index for index, name in (config.id2label or {}).items()}
+    names = _label_names(config)
     if set(names) != set(task.labels):
         return list(range(task.num_labels))
-    return [int(names[label]) for label in task.labels]
+    return [names[label] for label in task.labels]
 
 
 def replaced_head(before: transformers.PreTrainedConfig, after: transformers.PreTrainedConfig) -> str:
@@ -68,7 +87,10 @@ def replaced_head(before: transformers.PreTrainedConfig, after: transformers.Pre
     if "Classification" not in model_class(before).__name__:
         return ""
     labels = ", ".join(map(str, (after.id2label or {}).values()))
-    return f"a fresh classification head ({labels}) in the place of one of {before.num_labels} labels"
+    others = ", ".join(map(str, (before.id2label or {}).values()))
+    return (
+        f"a fresh classification head ({labels}) in the place of one of {before.num_labels} labels ({others})"
+    )
 
 
 def reading(model: transformers.PreTrainedModel, tokenizer: Any) -> Reading:

@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from llmslim.errors import UserError
-from llmslim.files import write_atomically
+from llmslim.files import load_tensors, save_tensors, write_atomically
 from llmslim.history import CURVES, curves, rewrite
 from llmslim.memory import freed_memory_kept, resident_bytes
 from llmslim.training.forward import products_in
@@ -114,8 +114,10 @@ def train(
     progress: Callable[[int, int, str], None],
     dropout: bool = True,
     judge: Judge | None = None,
-) -> None:
+) -> bool:
     """Train some parameters of a model in place; goes on at the last checkpoint in `scratch`.
+
+    With validation they end as the best of what they were at the start, at each checkpoint and at the end.
 
     Args:
         trained: float32 leaves; all others of the model are frozen.
@@ -123,6 +125,9 @@ def train(
         log: a .jsonl file; entries of other passes in it stay.
         dropout: whether the model drops out while it trains, as its config says.
         judge: of examples with `labels`; what has the lowest loss is the best without.
+
+    Returns:
+        Whether training changed anything: not where nothing was better than the start.
 
     Raises:
         UserError: the loss or a gradient is not finite; the last checkpoint is kept.
@@ -143,13 +148,14 @@ def train(
     if held:  # a small data set is over before many steps
         schedule = replace(schedule, save_steps=min(schedule.save_steps, epoch))
     folder = scratch / CHECKPOINTS
+    last = _last_whole(folder)
     tokens = round(sum(lengths) / len(lengths) * batch)
     best_by = "" if not held else "eval_loss" if judge is None else "eval_score"
     watch = _Watch(schedule, steps, tokens, scratch, log, progress, best_by)
     held_ones = sorted(range(kept, len(data)), key=lambda index: lengths[index])
     trainer = _Trainer(
         model=Trainee(model, trained, dropout),
-        args=_arguments(schedule, steps, folder, best_by, next(model.parameters()).device),
+        args=_arguments(schedule, steps, folder, best_by, next(model.parameters()).device, last is None),
         data_collator=examples.collate,
         train_dataset=torch.utils.data.Subset(examples, range(kept)),
         eval_dataset=torch.utils.data.Subset(examples, held_ones) if held else None,
@@ -164,10 +170,18 @@ def train(
         _ByLength(lengths[:kept], schedule.batch_size, schedule.seed) if windows is None else None
     )
     trainer.remove_callback(PrinterCallback)
-    last = _last_whole(folder)
+    begun = scratch / "begun.safetensors"
+    if held and last is None:
+        save_tensors(begun, {str(number): value.detach().cpu() for number, value in enumerate(trained)})
     with freed_memory_kept():
         trainer.train(resume_from_checkpoint=last)
     model.eval()
+    if not watch.gained_nothing(trainer.state):
+        return True
+    with torch.no_grad():
+        for number, value in load_tensors(begun).items():
+            trained[int(number)].copy_(value)
+    return False
 
 
 def _curves(folder: Path) -> list[TrainerCallback]:
@@ -190,9 +204,9 @@ def _last_whole(folder: Path) -> str | None:
 
 
 def _arguments(
-    schedule: Schedule, steps: int, folder: Path, best_by: str, device: torch.device
+    schedule: Schedule, steps: int, folder: Path, best_by: str, device: torch.device, fresh: bool
 ) -> TrainingArguments:
-    when = {"eval_strategy": "steps", "eval_steps": schedule.save_steps} if best_by else {}
+    when: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": schedule.save_steps} if best_by else {}
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -218,7 +232,8 @@ def _arguments(
         use_cpu=device.type == "cpu",
         bf16=schedule.dtype == torch.bfloat16,
         fp16=schedule.dtype == torch.float16,
-        **when,  # type: ignore[arg-type]
+        eval_on_start=bool(best_by) and fresh,
+        **when,
     )
     # one card: DataParallel would take batches of a multiple of batch_size, and losses call what it wraps
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -393,9 +408,14 @@ class _Watch(TrainerCallback):
         sign = 1 if self.best_by == "eval_score" else -1
         return [sign * entry[self.best_by] for entry in state.log_history if self.best_by in entry]
 
-    def _stalled(self, state: Any) -> bool:
-        """Whether the last `patience` validations gained nothing."""
+    def gained_nothing(self, state: Any) -> bool:
+        """Whether no validation found anything better than the first, at the start."""
         found = self._validations(state)
+        return bool(found) and max(found) == found[0]
+
+    def _stalled(self, state: Any) -> bool:
+        """Whether the last `patience` validations in training gained nothing."""
+        found = self._validations(state)[1:]
         return bool(found) and len(found) - 1 - found.index(max(found)) >= (
             self.schedule.patience or math.inf
         )

@@ -92,6 +92,9 @@ class TrainStep(PlacingStep):
     without_teacher: ClassVar[str] = ""
     """What a step can do instead when there is no teacher, for messages: ', or ...'."""
 
+    validating: ClassVar[str] = "--validation SHARE"
+    """The options that validate, for messages."""
+
     teacher: str = Field(
         "",
         description="model to distill from; when not given the uncompressed one, as reports of what it became tell",
@@ -111,7 +114,10 @@ class TrainStep(PlacingStep):
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     save_steps: int = Field(50, ge=1, description="optimizer steps between checkpoints to resume from")
     validation: float = Field(
-        0.0, ge=0, lt=1, description="share of the windows held out; what does best on it is kept"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the windows held out; what does best on it is kept, be it the start",
     )
     patience: int | None = Field(
         None,
@@ -122,7 +128,7 @@ class TrainStep(PlacingStep):
     @model_validator(mode="after")
     def _patience_validates(self) -> Self:
         if self.patience is not None and not self.validates:
-            raise ValueError("patience counts validations, and without --validation SHARE there are none")
+            raise ValueError(f"patience counts validations, and without {self.validating} there are none")
         return self
 
     @property
@@ -143,8 +149,11 @@ class TrainStep(PlacingStep):
         return 2
 
     def disk_bytes(self, anatomy: Anatomy, tokens: int) -> int:
-        """Trainer keeps two checkpoints, of weights and both moments, and writes a third before one goes."""
-        return super().disk_bytes(anatomy, tokens) + 3 * 12 * self.placed(anatomy)
+        """Trainer keeps two checkpoints, of weights and both moments, and writes a third before one goes.
+
+        With validation there is what it began with, besides.
+        """
+        return super().disk_bytes(anatomy, tokens) + (3 * 12 + 4 * self.validates) * self.placed(anatomy)
 
     def survey_work(self, tokens: int, window: int) -> float:
         return 6.0 * self._trained(tokens, window)
@@ -292,12 +301,16 @@ class TrainStep(PlacingStep):
         schedule = Schedule(name=self.kind, seed=look.seed, dtype=dtype, held=held, **fields)
         with self.training(model) as (trained, finish):
             loss, beside = self.criterion(model, teacher, data)
-            train(
+            gained = train(
                 model, [*trained, *beside], data, loss, schedule, look.scratch,
                 look.scratch.parent / TRAINING,
                 lambda done, total, note: look.progress(self.kind, done, total, note), self.dropout_trains,
                 self.judge(model, data),
             )  # fmt: skip
+            if not gained:
+                look.note(
+                    self.kind, "training changed nothing: no validation did better than the one at the start"
+                )
             with torch.no_grad():
                 return {name: tensor.detach().cpu().clone() for name, tensor in finish().items()}
 
