@@ -41,7 +41,7 @@ from llmslim.report.schema import SCHEMA_VERSION, read_report
 from llmslim.step import BlockStep, Step, StepRecord
 from llmslim.survey import run_survey
 from llmslim.teacher import check_others
-from llmslim.work import Progress, WorkFolder, check_apart, check_output, silent
+from llmslim.work import Progress, WorkFolder, check_apart, check_output, require_one_process, silent
 
 
 @dataclass
@@ -233,6 +233,7 @@ def prepare(
     Raises:
         UserError: for a model, text, option or format that cannot work.
     """
+    require_one_process()
     files = find(model, revision)
     headed = next((config for step in recipe.steps if (config := step.starts_from(files))), None)
     heads = "" if headed is None else replaced_head(files.config, headed)

@@ -151,6 +151,16 @@ class WorkFolder:
         return self.output
 
 
+def require_one_process() -> None:
+    """Refuse to be one of several processes, which would each do the whole run."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size not in ("", "1"):
+        raise UserError(
+            f"WORLD_SIZE is {size}, as torchrun and accelerate set it for each of several processes, and llmslim runs "
+            "in one: start it by itself (python -m llmslim), or unset WORLD_SIZE."
+        )
+
+
 def check_output(output: Path, overwrite: bool) -> None:
     """Refuse an output that exists, that would replace something that is no model, or that cannot be written.
 

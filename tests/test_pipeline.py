@@ -324,6 +324,16 @@ def test_too_short_a_text_is_refused_with_what_would_do(folders: dict[str, Path]
         )
 
 
+def test_one_of_several_processes_refuses(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would do the whole run, and all but one meet the lock of its folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, as torchrun and accelerate set it"):
+        compress(str(folders["llama"]), [RTN()], tmp_path / "out", **QUICK)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_existing_output_is_never_replaced_unasked(folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("ten years of work")
