@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from llmslim.errors import UserError
 from llmslim.loaders.models import ModelFiles, find
@@ -42,6 +43,25 @@ def uncompressed(base: ModelFiles, otherwise: str = "") -> ModelFiles:
         model = above
         seen.add(model.folder)
     return whole or model
+
+
+def line(files: ModelFiles) -> set[str]:
+    """Names of a model and of those that it comes from, as far as reports on this machine tell."""
+    names, seen = {files.spec, files.base}, set[Path]()
+    folders = [files.folder, Path(files.base).expanduser()]
+    while folders:
+        folder = folders.pop().resolve()
+        if folder in seen:
+            continue
+        seen.add(folder)
+        try:
+            base = json.loads((folder / "report.json").read_text("utf-8"))["base"]
+            above = {str(base["spec"]), str(base["model"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        names |= above
+        folders += [Path(name).expanduser() for name in above]
+    return names
 
 
 def _making(files: ModelFiles) -> tuple[str, str | None, bool] | None:

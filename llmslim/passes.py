@@ -93,7 +93,7 @@ class BlockPass:
             },
         )
         self.record = recorded(self.state, survey)
-        self.record.stored = options.stored
+        self.record.stored, self.record.source = options.stored, files
         self.drops = step.drops(self.stream.anatomy, survey)
         self.new_names = self._new_names()
         self._streams = [self.stream, *([self.reference] if self.reference else [])]

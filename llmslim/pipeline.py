@@ -111,10 +111,7 @@ def compress(
     if not verification["ok"]:
         failed = next(check for check in verification["checks"] if not check["ok"])
         raise RuntimeError(f"The saved checkpoint in {work.path} is not what was made: {failed['detail']}")
-    result = ModelFiles(str(work.path), work.path, made[-1].config, files.base)
-    measured = measure(
-        prepared.files, [*made[:-1], result], recipe, options.device, options.dtype, progress, work
-    )
+    measured = measure(prepared.files, made, recipe, options.device, options.dtype, progress, work)
     verified = {"verification": verification, "files": file_record(work.path)}
     report = {**_report(prepared, work, record, started), **verified, **measured}
     write_report(work.path, report, files)
@@ -157,7 +154,7 @@ def run_steps(
         )
         record.notes += done.notes
         _clear(work, number, last, number > 0 and not recipe.measures_steps)
-        made.append(find(str(folder)))
+        made.append(replace(find(str(folder)), base=files.base))
     return record, made[1:]
 
 

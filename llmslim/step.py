@@ -43,6 +43,7 @@ class StepRecord:
         tell: shows a note on the work at the current block beside its progress.
         training: the history of the training of the current block, which the pass writes down.
         stored: what dense tensors of the output are stored in.
+        source: what the step starts from.
     """
 
     edits: list[Edit] = field(default_factory=list)
@@ -52,6 +53,7 @@ class StepRecord:
     tell: Callable[[str], None] = lambda note: None
     training: list[dict[str, Any]] = field(default_factory=list)
     stored: torch.dtype = torch.float32
+    source: ModelFiles | None = None
 
     def note(self, where: str, what: str) -> None:
         self.notes.append({"where": where, "what": what})

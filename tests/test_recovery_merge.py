@@ -23,6 +23,7 @@ from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration
 from llmslim.recovery.lora import LoRA, with_adapter
 from llmslim.recovery.merge import Adapter, MergeAdapter
+from llmslim.recovery.scales import Scales
 from tests.tiny import example_inputs, save_tiny
 
 pytestmark = pytest.mark.usefixtures("verified_here")
@@ -90,10 +91,72 @@ def test_a_base_of_the_same_shapes_is_another_one(kept: dict[str, Path], tmp_pat
     assert not (tmp_path / "out.partial").exists()
     with pytest.raises(UserError, match="trained beside other weights"):
         evaluate(str(other), "builtin", adapter=adapter, seq_len=32, windows=1)
-    plain = tmp_path / "plain"  # peft's own says nothing of its base
-    shutil.copytree(adapter, plain)
-    save_file(load_file(plain / "adapter_model.safetensors"), plain / "adapter_model.safetensors")
-    compress(str(other), [MergeAdapter(adapter=str(plain))], tmp_path / "out", **QUICK)
+
+
+def test_another_base_is_refused_whatever_form_it_has(
+    kept: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Packed and dense Linears cannot be compared: norms and tables can."""
+    other, packed = str(save_tiny("llama", tmp_path / "other", seed=7)), tmp_path / "packed"
+    compress(other, [RTN(bits=4, group_size=32)], packed, **QUICK)
+    for name, model in (("packed", other), ("sparse", other), ("dense", str(packed))):
+        adapter, out = kept[name] / "adapter", tmp_path / "out"
+        words = ["recover", model, "--method", "merge", "--adapter", str(adapter), "--output", str(out)]
+        assert cli.main([*words, "--no-evaluate"]) == 2
+        assert "was trained beside other weights than those of" in capsys.readouterr().err
+        assert not out.exists() and not (tmp_path / "out.partial").exists()
+        with pytest.raises(UserError, match="trained beside other weights"):
+            evaluate(model, "builtin", adapter=str(adapter), seq_len=32, windows=1)
+    late = [
+        RTN(bits=4, group_size=32),
+        MergeAdapter(adapter=str(kept["dense"] / "adapter"), rounding="nearest"),
+    ]
+    with pytest.raises(UserError, match="trained beside other weights"):
+        compress(other, late, tmp_path / "out", **QUICK)
+
+
+def notes_of(model: Path, adapter: Path, out: Path) -> list[str]:
+    """What the report of merging has to say of the base."""
+    step = MergeAdapter(adapter=str(adapter), rounding="nearest")
+    report = compress(str(model), [step], out, overwrite=True, **QUICK).report
+    return [note["what"] for note in report["notes"] if note["where"] == "merge"]
+
+
+def test_its_own_base_is_taken_whatever_form_it_has(kept: dict[str, Path], tmp_path: Path) -> None:
+    out, base = tmp_path / "out", kept["dense"].with_name("dense-base")
+    assert notes_of(kept["packed"].with_name("packed-base"), kept["packed"] / "adapter", out) == []
+    compress(str(base), [RTN(bits=3, group_size=16)], tmp_path / "packed", **QUICK)
+    assert notes_of(tmp_path / "packed", kept["dense"] / "adapter", out) == []
+    trained = [Scales(max_steps=1, batch_size=2, objective="next_token")]
+    compress(str(tmp_path / "packed"), trained, tmp_path / "trained", **QUICK)
+    (note,) = notes_of(tmp_path / "trained", kept["dense"] / "adapter", out)
+    assert note.startswith("7 of 9 norms, biases and other weights") and "layernorm" in note
+
+
+def foreign(adapter: Path, folder: Path, base: str | None) -> Path:
+    """The adapter as plain peft would have saved it."""
+    shutil.copytree(adapter, folder)
+    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    save_file(load_file(file), file)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base}))
+    return folder
+
+
+def test_the_base_that_an_adapter_names(kept: dict[str, Path], tmp_path: Path) -> None:
+    """Ours names it without its place; of peft's own, which have nothing else, another one is told of."""
+    ours = json.loads((kept["dense"] / "adapter/adapter_config.json").read_text())
+    assert ours["base_model_name_or_path"] == "dense-base"
+    for number, (base, words) in enumerate(
+        {
+            None: ["nothing in the adapter says which model it was trained beside"],
+            "ann/other": [
+                f"the adapter names ann/other as its base, and {kept['dense']} is not known to come from it"
+            ],
+            "ann/Dense-Base": [],  # by the report of what it is merged into
+        }.items()
+    ):
+        adapter = foreign(kept["dense"] / "adapter", tmp_path / str(number), base)
+        assert notes_of(kept["dense"], adapter, tmp_path / "out") == words
 
 
 def test_into_packed_weights_by_the_text_closer_than_by_rounding(

@@ -34,6 +34,12 @@ def add_device(parser: Any) -> None:
     )
 
 
+def add_adapter(parser: Any) -> None:
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", help="a peft adapter beside the model, such as OUTPUT/adapter"
+    )
+
+
 def device_of(options: dict[str, Any]) -> torch.device:
     """The device that was asked for, if it is there.
 

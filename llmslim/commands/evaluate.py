@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmslim.commands.common import (
+    add_adapter,
     add_device,
     add_kv_cache,
     add_model,
@@ -80,9 +81,7 @@ def parser(prog: str) -> Parser:
         action="store_true",
         help="join rows by a blank line, as the GPTQ papers do (default: concatenate them as they are)",
     )
-    made.add_argument(
-        "--adapter", metavar="FOLDER", help="a peft adapter beside the model, such as OUTPUT/adapter"
-    )
+    add_adapter(made)
     made.add_argument(
         "--stream", action="store_true", help="hold one block at a time: for models larger than memory"
     )

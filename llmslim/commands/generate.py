@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmslim.commands.common import add_device, add_kv_cache, add_model, device_of, kv_attach, kv_settings
+from llmslim.commands.common import (
+    add_adapter,
+    add_device,
+    add_kv_cache,
+    add_model,
+    device_of,
+    kv_attach,
+    kv_settings,
+)
 from llmslim.flags import Parser
 
 _OPTIONS = ("max_new_tokens", "chat", "temperature", "seed")
@@ -18,7 +26,8 @@ def parser(prog: str) -> Parser:
         "examples:\n"
         "  llmslim generate demo 'The capital of France is' --max-new-tokens 20\n"
         "  llmslim generate out/demo 'Name three primes.' --chat --temperature 0.7\n"
-        "  llmslim generate demo 'A long story:' --kv-bits 4",
+        "  llmslim generate demo 'A long story:' --kv-bits 4\n"
+        "  llmslim generate out/demo 'The capital of France is' --adapter out/demo/adapter",
     )
     add_model(made)
     made.add_argument("prompt", metavar="PROMPT", help="the text to continue, or with --chat a message")
@@ -28,6 +37,7 @@ def parser(prog: str) -> Parser:
         "--temperature", type=float, metavar="X", help="sample at this temperature (default: 0)"
     )
     made.add_argument("--seed", type=int, metavar="N", help="of the sampling (default: 0)")
+    add_adapter(made)
     made.add_argument("--dtype", metavar="TYPE", help="to compute in (default: what is fast here)")
     add_kv_cache(made)
     add_device(made)
@@ -35,13 +45,21 @@ def parser(prog: str) -> Parser:
 
 
 def run(options: dict[str, Any]) -> None:
-    from llmslim.checkpoint.load import load
+    from llmslim.checkpoint.load import load_model
+    from llmslim.evaluation.run import check_adapter
     from llmslim.generation import generate
+    from llmslim.loaders.models import find
+    from llmslim.recovery.lora import with_adapter
 
     settings, budget = kv_settings(options)
-    device, dtype = device_of(options), options.get("dtype")
-    model, tokenizer = load(options["model"], revision=options.get("revision"), dtype=dtype, device=device)
+    device, adapter = device_of(options), options.get("adapter")
+    files = find(options["model"], options.get("revision"))
+    if adapter is not None:
+        check_adapter(adapter, files, streamed=False)
+    model, tokenizer = load_model(files, options.get("dtype"), device), files.tokenizer()
     kv_attach(model, tokenizer, settings, budget)
+    if adapter is not None:
+        model = with_adapter(model, adapter)
     given = {name: options[name] for name in _OPTIONS if name in options}
     generate(model, tokenizer, options["prompt"], lambda piece: print(piece, end="", flush=True), **given)
     print()

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -16,21 +16,50 @@ from llmslim.loaders.safetensors_io import SafetensorsFolder
 if TYPE_CHECKING:
     from llmslim.loaders.models import ModelFiles
 
-KEY = "llmslim_base"
-"""In the metadata of an adapter's file: what its base looks like."""
-ROWS = 8  # of each tensor: enough to tell two models apart, of any size, in a moment
+OWN, REST = "llmslim_base", "llmslim_rest"
+"""In the metadata of an adapter's file: what the Linears that it is beside look like, and what the rest of the base."""
+ROWS = 8  # of each matrix: enough to tell two models apart, of any size, in a moment
 
 
-def seal(weights: SafetensorsFolder, linears: Iterable[str]) -> str:
-    """What tells the weights of these Linears from others': JSON, tensor name -> type and digest of its first rows."""
-    names = set(linears)
+def seal(weights: SafetensorsFolder, linears: Iterable[str]) -> dict[str, str]:
+    """What tells the weights below an adapter from others': two entries of JSON, tensor name -> type and digest.
+
+    `OWN` is of the matrices of these Linears, in whatever form they are stored; `REST` of tables, norms, biases and
+    other Linears, most of which packing and pruning leave as they are. There what is one value throughout, and
+    tables of positions, which may be sinusoids, would say nothing: any model may have them.
+    """
+    names, entries = set(linears), weights.entries
+    own = [
+        name
+        for name, entry in entries.items()
+        if name.rpartition(".")[0] in names and len(entry["shape"]) == 2
+    ]
+    rest = [
+        name
+        for name, entry in entries.items()
+        if name.endswith((".weight", ".bias")) and entry["dtype"] in ("F32", "F16", "BF16")
+        if len(entry["shape"]) in (1, 2) and "position" not in name
+    ]  # fmt: skip
+    told = _digests(weights, set(rest).difference(own))
+    telling = {name: digest for name, digest in told.items() if not digest.endswith(_ONE_VALUE)}
+    return {OWN: json.dumps(_digests(weights, own)), REST: json.dumps(telling)}
+
+
+_ONE_VALUE = " one value"
+
+
+def _digests(weights: SafetensorsFolder, names: Iterable[str]) -> dict[str, str]:
+    """Of each tensor its type, and the digest of its first rows, or that they are one value."""
     digests: dict[str, str] = {}
     with weights.open() as get:
-        for name, entry in sorted(weights.entries.items()):
-            if name.rpartition(".")[0] in names and len(entry["shape"]) == 2:
-                rows = get(name)[:ROWS].contiguous().view(torch.uint8).numpy().tobytes()
-                digests[name] = f"{entry['dtype']} {hashlib.sha256(rows).hexdigest()[:16]}"
-    return json.dumps(digests)
+        for name in sorted(names):
+            tensor = get(name)
+            rows = (tensor[:ROWS] if tensor.ndim > 1 else tensor).contiguous()
+            data = rows.view(torch.uint8).numpy().tobytes()
+            constant = data == data[: rows.element_size()] * rows.numel()
+            told = _ONE_VALUE if constant else f" {hashlib.sha256(data).hexdigest()[:16]}"
+            digests[name] = f"{weights.entries[name]['dtype']}{told}"
+    return digests
 
 
 def require_files(adapter: Path) -> None:
@@ -42,27 +71,84 @@ def require_files(adapter: Path) -> None:
         )
 
 
-def require_base(adapter: Path, files: ModelFiles) -> None:
+def require_base(adapter: Path, files: ModelFiles) -> str:
     """Refuse a model whose weights are others than those that the adapter was trained beside.
 
-    Tensors are compared that both have, in the same type. Adapters that llmslim did not make say nothing of this.
+    Tensors are compared that both have, in the same type. Of the adapter's own Linears one that differs tells another
+    base. Of the rest any may have been trained or rescaled since: another base is one where all of them differ.
+    Adapters that llmslim did not make have at most the name of their base, by which none is refused.
+
+    Returns:
+        What is in doubt, in words; empty when nothing is.
 
     Raises:
         UserError: with the first that differs.
     """
+    sealed = _metadata(adapter)
+    own, rest = (_compared(files.weights, sealed.get(key, "{}")) for key in (OWN, REST))
+    if own.others or (rest.others and not own.same + rest.same):
+        first = (own.others or rest.others)[0]
+        raise UserError(
+            f"The adapter {adapter} was trained beside other weights than those of {files.spec} ({first} differs): "
+            "take the model that it was trained with."
+        )
+    if rest.others:
+        return (
+            f"{len(rest.others)} of {rest.same + len(rest.others)} norms, biases and other weights that could be "
+            f"compared are not those that the adapter was trained beside: {rest.others[0]}"
+        )
+    return "" if own.same + rest.same else _doubt(adapter, files)
+
+
+class _Compared(NamedTuple):
+    """Tensors that a seal and a model have in the same type: how many are the same, and which are not."""
+
+    same: int
+    others: list[str]
+
+
+def _compared(weights: SafetensorsFolder, sealed: str) -> _Compared:
+    told: dict[str, str] = json.loads(sealed)
+    entries = weights.entries
+    both = [name for name in told if name in entries and told[name].split()[0] == entries[name]["dtype"]]
+    found = _digests(weights, both)
+    others = [name for name in both if found[name] != told[name]]
+    return _Compared(len(both) - len(others), others)
+
+
+def _metadata(adapter: Path) -> dict[str, str]:
+    """That of the adapter's file; none of a damaged one, of which who reads it says so."""
     from safetensors import safe_open
 
     try:
         with safe_open(adapter / "adapter_model.safetensors", "pt") as opened:
-            sealed = json.loads((opened.metadata() or {}).get(KEY, "{}"))
-            names = {name.rpartition(".")[0] for name in sealed}
-    except Exception:  # no adapter, or a damaged one: who reads it says so
-        return
-    found = json.loads(seal(files.weights, names)) if names else {}
-    for name, digest in found.items():
-        there = str(sealed.get(name, digest))
-        if there != digest and there.split()[0] == digest.split()[0]:
-            raise UserError(
-                f"The adapter {adapter} was trained beside other weights than those of {files.spec} ({name} differs): "
-                "take the model that it was trained with."
-            )
+            return opened.metadata() or {}
+    except Exception:  # safetensors raises one of its own
+        return {}
+
+
+def _doubt(adapter: Path, files: ModelFiles) -> str:
+    """What the names say, where no weights could be compared."""
+    from llmslim.lineage import line  # brings transformers, which help must not wait for
+
+    try:
+        config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    except (OSError, ValueError):  # who reads it says so
+        return ""
+    named = config.get("base_model_name_or_path")
+    if not named:
+        return "nothing in the adapter says which model it was trained beside"
+    if any(_last(named) == _last(name) for name in line(files)):
+        return ""
+    return f"the adapter names {named} as its base, and {files.base} is not known to come from it"
+
+
+def _last(name: str) -> str:
+    """The last part of a Hub id or path: models move between owners and folders."""
+    return Path(name).name.lower()
+
+
+def public_name(base: str) -> str:
+    """What an adapter calls its base: a Hub id as it is, of a folder or file its own name alone."""
+    path = Path(base).expanduser()
+    return path.resolve().name if path.exists() else base

@@ -12,6 +12,7 @@ from llmslim.anatomy import Anatomy, Block
 from llmslim.anatomy.match import nearest
 from llmslim.anatomy.parts import dense_weight, is_linear, is_matrix, is_packed
 from llmslim.calibration.statistics import InputStats, output_error
+from llmslim.lowrank import LowRankLinear
 from llmslim.sparse import SparseLinear
 from llmslim.step import BlockStep, StepRecord, build_step
 from llmslim.ties import shared_modules
@@ -108,33 +109,43 @@ class MergingStep(BlockStep):
 
     def _kept(self, name: str, module: nn.Module, delta: Tensor, record: StepRecord) -> Tensor:
         """What is added where weights were not pruned; the rest, if it counted until now, is noted."""
-        kept = delta * open_weights(module)
-        lost = float((delta - kept).norm() / delta.norm().clamp_min(1e-30))
+        kept, lost = within(module, delta)
         if lost and not (self.masked and isinstance(module, SparseLinear)):
             what = f"{lost:.0%} of what the adapter adds is left out (root mean square)"
             record.note(name, f"pruned weights stay zero: {what}")
         return kept
 
 
-def linears_of(anatomy: Anatomy) -> dict[str, nn.Module]:
-    """Every Linear of the blocks, dense or packed, by its dotted name; none whose weight several blocks use.
+def linears_of(anatomy: Anatomy, beside: bool = False) -> dict[str, nn.Module]:
+    """Every Linear of the blocks that an adapter can be for, dense or packed, by its dotted name.
 
-    An adapter of one block cannot be merged into what others use as well.
+    An adapter of one block cannot be merged into a weight that others use as well.
+
+    Args:
+        beside: the adapter is not to be merged: of weights that blocks share each use is a Linear of its own, but
+            where it has a correction, which stands for it.
     """
     shared = shared_modules(anatomy.model)
     used = {*shared, *shared.values()}
+    corrected = {m.base for m in anatomy.model.modules() if isinstance(m, LowRankLinear)}
     return {
         f"{block.name}.{name}": module
         for block in anatomy.blocks
         for name, module in block.module.named_modules()
         if (is_linear(module) or (is_packed(module) and is_matrix(module)))
-        and not nearest(f"{block.name}.{name}", used)
+        and not (nearest(f"{block.name}.{name}", used) and (not beside or module in corrected))
     }
 
 
 def has_no_grid(module: nn.Module) -> bool:
     """Whether the weight is packed in a way that nothing can be rounded to anew."""
     return is_packed(module) and not hasattr(module, "quantized")
+
+
+def within(module: nn.Module, delta: Tensor) -> tuple[Tensor, float]:
+    """What of an addition [out, in] falls on weights that were not pruned, and the share that does not (RMS)."""
+    kept = delta * open_weights(module)
+    return kept, float((delta - kept).norm() / delta.norm().clamp_min(1e-30))
 
 
 def open_weights(module: Any) -> Tensor | float:

@@ -17,8 +17,8 @@ from llmslim.anatomy import Anatomy, Block
 from llmslim.anatomy.parts import features, is_conv1d, is_linear, is_matrix, is_packed
 from llmslim.errors import UserError
 from llmslim.loaders.safetensors_io import SafetensorsFolder
-from llmslim.recovery._base import KEY, require_files, seal
-from llmslim.recovery._merging import MergingStep, has_no_grid, linears_of
+from llmslim.recovery._base import public_name, require_files, seal
+from llmslim.recovery._merging import MergingStep, has_no_grid, linears_of, within
 from llmslim.sparse import SparseLinear
 from llmslim.step import Outlook, Step, StepRecord, matches
 from llmslim.training.objective import ObjectiveStep
@@ -50,8 +50,10 @@ class LoRA(MergingStep, ObjectiveStep):
 
     With `save_adapter` the model stays as it is and the adapter lies in its folder `adapter`, as peft saves it:
     `PeftModel.from_pretrained(model, "OUTPUT/adapter")`, over packed weights `llmslim.recovery.lora.with_adapter`. That
-    is the only way over weights of bitsandbytes. What the report measures is the model without it; `llmslim evaluate
-    --adapter OUTPUT/adapter` takes it along.
+    is the only way over weights of bitsandbytes, and over weights that blocks share without corrections: there each
+    block has an adapter of its own. Beside sparse weights the adapter is not masked, since peft knows no masks: W + B A
+    is dense, and to merge it later leaves out what falls on pruned weights, a share that the report tells. What the
+    report measures is the model without it; `llmslim evaluate --adapter OUTPUT/adapter` takes it along.
     """
 
     kind: ClassVar[str] = "lora"
@@ -93,14 +95,14 @@ class LoRA(MergingStep, ObjectiveStep):
 
     def resolve(self, outlook: Outlook) -> tuple[list[Step], str]:
         """Without a packed weight to merge into, no text passes through the blocks."""
-        known = linears_of(outlook.anatomy)
+        known = self._linears(outlook.anatomy)
         packed = any(hasattr(known[name], "quantized") for name in self._named(known, self.target_modules))
         return [self if packed else self.model_copy(update={"rounding": "nearest"})], ""
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
         _installed()
-        known = linears_of(anatomy)
+        known = self._linears(anatomy)
         fixed = [name for name in self._named(known, self.target_modules) if has_no_grid(known[name])]
         if fixed and not self.save_adapter:
             raise UserError(
@@ -110,7 +112,8 @@ class LoRA(MergingStep, ObjectiveStep):
         if not known:
             raise UserError(
                 "lora finds no Linear that one block has for itself: an adapter cannot be merged into weights that "
-                "blocks share; use recover --method full, or scales where they are packed."
+                "blocks share; give --save-adapter to keep it beside the model, or use recover --method full, or "
+                "scales where they are packed."
             )
         missing = [pattern for pattern in self.target_modules if not self._named(known, (pattern,))]
         if missing:
@@ -121,8 +124,11 @@ class LoRA(MergingStep, ObjectiveStep):
             )
 
     def placed(self, anatomy: Anatomy) -> int:
-        known = linears_of(anatomy)
+        known = self._linears(anatomy)
         return sum(self.rank * sum(features(known[n])) for n in self._named(known, self.target_modules))
+
+    def _linears(self, anatomy: Anatomy) -> dict[str, nn.Module]:
+        return linears_of(anatomy, beside=self.save_adapter)
 
     @staticmethod
     def _named(known: dict[str, nn.Module], patterns: tuple[str, ...]) -> list[str]:
@@ -133,7 +139,7 @@ class LoRA(MergingStep, ObjectiveStep):
         from peft import inject_adapter_in_model
         from peft.tuners import lora
 
-        known = linears_of(Anatomy(model))
+        known = self._linears(Anatomy(model))
         targets = self._named(known, self.target_modules)
         turned = any(is_conv1d(known[name]) for name in targets)
         config = self._config(list(targets), turned)
@@ -170,8 +176,19 @@ class LoRA(MergingStep, ObjectiveStep):
     def compress_block(
         self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
     ) -> None:
+        added = self._added(record.survey)
         if not self.save_adapter:
-            self.merge(block, stream, self._added(record.survey), record)
+            self.merge(block, stream, added, record)
+            return
+        known = self._linears(stream.anatomy)
+        names = [name for name in added.names if name.startswith(f"{block.name}.")]
+        lost = max((within(known[name], added.delta(name).to(stream.device))[1] for name in names), default=0)
+        if lost:
+            record.note(
+                block.name,
+                "the adapter beside pruned weights is dense: to merge it later would leave out up to "
+                f"{lost:.0%} of what it adds to a Linear (root mean square)",
+            )
 
     def _added(self, trained: dict[str, Tensor]) -> Added:
         return Added(
@@ -187,11 +204,13 @@ class LoRA(MergingStep, ObjectiveStep):
         names = self._added(tensors).names
         config = self._config(names, bool(record.survey[TURNED]))
         config.inference_mode = True
+        assert record.source is not None
+        config.base_model_name_or_path = public_name(record.source.base)
         made = json.loads((folder / "config.json").read_text())["architectures"][0]
         config.task_type = "CAUSAL_LM" if made.endswith(("ForCausalLM", "LMHeadModel")) else None
         place = folder / ADAPTER
         place.mkdir(exist_ok=True)
-        metadata = {"format": "pt", KEY: seal(SafetensorsFolder(folder), names)}
+        metadata = {"format": "pt", **seal(SafetensorsFolder(folder), names)}
         save_file(tensors, place / "adapter_model.safetensors", metadata=metadata)
         config.save_pretrained(str(place))
         record.note(self.kind, f"the adapter is in {ADAPTER}/; what is measured is the model without it")

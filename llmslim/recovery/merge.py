@@ -42,10 +42,14 @@ class MergeAdapter(MergingStep):
     """Merge an adapter of peft's LoRA that was kept beside the model, such as `lora --save-adapter` leaves.
 
     W + (alpha / rank) B A in the place of W: exactly, up to the type it is stored in, where W is dense, where the mask
-    is where it is sparse. Packed
-    weights are quantized anew, to the bits and groups that they have: `gptq` searches scales and codes on the
-    calibration text (Frantar et al. 2023, arXiv:2210.17323), `nearest` keeps the scales and rounds, which loses most
-    of what is smaller than half a step. How far the outputs are from those with the adapter beside is in the report.
+    is where it is sparse. Packed weights are quantized anew, to the bits and groups that they have: `gptq` searches
+    scales and codes on the calibration text (Frantar et al. 2023, arXiv:2210.17323), `nearest` keeps the scales and
+    rounds, which loses most of what is smaller than half a step. How far the outputs are from those with the adapter
+    beside is in the report.
+
+    An adapter of llmslim is refused on other weights than those that it was trained beside: its Linears must be the
+    same where both models store them in one form, and of norms, biases, tables and other weights at least one. The
+    report tells where this is in doubt, as with peft's own, which have the name of their base alone.
     """
 
     kind: ClassVar[str] = "merge"
@@ -72,8 +76,13 @@ class MergeAdapter(MergingStep):
         return [self._adapter.file, self._adapter.file.with_name("adapter_config.json")]
 
     def check(self, anatomy: Anatomy) -> None:
-        known = linears_of(anatomy)
+        known, beside = linears_of(anatomy), linears_of(anatomy, beside=True)
         for name in self._adapter.names:
+            if name in beside and name not in known:
+                raise UserError(
+                    f"merge cannot merge into a weight that blocks share, such as {name}, of which each would need its "
+                    "own: keep the adapter beside the model (evaluate --adapter)."
+                )
             misfit = self._misfit(name, known.get(name))
             if misfit:
                 raise UserError(
@@ -97,6 +106,13 @@ class MergeAdapter(MergingStep):
         if not self.adapter:
             raise UserError("Which adapter should be merged? Give --adapter FOLDER.")
         return Adapter(Path(self.adapter))
+
+    def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
+        """Nothing lies there; but all of the base is at hand now, whatever the steps before have made of it."""
+        assert record.source is not None
+        doubt = require_base(Path(self.adapter), record.source)
+        if doubt:
+            record.note(self.kind, doubt)
 
     def compress_block(
         self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
