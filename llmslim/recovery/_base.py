@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 OWN, REST = "llmslim_base", "llmslim_rest"
 """In the metadata of an adapter's file: what the Linears that it is beside look like, and what the rest of the base."""
 ROWS = 8  # of each matrix: enough to tell two models apart, of any size, in a moment
+_ONE_VALUE = " one value"  # in the place of a digest
 
 
 def seal(weights: SafetensorsFolder, linears: Iterable[str]) -> dict[str, str]:
@@ -43,9 +44,6 @@ def seal(weights: SafetensorsFolder, linears: Iterable[str]) -> dict[str, str]:
     told = _digests(weights, set(rest).difference(own))
     telling = {name: digest for name, digest in told.items() if not digest.endswith(_ONE_VALUE)}
     return {OWN: json.dumps(_digests(weights, own)), REST: json.dumps(telling)}
-
-
-_ONE_VALUE = " one value"
 
 
 def _digests(weights: SafetensorsFolder, names: Iterable[str]) -> dict[str, str]:
@@ -89,7 +87,7 @@ def require_base(adapter: Path, files: ModelFiles) -> str:
     if own.others or (rest.others and not own.same + rest.same):
         first = (own.others or rest.others)[0]
         raise UserError(
-            f"The adapter {adapter} was trained beside other weights than those of {files.spec} ({first} differs): "
+            f"The adapter {adapter} was trained beside other weights than those of {files.base} ({first} differs): "
             "take the model that it was trained with."
         )
     if rest.others:

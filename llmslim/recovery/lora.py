@@ -43,7 +43,7 @@ class LoRA(MergingStep, ObjectiveStep):
 
     y = W x + (alpha / rank) B A x (Hu et al. 2021, arXiv:2106.09685); over packed weights that is QLoRA (Dettmers
     et al. 2023, arXiv:2305.14314). Merging into dense weights is exact, up to the type that they are stored in; of
-    sparse ones the adapter is masked while it trains. Packed weights are quantized anew, to the bits and groups that
+    sparse ones the adapter is masked while it trains, so that nothing is lost. Packed weights are quantized anew, to the bits and groups that
     they have: `gptq` searches scales and codes on up to 32,768 tokens of the text, `nearest` rounds to the grid that
     is there, which loses most of what is smaller than half a step. Each weight's row in the report tells what that
     cost. Weights that blocks share get no adapters (their corrections do).
@@ -51,9 +51,10 @@ class LoRA(MergingStep, ObjectiveStep):
     With `save_adapter` the model stays as it is and the adapter lies in its folder `adapter`, as peft saves it:
     `PeftModel.from_pretrained(model, "OUTPUT/adapter")`, over packed weights `llmslim.recovery.lora.with_adapter`. That
     is the only way over weights of bitsandbytes, and over weights that blocks share without corrections: there each
-    block has an adapter of its own. Beside sparse weights the adapter is not masked, since peft knows no masks: W + B A
-    is dense, and to merge it later leaves out what falls on pruned weights, a share that the report tells. What the
-    report measures is the model without it; `llmslim evaluate --adapter OUTPUT/adapter` takes it along.
+    block has an adapter of its own. Beside sparse weights it trains unmasked, for peft knows no masks: its outputs are
+    those of W + B A, dense, and to merge it later leaves out what falls on pruned weights, a share that the report
+    tells. What the report measures is the model without it; `llmslim evaluate` and `generate` take it along by
+    `--adapter OUTPUT/adapter`.
     """
 
     kind: ClassVar[str] = "lora"
