@@ -43,10 +43,10 @@ class LoRA(MergingStep, ObjectiveStep):
 
     y = W x + (alpha / rank) B A x (Hu et al. 2021, arXiv:2106.09685); over packed weights that is QLoRA (Dettmers
     et al. 2023, arXiv:2305.14314). Merging into dense weights is exact, up to the type that they are stored in; of
-    sparse ones the adapter is masked while it trains, so that nothing is lost. Packed weights are quantized anew, to the bits and groups that
-    they have: `gptq` searches scales and codes on up to 32,768 tokens of the text, `nearest` rounds to the grid that
-    is there, which loses most of what is smaller than half a step. Each weight's row in the report tells what that
-    cost. Weights that blocks share get no adapters (their corrections do).
+    sparse ones the adapter is masked while it trains, so that nothing is lost. Packed weights are quantized anew, to
+    the bits and groups that they have: `gptq` searches scales and codes on up to 32,768 tokens of the text, `nearest`
+    rounds to the grid that is there, which loses most of what is smaller than half a step. Each weight's row in the
+    report tells what that cost. Weights that blocks share get no adapters (their corrections do).
 
     With `save_adapter` the model stays as it is and the adapter lies in its folder `adapter`, as peft saves it:
     `PeftModel.from_pretrained(model, "OUTPUT/adapter")`, over packed weights `llmslim.recovery.lora.with_adapter`. That
