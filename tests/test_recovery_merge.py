@@ -16,11 +16,11 @@ from llmslim.checkpoint.load import load_model
 from llmslim.errors import UserError
 from llmslim.evaluation.run import evaluate
 from llmslim.loaders.models import find
-from llmslim.pipeline import compress
+from llmslim.pipeline import compress, prepare
 from llmslim.pruning.weights import Magnitude
 from llmslim.quantization.bnb import BitsAndBytes
 from llmslim.quantization.rtn import RTN
-from llmslim.recipe import Calibration
+from llmslim.recipe import Calibration, Recipe
 from llmslim.recovery.lora import LoRA, with_adapter
 from llmslim.recovery.merge import Adapter, MergeAdapter
 from llmslim.recovery.scales import Scales
@@ -203,7 +203,7 @@ def test_what_is_no_plain_adapter_is_refused(
     assert cli.main(["recover", base, "--method", "merge", "--plan"]) == 2
     assert "Give --adapter FOLDER" in capsys.readouterr().err
     assert cli.main(["recover", base, "--method", "merge", "--adapter", base, "--plan"]) == 2
-    assert "is no adapter" in capsys.readouterr().err
+    assert "No adapter in" in capsys.readouterr().err
     shutil.copytree(kept["dense"] / "adapter", tmp_path / "dora")
     config = json.loads((tmp_path / "dora/adapter_config.json").read_text())
     (tmp_path / "dora/adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
@@ -217,6 +217,52 @@ def test_what_is_no_plain_adapter_is_refused(
     save_file({**load_file(file), "base_model.model.lm_head.weight": torch.zeros(2)}, file)
     with pytest.raises(UserError, match="lm_head.weight, and merge takes plain LoRA"):
         compress(base, [MergeAdapter(adapter=str(tmp_path / "dora"))], tmp_path / "out", **QUICK)
+
+
+A = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "says"),
+    [
+        ([1], {}, "is not the config of an adapter of LoRA: what it holds"),
+        ({"lora_alpha": None}, {}, "of LoRA: lora_alpha: Input should be a valid number"),
+        ({"peft_type": "IA3"}, {}, "of LoRA: peft_type: Input should be 'LORA'"),
+        ({"peft_type": None}, {}, "of LoRA: peft_type: Input should be 'LORA'"),
+        ({"r": 0}, {}, "of LoRA: r: Input should be greater"),
+        ("{", {}, "is damaged, so save or download it again"),
+        ({}, {A: None}, f"it has {A.replace('lora_A', 'lora_B')}, and no {A}"),
+        ({}, {A: torch.zeros(7, 64)}, r"which have not one rank"),
+        ({}, {A: torch.zeros(0, 64)}, r"which have not one rank"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_by_all_who_take_one(
+    config: Any, tensors: dict[str, Any], says: str, kept: dict[str, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = Path(shutil.copytree(kept["dense"] / "adapter", tmp_path / "a"))
+    path, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    whole_config = {**json.loads(path.read_text()), **config} if isinstance(config, dict) else config
+    path.write_text(config if isinstance(config, str) else json.dumps(whole_config))
+    there = {**load_file(file), **tensors}
+    save_file({name: tensor for name, tensor in there.items() if tensor is not None}, file)
+    beside = ["--adapter", str(folder)]
+    for words in (
+        ["recover", str(kept["dense"]), "--method", "merge", "--plan"],
+        ["evaluate", str(kept["dense"])],
+        ["generate", str(kept["dense"]), "word"],
+    ):
+        assert cli.main([*words, *beside]) == 2
+        assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_seal_that_is_no_seal(kept: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(kept["dense"] / "adapter", tmp_path / "a"))
+    file = folder / "adapter_model.safetensors"
+    for entry in ("[1]", '{"a": 1}', "{"):
+        save_file(load_file(file), file, metadata={"format": "pt", "llmslim_base": entry})
+        with pytest.raises(UserError, match="the entry llmslim_base of its metadata is none"):
+            prepare(str(kept["dense"]), Recipe(steps=(MergeAdapter(adapter=str(folder)),), **QUICK))
 
 
 def test_from_the_command_line(

@@ -96,11 +96,10 @@ def kv_figures(settings: KVSettings) -> dict[str, Any]:
 
 def check_adapter(adapter: str, files: ModelFiles, streamed: bool) -> None:
     """Refuse an adapter that cannot be put beside the model of these files."""
-    from llmslim.recovery._base import require_base, require_files
+    from llmslim.recovery._base import require_base
 
     if streamed:
         raise UserError("An adapter is put beside a whole model: leave --stream out, or --adapter.")
-    require_files(Path(adapter))
     require_base(Path(adapter), files)
 
 

@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from llmslim.errors import UserError
 from llmslim.loaders.safetensors_io import SafetensorsFolder
+from llmslim.recovery._files import AdapterConfig, read_adapter
 
 if TYPE_CHECKING:
     from llmslim.loaders.models import ModelFiles
@@ -60,15 +61,6 @@ def _digests(weights: SafetensorsFolder, names: Iterable[str]) -> dict[str, str]
     return digests
 
 
-def require_files(adapter: Path) -> None:
-    """Refuse a folder that has no adapter, or has its weights as a pickle, which peft would load."""
-    if not all((adapter / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
-        raise UserError(
-            f"No adapter in {adapter}: name a folder with adapter_config.json and adapter_model.safetensors, such as "
-            "OUTPUT/adapter of `llmslim recover --method lora --save-adapter`."
-        )
-
-
 def require_base(adapter: Path, files: ModelFiles) -> str:
     """Refuse a model whose weights are others than those that the adapter was trained beside.
 
@@ -82,8 +74,8 @@ def require_base(adapter: Path, files: ModelFiles) -> str:
     Raises:
         UserError: with the first that differs.
     """
-    sealed = _metadata(adapter)
-    own, rest = (_compared(files.weights, sealed.get(key, "{}")) for key in (OWN, REST))
+    sealed = read_adapter(adapter)
+    own, rest = (_compared(files.weights, sealed.entry(key)) for key in (OWN, REST))
     if own.others or (rest.others and not own.same + rest.same):
         first = (own.others or rest.others)[0]
         raise UserError(
@@ -95,7 +87,7 @@ def require_base(adapter: Path, files: ModelFiles) -> str:
             f"{len(rest.others)} of {rest.same + len(rest.others)} norms, biases and other weights that could be "
             f"compared are not those that the adapter was trained beside: {rest.others[0]}"
         )
-    return "" if own.same + rest.same else _doubt(adapter, files)
+    return "" if own.same + rest.same else _doubt(sealed.config, files)
 
 
 class _Compared(NamedTuple):
@@ -105,35 +97,19 @@ class _Compared(NamedTuple):
     others: list[str]
 
 
-def _compared(weights: SafetensorsFolder, sealed: str) -> _Compared:
-    told: dict[str, str] = json.loads(sealed)
+def _compared(weights: SafetensorsFolder, sealed: dict[str, str]) -> _Compared:
     entries = weights.entries
-    both = [name for name in told if name in entries and told[name].split()[0] == entries[name]["dtype"]]
+    both = [n for n, told in sealed.items() if n in entries and told.startswith(f"{entries[n]['dtype']} ")]
     found = _digests(weights, both)
-    others = [name for name in both if found[name] != told[name]]
+    others = [name for name in both if found[name] != sealed[name]]
     return _Compared(len(both) - len(others), others)
 
 
-def _metadata(adapter: Path) -> dict[str, str]:
-    """That of the adapter's file; none of a damaged one, of which who reads it says so."""
-    from safetensors import safe_open
-
-    try:
-        with safe_open(adapter / "adapter_model.safetensors", "pt") as opened:
-            return opened.metadata() or {}
-    except Exception:  # safetensors raises one of its own
-        return {}
-
-
-def _doubt(adapter: Path, files: ModelFiles) -> str:
+def _doubt(config: AdapterConfig, files: ModelFiles) -> str:
     """What the names say, where no weights could be compared."""
     from llmslim.lineage import line  # brings transformers, which help must not wait for
 
-    try:
-        config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    except (OSError, ValueError):  # who reads it says so
-        return ""
-    named = config.get("base_model_name_or_path")
+    named = config.base_model_name_or_path
     if not named:
         return "nothing in the adapter says which model it was trained beside"
     if any(_last(named) == _last(name) for name in line(files)):

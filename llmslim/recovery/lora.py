@@ -17,7 +17,8 @@ from llmslim.anatomy import Anatomy, Block
 from llmslim.anatomy.parts import features, is_conv1d, is_linear, is_matrix, is_packed
 from llmslim.errors import UserError
 from llmslim.loaders.safetensors_io import SafetensorsFolder
-from llmslim.recovery._base import public_name, require_files, seal
+from llmslim.recovery._base import public_name, seal
+from llmslim.recovery._files import WEIGHTS, read_adapter
 from llmslim.recovery._merging import MergingStep, has_no_grid, linears_of, within
 from llmslim.sparse import SparseLinear
 from llmslim.step import Outlook, Step, StepRecord, matches
@@ -212,7 +213,7 @@ class LoRA(MergingStep, ObjectiveStep):
         place = folder / ADAPTER
         place.mkdir(exist_ok=True)
         metadata = {"format": "pt", **seal(SafetensorsFolder(folder), names)}
-        save_file(tensors, place / "adapter_model.safetensors", metadata=metadata)
+        save_file(tensors, place / WEIGHTS, metadata=metadata)
         config.save_pretrained(str(place))
         record.note(self.kind, f"the adapter is in {ADAPTER}/; what is measured is the model without it")
 
@@ -248,7 +249,7 @@ def with_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
         UserError: there is no adapter, or it is for another model.
     """
     _installed()
-    require_files(Path(folder))
+    read_adapter(Path(folder))
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(str(folder))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -15,6 +14,7 @@ from llmslim.anatomy.parts import features
 from llmslim.calibration.stream import BlockStream
 from llmslim.errors import UserError
 from llmslim.recovery._base import require_base
+from llmslim.recovery._files import CONFIG, WEIGHTS, read_adapter
 from llmslim.recovery._merging import MergingStep, has_no_grid, linears_of
 from llmslim.recovery.lora import PEFT, Added
 from llmslim.step import Outlook, Step, StepRecord
@@ -73,7 +73,7 @@ class MergeAdapter(MergingStep):
         require_base(Path(self.adapter), files)
 
     def reads(self) -> list[Path]:
-        return [self._adapter.file, self._adapter.file.with_name("adapter_config.json")]
+        return [self._adapter.file, self._adapter.file.with_name(CONFIG)]
 
     def check(self, anatomy: Anatomy) -> None:
         known, beside = linears_of(anatomy), linears_of(anatomy, beside=True)
@@ -128,31 +128,21 @@ class Adapter(Added):
     """
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
-
-        try:
-            config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-            with safe_open(folder / "adapter_model.safetensors", "pt") as opened:
-                shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-        except Exception as error:  # safetensors raises one of its own for a damaged file
-            raise UserError(
-                f"{folder} is no adapter (adapter_config.json and adapter_model.safetensors, as peft saves it): "
-                f"{' '.join(str(error).split())[:120]}."
-            ) from error
-        extra = next((key for key in _BEYOND if config.get(key)), None)
+        _, config, shapes, _ = read_adapter(folder)
+        extra = next((key for key in _BEYOND if (config.model_extra or {}).get(key)), None)
         other = next((key for key in shapes if not key.endswith((".lora_A.weight", ".lora_B.weight"))), None)
-        if config.get("peft_type") != "LORA" or extra or other:
-            what = extra or other or f"peft_type {config.get('peft_type')}"
-            raise UserError(f"The adapter {folder} has {what}, and merge takes plain LoRA of Linears alone.")
-        begun = config.get("init_lora_weights")
+        if extra or other:
+            raise UserError(
+                f"The adapter {folder} has {extra or other}, and merge takes plain LoRA of Linears alone."
+            )
+        begun = config.init_lora_weights
         if begun not in BEGINNINGS:
             raise UserError(
                 f"The adapter {folder} began as {begun!r}, for which peft changes the weights below it as well: save "
                 "it again with path_initial_model_for_weight_conversion, which makes plain LoRA of it."
             )
-        self.file, self._shapes = folder / "adapter_model.safetensors", shapes
-        alpha, root = float(config["lora_alpha"]), bool(config.get("use_rslora"))
-        super().__init__(shapes, self._read, lambda rank: alpha / (rank**0.5 if root else rank))
+        self.file, self._shapes = folder / WEIGHTS, shapes
+        super().__init__(shapes, self._read, config.scaling)
 
     def shape(self, name: str) -> tuple[int, int]:
         """(out, in) of the weight that it adds to."""
