@@ -240,6 +240,10 @@ class BlockPass:
     def _change_outer(self) -> None:
         """Let the step change what lies outside the blocks; keep the result for whenever it is needed."""
         started = time.process_time()
+        for name in self.reader.unread_blocks:
+            self.record.note(
+                name, "in the model's files, but beyond the blocks that its config counts: left out"
+            )
         self._fill(None)
         self.step.compress_outer(self.stream, self.record)
         self._round(module for _, module in part_of(self.model, None))

@@ -231,7 +231,7 @@ def prepare(
         UserError: for a model, text, option or format that cannot work.
     """
     require_one_process()
-    files = find(model, revision)
+    files = named = find(model, revision)
     headed = next((config for step in recipe.steps if (config := step.starts_from(files))), None)
     heads = "" if headed is None else replaced_head(files.config, headed)
     if headed is not None:
@@ -270,11 +270,13 @@ def prepare(
     chosen += tuple(dict.fromkeys(f"{step.kind} {step.takes} {other.spec}" for step, other, *_ in others))
     if recipe.evaluation is not None:
         _check_evaluation(recipe.evaluation, files, whole)
-    streams = True
+    streams, fresh = True, headed is not None
     if not (plan_only and files.hub):
         recipe.steps[0].check_source(files)
-        streams = CheckpointReader(files).streams
-    fresh = headed is not None
+        reader = CheckpointReader(named, fresh_head=fresh)
+        streams = reader.streams and not fresh
+        if unread := reader.unread_blocks:
+            chosen += (f"left out, beyond the blocks that config.json counts: {', '.join(unread)}",)
     plan = make_plan(files, fronts, recipe, options, form, outlook, streams, chosen, fresh, others)
     return Prepared(files, recipe, options, form, text, plan, [other.files for other in others], fresh)
 

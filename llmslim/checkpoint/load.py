@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from llmslim.checkpoint.bitsandbytes import settle
+from llmslim.checkpoint.formats import formats
 from llmslim.checkpoint.names import relative
-from llmslim.checkpoint.reader import plain_config, read_edits
+from llmslim.checkpoint.reader import CheckpointReader, plain_config, read_edits, refuse_missing
 from llmslim.errors import UserError
 from llmslim.kvcache.store import read_setting
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find, model_class, skeleton
@@ -35,7 +36,8 @@ def load(
         device: the GPU if there is one when None.
 
     Raises:
-        UserError: there is no such model, or it is quantized in a way that llmslim does not read.
+        UserError: there is no such model, its files lack tensors, or it is quantized in a way that llmslim does not
+            read.
     """
     files = find(spec, revision)
     where = torch.device(device) if device is not None else default_device()
@@ -57,9 +59,17 @@ def load_model(files: ModelFiles, dtype: torch.dtype | str | None, device: torch
             "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         }
     files.weights  # noqa: B018  refuses folders without safetensors
+    if method is None or method in formats():
+        CheckpointReader(files)  # refuses files that lack tensors
     try:
-        model = model_class(config).from_pretrained(  # type: ignore[attr-defined]
-            files.folder, config=config, dtype=dtype, device_map={"": device}, use_safetensors=True
+        cls: Any = model_class(config)
+        model, told = cls.from_pretrained(
+            files.folder,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except ImportError as error:  # AWQ, bitsandbytes and so on, whose packages are not installed
         raise UserError(
@@ -71,6 +81,7 @@ def load_model(files: ModelFiles, dtype: torch.dtype | str | None, device: torch
         raise UserError(
             f"{files.spec}: some tensors have other shapes than config.json says, as told above; the folder is damaged."
         ) from error
+    refuse_missing(files, told["missing_keys"])  # of what only transformers reads
     settle(model)
     if method == "bitsandbytes":  # of which transformers leaves what is dense in the stored type
         for parameter in model.parameters():

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
 
+from llmslim.anatomy import Anatomy
 from llmslim.checkpoint.formats import Compact, Format, Packed, expect, formats
 from llmslim.checkpoint.inventory import dense_tensors, part_of, stored_tensors
 from llmslim.edit import Edit, replay
@@ -35,10 +37,16 @@ class CheckpointReader:
         streams: whether parts are read from the files when asked for. False when the files need transformers'
             own conversion (experts stored one by one): then the first `fill` loads the whole model.
         stored_bytes: of all tensors in the files.
+
+    Args:
+        fresh_head: the files may lack the head, which will be made anew.
+
+    Raises:
+        UserError: the files lack tensors.
     """
 
-    def __init__(self, files: ModelFiles) -> None:
-        self.files = files
+    def __init__(self, files: ModelFiles, fresh_head: bool = False) -> None:
+        self.files, self.fresh_head = files, fresh_head
         self.form, self.edits = read_edits(files)
         self.weights = files.weights
         self._binding = self._bind()
@@ -162,18 +170,55 @@ class CheckpointReader:
         return self.form if self.form is not None and self.streams else formats()["llmslim"]
 
     def _bind(self) -> dict[str, str] | None:
-        """Expected name -> name in the files, which may lack the base model's prefix; None: no match."""
+        """Expected name -> name in the files; None: some are there, or are made, only by transformers' own ways."""
         self._reference = self.model_skeleton()
         form = self.form or formats()["llmslim"]
-        prefix, names = f"{self._reference.base_model_prefix}.", self.weights.entries
-        binding = {}
-        for name in stored_tensors(self._reference, form):
-            options = (name, prefix + name, name.removeprefix(prefix))
-            match = next((option for option in options if option in names), None) or self._renamed.get(name)
-            if match is None:
-                return None
-            binding[name] = match
-        return binding
+        binding = {name: self._found(name) for name in stored_tensors(self._reference, form)}
+        if open_ := [name for name, found in binding.items() if found is None]:
+            refuse_missing(self.files, self._lost(open_))
+            return None
+        return cast(dict[str, str], binding)
+
+    def _found(self, name: str) -> str | None:
+        """What a tensor is called in the files, which may lack the base model's prefix or have it in excess."""
+        prefix = f"{self._reference.base_model_prefix}."
+        options = (name, prefix + name, name.removeprefix(prefix))
+        return next((o for o in options if o in self.weights.entries), None) or self._renamed.get(name)
+
+    def _lost(self, names: Sequence[str]) -> list[str]:
+        """What the files lack of the names, called as the family's files call it."""
+        model = self._reference
+        own, ties = model.state_dict(), getattr(model, "all_tied_weights_keys", None) or {}
+        there = {source for target, source in ties.items() if self._found(target)}  # saved by the other name
+        computed = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+        lost = []
+        for name in names:
+            if name in there or any(pattern.search(name) for pattern in computed):
+                continue
+            saved = revert_weight_conversion(model, {name: own[name]}) if name in own else {name: None}
+            lost += [part for part in saved if self._found(part) is None]
+        return [name for name in lost if not (self.fresh_head and self._is_head(name))]
+
+    def _is_head(self, name: str) -> bool:
+        """Whether a tensor is what classifiers have beside blocks and embeddings."""
+        model = self._reference
+        inside = model.base_model is model or name.startswith(f"{model.base_model_prefix}.")
+        return not inside or "pooler" in name
+
+    @property
+    def unread_blocks(self) -> list[str]:
+        """Blocks in the files beyond those of the config, by name; none that transformers knows to leave out."""
+        model = self._reference
+        skipped = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+        found: dict[str, None] = {}
+        for stack in Anatomy(model).stacks:
+            short = stack.name.removeprefix(f"{model.base_model_prefix}.")
+            block = re.compile(rf"(?:.+\.)?{re.escape(short)}\.(\d+)\.")
+            for name in self.weights.entries:
+                match = block.match(name)
+                if match and int(match[1]) >= len(stack.blocks) and not any(p.search(name) for p in skipped):
+                    found[f"{stack.name}.{match[1]}"] = None
+        return sorted(found, key=lambda name: (name.rpartition(".")[0], int(name.rpartition(".")[2])))
 
     @cached_property
     def _renamed(self) -> dict[str, str]:
@@ -200,6 +245,16 @@ class CheckpointReader:
     @staticmethod
     def _is_tied(model: nn.Module, name: str) -> bool:
         return name in (getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def refuse_missing(files: ModelFiles, names: Collection[str]) -> None:
+    """Refuse a folder that lacks tensors, which would be filled with random numbers."""
+    if names:
+        some = ", ".join(sorted(names)[:3])
+        raise UserError(
+            f"{files.spec} lacks {len(names)} tensors, such as {some}, that its config.json announces: it is damaged "
+            "or another model's; download or save it again."
+        )
 
 
 def _following(read: Callable[[str], Tensor], name: str, source: str | None) -> Callable[[str], Tensor]:

@@ -1,0 +1,99 @@
+"""Files that lack tensors, or hold more than the config announces: told, and never filled with random numbers."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmslim import compress
+from llmslim.checkpoint.load import load
+from llmslim.checkpoint.reader import CheckpointReader
+from llmslim.errors import UserError
+from llmslim.loaders.models import find
+from llmslim.pipeline import prepare
+from llmslim.quantization.rtn import RTN
+from llmslim.recipe import Recipe
+from tests.checkpoints import logits_of, make
+from tests.tiny import FAMILIES, save_tiny, tiny_model
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def rewrite(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file(change(tensors) or tensors, path, metadata={"format": "pt"})
+
+
+def without(folder, name):
+    rewrite(folder, lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name})
+
+
+def refusal(folder):
+    with pytest.raises(UserError, match="lacks 1 tensors") as refused:
+        CheckpointReader(find(str(folder)))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_tensor_that_is_gone_is_named(family, tmp_path):
+    folder = save_tiny(family, tmp_path / "model")
+    CheckpointReader(find(str(folder)))
+    names = sorted(load_file(folder / "model.safetensors"))
+    for name in {names[0], names[len(names) // 2], names[-1]}:  # with experts in the layout of the files
+        shutil.copytree(folder, tmp_path / name)
+        without(tmp_path / name, name)
+        assert f"such as {name}, that" in refusal(tmp_path / name)
+
+
+def test_loading_and_planning_refuse(tmp_path):
+    folder = save_tiny("llama", tmp_path / "model")
+    without(folder, UP)
+    recipe = Recipe(steps=(RTN(bits=4, group_size=32),))
+    for work in (lambda: load(str(folder)), lambda: prepare(str(folder), recipe)):
+        with pytest.raises(UserError, match=f"lacks 1 tensors, such as {UP}"):
+            work()
+
+
+@pytest.mark.parametrize("form", ["llmslim", "compressed-tensors", "gptq"])
+def test_a_packed_weight_without_its_scales_is_refused(form, tmp_path):
+    step = RTN(bits=4, group_size=32, scale_dtype="float16")
+    make(save_tiny("llama", tmp_path / "source"), tmp_path / "made", step, form)
+    scale = UP.replace(".weight", ".scales" if form == "gptq" else ".weight_scale")
+    without(tmp_path / "made", scale)
+    with pytest.raises(UserError, match=f"such as {scale}"):
+        load(str(tmp_path / "made"))
+
+
+def test_what_transformers_puts_in_itself_is_not_missed(tmp_path):
+    """A tied pair under its other name; names without the base model's prefix, and with it in excess."""
+    folder = save_tiny("qwen2", tmp_path / "tied")
+    rewrite(folder, lambda t: {k.replace("model.embed_tokens", "lm_head"): v for k, v in t.items()})
+    bare = save_tiny("gpt2", tmp_path / "bare")
+    rewrite(bare, lambda t: {k.removeprefix("transformer."): v for k, v in t.items()})
+    for place, family in ((folder, "qwen2"), (bare, "gpt2")):
+        model, _ = load(str(place), dtype=torch.float32)
+        assert torch.equal(logits_of(model), logits_of(tiny_model(family)))
+
+
+def test_a_fresh_head_may_be_missing_but_no_block(tmp_path):
+    folder = save_tiny("bert", tmp_path / "bert")
+    rewrite(folder, lambda t: {k: v for k, v in t.items() if not k.startswith("cls.")})
+    with pytest.raises(UserError, match="such as cls.predictions"):
+        CheckpointReader(find(str(folder)))
+    CheckpointReader(find(str(folder)), fresh_head=True)
+    without(folder, "bert.encoder.layer.1.output.dense.weight")
+    with pytest.raises(UserError, match="such as bert.encoder.layer.1.output.dense.weight"):
+        CheckpointReader(find(str(folder)), fresh_head=True)
+
+
+def test_blocks_beyond_those_of_the_config_are_noted(tmp_path):
+    folder = save_tiny("llama", tmp_path / "model")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 2, "layer_types": None}))
+    plan = prepare(str(folder), Recipe(steps=(RTN(bits=4, group_size=32),), evaluation=None)).plan
+    assert plan.chosen == ("left out, beyond the blocks that config.json counts: model.layers.2",)
+    report = compress(str(folder), [RTN(bits=4, group_size=32)], tmp_path / "made", evaluation=None).report
+    assert [note["where"] for note in report["notes"]] == ["model.layers.2"]
