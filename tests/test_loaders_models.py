@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import subprocess
 import time
@@ -12,8 +14,10 @@ import torch
 
 from llmslim import cpu
 from llmslim.cpu import fast_bfloat16
+from llmslim.errors import UserError
 from llmslim.loaders import gguf
-from llmslim.loaders.models import compute_dtype
+from llmslim.loaders.models import compute_dtype, find
+from tests.tiny import save_tiny
 
 CPU = torch.device("cpu")
 
@@ -58,6 +62,23 @@ def test_the_quicker_type_is_found_inside_autocast_too(
         assert os.environ[cpu.ANSWER] == str(int(slow == torch.float32))  # for processes that this one starts
     finally:
         fast_bfloat16.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
+def test_code_beside_a_model_is_never_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks whether to run it; a pipe that says yes must not be heard."""
+    folder, ran = save_tiny("llama", tmp_path / "model"), tmp_path / "ran"
+    (folder / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Tok: pass\n"
+    )
+    told = json.loads((folder / name).read_text())
+    own = {"AutoTokenizer": ["evil.Tok", None], "AutoConfig": "evil.Tok"}
+    told |= {"auto_map": own, "tokenizer_class": "Tok", "model_type": "own"}
+    (folder / name).write_text(json.dumps(told))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(UserError, match="llmslim runs none but transformers' own"):
+        find(str(folder)).tokenizer()
+    assert not ran.exists()
 
 
 def test_of_two_conversions_at_once_the_second_finds_the_first_ones(tmp_path: Path) -> None:

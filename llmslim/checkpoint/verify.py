@@ -29,7 +29,7 @@ from llmslim.checkpoint.inventory import stored_tensors
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.walk import walk_blocks
 from llmslim.errors import UserError
-from llmslim.loaders.models import ModelFiles, find
+from llmslim.loaders.models import ModelFiles, find, read_tokenizer
 from llmslim.memory import available_memory
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -182,9 +182,7 @@ def _companions(files: ModelFiles, source: str | None) -> Check:
     if not ids or not back.strip():
         raise UserError(f"the tokenizer turns {text!r} into {ids} and {back!r}")
     if origin and (origin / "tokenizer_config.json").exists():
-        from transformers import AutoTokenizer
-
-        other = AutoTokenizer.from_pretrained(origin)
+        other = read_tokenizer(origin, str(origin))
         if other(text)["input_ids"] != ids or other.chat_template != tokenizer.chat_template:
             return {"ok": False, "detail": "the tokenizer or its chat template differs from the source's"}
     with_template = "with" if tokenizer.chat_template else "without"

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from llmslim.errors import UserError
 from llmslim.loaders.safetensors_io import write_in_order
@@ -54,10 +55,10 @@ def convert(gguf_file: Path, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers import modeling_gguf_pytorch_utils as hf_gguf
 
-    source = {"gguf_file": gguf_file.name}
+    source: dict[str, Any] = {"gguf_file": gguf_file.name, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(gguf_file.parent, **source)
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     reader = GGUFReader(gguf_file)
     architecture = hf_gguf.read_field(reader, "general.architecture")[0]
     processor = hf_gguf.TENSOR_PROCESSORS.get(architecture, hf_gguf.TensorProcessor)(config=config.to_dict())

@@ -96,12 +96,7 @@ class ModelFiles:
         return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
     def tokenizer(self) -> Any:
-        try:
-            return transformers.AutoTokenizer.from_pretrained(self.folder)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.spec} has no tokenizer that can be loaded: {first_line(error)}."
-            ) from error
+        return read_tokenizer(self.folder, self.spec)
 
 
 def find(spec: str, revision: str | None = None) -> ModelFiles:
@@ -157,11 +152,25 @@ def _download(spec: str, revision: str | None, patterns: list[str]) -> Path:
         raise UserError(f"The Hub did not give {spec!r}{at}: {first_line(error)}.") from error
 
 
+def read_tokenizer(folder: Path, spec: str) -> Any:
+    """The tokenizer in a folder, of transformers' own classes; `spec` names the model in errors."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{spec} has no tokenizer that can be loaded: {_reason(error)}.") from error
+
+
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):  # else transformers would ask, and run it
+        return "it comes as Python code beside the model, and llmslim runs none but transformers' own"
+    return first_line(error)
+
+
 def _read_config(folder: Path) -> transformers.PreTrainedConfig:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # unknown model types, damaged JSON and remote code all end here
-        raise UserError(f"{folder}/config.json cannot be used: {first_line(error)}.") from error
+        raise UserError(f"{folder}/config.json cannot be used: {_reason(error)}.") from error
     config.__dict__.pop("transformers_weights", None)  # weight files of other names, which may be pickles
     return config
 
