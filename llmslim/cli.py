@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmslim.errors import UserError, nearest
+from llmslim.errors import UserError, VerificationError, nearest
 from llmslim.flags import Parser
 
 
@@ -85,10 +85,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _dispatch(argv)
         return 0
-    except UserError as error:
+    except (UserError, VerificationError) as error:
         if "--debug" in argv:
             raise
-        return _complain(str(error), 2)
+        return _complain(str(error), 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         resumes = "--output" in " ".join(argv) and argv[0] in {*step_verbs(), "compress"}
         on = " The same command goes on where this one stopped." if resumes else ""

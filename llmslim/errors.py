@@ -13,6 +13,13 @@ class UserError(ValueError):
     """
 
 
+class VerificationError(RuntimeError):
+    """A saved checkpoint does not give what was made: a defect of llmslim, or of the machine.
+
+    The command line prints it without a traceback and exits with code 1 (`--debug` shows the traceback).
+    """
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, for a message that goes on behind it."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

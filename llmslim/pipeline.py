@@ -21,7 +21,7 @@ from llmslim.checkpoint.reader import CheckpointReader, edited_skeleton, plain_c
 from llmslim.checkpoint.verify import verify_in_fresh_process
 from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import Edit
-from llmslim.errors import UserError
+from llmslim.errors import UserError, VerificationError
 from llmslim.evaluation.benchmark import peak_memory_mb
 from llmslim.evaluation.perplexity import require_causal
 from llmslim.evaluation.tasks import load_tasks
@@ -81,6 +81,7 @@ def compress(
 
     Raises:
         UserError: in one sentence, for anything that the caller can mend.
+        VerificationError: the checkpoint that was saved does not give what was made.
     """
     recipe = steps if isinstance(steps, Recipe) else Recipe(steps=tuple(steps), **fields)
     started = time.time()
@@ -110,7 +111,10 @@ def compress(
     progress("verify", 1, 1)
     if not verification["ok"]:
         failed = next(check for check in verification["checks"] if not check["ok"])
-        raise RuntimeError(f"The saved checkpoint in {work.path} is not what was made: {failed['detail']}")
+        raise VerificationError(
+            f"The checkpoint saved in {work.path} is not what was made: {failed['detail']}. It was not put in the "
+            "place of the output; please report it, with the command."
+        )
     measured = measure(prepared.files, made, recipe, options.device, options.dtype, progress, work)
     verified = {"verification": verification, "files": file_record(work.path)}
     report = {**_report(prepared, work, record, started), **verified, **measured}

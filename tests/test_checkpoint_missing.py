@@ -1,4 +1,4 @@
-"""Files that lack tensors, or hold more than the config announces: told, and never filled with random numbers."""
+"""Files that lack tensors, hold more than the config announces, or hold NaN: told where they are read."""
 
 import json
 import shutil
@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmslim import compress
+from llmslim.calibration.statistics import is_finite
 from llmslim.checkpoint.load import load
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.errors import UserError
@@ -64,6 +65,30 @@ def test_a_packed_weight_without_its_scales_is_refused(form, tmp_path):
     scale = UP.replace(".weight", ".scales" if form == "gptq" else ".weight_scale")
     without(tmp_path / "made", scale)
     with pytest.raises(UserError, match=f"such as {scale}"):
+        load(str(tmp_path / "made"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_value_that_is_not_finite_is_found(value, dtype):
+    tensor = torch.randn(100, 333).to(dtype)
+    assert is_finite(tensor) and is_finite(tensor[:0])
+    tensor[-1, -1] = value
+    assert not is_finite(tensor)
+
+
+def test_what_is_not_finite_is_named_as_it_is_read(tmp_path):
+    """Also of a packed weight, and of what only the type of the run cannot hold."""
+    source = save_tiny("llama", tmp_path / "source")
+    rewrite(source, lambda t: t.update({"model.norm.weight": t["model.norm.weight"] * 1e6}))
+    reader = CheckpointReader(find(str(source)))
+    reader.fill([reader.model_skeleton()], None, torch.float32)
+    with pytest.raises(UserError, match="model.norm.weight has .* larger ones than the type of the run"):
+        reader.fill([reader.model_skeleton()], None, torch.float32, round_to=torch.float16)
+    make(source, tmp_path / "made", RTN(bits=4, group_size=32), "compressed-tensors")
+    scale = UP.replace(".weight", ".weight_scale")
+    rewrite(tmp_path / "made", lambda t: t.update({scale: t[scale] * float("nan")}))
+    with pytest.raises(UserError, match=f"{scale} has NaN"):
         load(str(tmp_path / "made"))
 
 

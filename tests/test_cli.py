@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from llmslim import cli, pipeline
 from llmslim.commands.run import RECIPE, STEP, methods_of, recipe_parser, step_parser
-from llmslim.errors import UserError
+from llmslim.errors import UserError, VerificationError
 from llmslim.recipe import Calibration, Evaluation, Recipe
 from llmslim.step import STEPS, load_steps
 from tests.tiny import save_tiny
@@ -418,6 +418,11 @@ def test_debug_shows_the_traceback() -> None:
         (OSError(28, "No space left on device"), 1, "the disk is full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "the disk is full"),
         (MemoryError(), 1, "memory ran out"),
+        (
+            VerificationError("The checkpoint is not what was made"),
+            1,
+            "error: The checkpoint is not what was made",
+        ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), 1, "memory ran out"),
     ],
 )

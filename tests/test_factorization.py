@@ -360,22 +360,23 @@ def test_what_is_saved_is_refused_alike(made: dict[str, Made]) -> None:
             prepare(str(made[name].folder), recipe({"svd": {}}))
 
 
-def broken(source: str, folder: Path, tensor: str) -> str:
+def broken(source: str, folder: Path, tensor: str, value: float) -> str:
     shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors[tensor][1, 2] = float("nan")
+    tensors[tensor][1, 2] = value
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return str(folder)
 
 
 def test_weights_and_inputs_that_are_not_finite_are_named(llama: str, tmp_path: Path) -> None:
-    bad = broken(llama, tmp_path / "model", "model.layers.1.mlp.up_proj.weight")
+    up = "model.layers.1.mlp.up_proj.weight"
+    bad = broken(llama, tmp_path / "model", up, float("nan"))
     for number, step in enumerate(({"svd": {}}, {"svd_llm": {"allocation": "error"}})):
-        with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj has NaN or infinite weights"):
+        with pytest.raises(UserError, match=rf"{up} has NaN or infinite values"):
             compress(bad, recipe(step), tmp_path / str(number))
     without = {"svd_llm": {"exclude": ["up_proj"]}}
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj has NaN or infinite inputs"):
-        compress(bad, recipe(without), tmp_path / "out")
+        compress(broken(llama, tmp_path / "large", up, 1e30), recipe(without), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

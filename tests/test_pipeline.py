@@ -386,14 +386,17 @@ def test_the_folder_that_one_is_in_is_replaced_when_asked(
     assert work.publish() == tmp_path / "model" and not list(work.output.iterdir())
 
 
-def test_a_nan_weight_is_named_and_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"]
+)
+def test_a_nan_weight_is_named_and_leaves_nothing_that_looks_finished(name: str, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     folder = save_tiny("llama", tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    tensors[name].view(-1)[5] = float("nan")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj has NaN"):
+    with pytest.raises(UserError, match=f"the tensor {name} has NaN"):
         compress(str(folder), [STEP], tmp_path / "out", **QUICK)
     assert not (tmp_path / "out").exists()
 

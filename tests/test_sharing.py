@@ -481,12 +481,15 @@ def test_formats_of_others_cannot_hold_it(four: Path, tmp_path: Path) -> None:
 def test_weights_and_inputs_that_are_not_finite_are_named(four: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(four, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][1, 2] = float("nan")
+    up = "model.layers.1.mlp.up_proj.weight"
+    tensors[up][1, 2] = float("nan")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     for number, init in enumerate(("fit", "mean")):
         step = {"share": {"init": init, "grouping": ("similarity", "cyclic")[number]}}
-        with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj has NaN or infinite weights"):
+        with pytest.raises(UserError, match=rf"{up} has NaN or infinite values"):
             compress(str(folder), recipe(step), tmp_path / init)
+    tensors[up][1, 2] = 1e30  # whose outputs, squared, are not
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     step = {"share": {"exclude": ["up_proj"], "delta_rank": 2}}
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj has NaN or infinite inputs"):
         compress(str(folder), recipe(step), tmp_path / "out")

@@ -11,7 +11,13 @@ from transformers import PreTrainedModel
 from llmslim.checkpoint.bitsandbytes import settle
 from llmslim.checkpoint.formats import formats
 from llmslim.checkpoint.names import relative
-from llmslim.checkpoint.reader import CheckpointReader, plain_config, read_edits, refuse_missing
+from llmslim.checkpoint.reader import (
+    CheckpointReader,
+    plain_config,
+    read_edits,
+    refuse_missing,
+    require_finite,
+)
 from llmslim.errors import UserError
 from llmslim.kvcache.store import read_setting
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find, model_class, skeleton
@@ -87,6 +93,8 @@ def load_model(files: ModelFiles, dtype: torch.dtype | str | None, device: torch
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
+    for name, parameter in model.named_parameters():
+        require_finite(files, name, parameter.detach())
     setting = read_setting(files.folder)
     if setting is not None and model.can_generate():
         from llmslim.kvcache.runtime.cache import attach

@@ -16,6 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
 
 from llmslim.anatomy import Anatomy
+from llmslim.calibration.statistics import is_finite
 from llmslim.checkpoint.formats import Compact, Format, Packed, expect, formats
 from llmslim.checkpoint.inventory import dense_tensors, part_of, stored_tensors
 from llmslim.edit import Edit, replay
@@ -89,13 +90,13 @@ class CheckpointReader:
         with self._open() as read:
             for name, module in part_of(models[0], prefix):
                 get = _following(read, name, counterpart(name, shared))
-                for full, tensor in self._dense(name, module, models[0], get, dtype, round_to).items():
+                tensors = self._dense(name, module, models[0], get, dtype, round_to)
+                if isinstance(module, Compact) and not self._is_tied(models[0], f"{name}.weight_packed"):
+                    tensors |= self._compact(name, module, get, dtype, round_to)
+                for full, tensor in tensors.items():
+                    require_finite(self.files, full, tensor)
                     for model in models:
                         place(model, full, tensor.to(device))
-                if isinstance(module, Compact) and not self._is_tied(models[0], f"{name}.weight_packed"):
-                    for full, tensor in self._compact(name, module, get, dtype, round_to).items():
-                        for model in models:
-                            place(model, full, tensor.to(device))
                 if isinstance(module, Packed):
                     for model in models:
                         model.get_submodule(name).int4pack = None  # type: ignore[assignment]
@@ -254,6 +255,15 @@ def refuse_missing(files: ModelFiles, names: Collection[str]) -> None:
         raise UserError(
             f"{files.spec} lacks {len(names)} tensors, such as {some}, that its config.json announces: it is damaged "
             "or another model's; download or save it again."
+        )
+
+
+def require_finite(files: ModelFiles, name: str, tensor: Tensor) -> None:
+    """Refuse a tensor from which nothing can be computed; packed integers are always finite."""
+    if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not is_finite(tensor):
+        raise UserError(
+            f"{files.spec}: the tensor {name} has NaN or infinite values, or larger ones than the type of the run can "
+            "hold, from which nothing can be computed; mend the model."
         )
 
 

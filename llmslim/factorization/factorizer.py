@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
-from llmslim.calibration.statistics import InputStats, check_finite, output_error
+from llmslim.calibration.statistics import InputStats, check_inputs, output_error
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.factorization.edits import FactorizeEmbedding, FactorizeLinear, LowRankEmbedding
@@ -186,8 +186,6 @@ class Factorizer(LinearStep):
 
         for edit in self._outer_edits(stream.anatomy):
             weight = cast(Tensor, stream.model.get_submodule(edit.module).weight).float()
-            if not bool(weight.isfinite().all()):
-                raise UserError(f"{edit.module} has NaN or infinite weights, which cannot be factorized.")
             # eigenvectors of the small Gram matrix, the components that the rows have most of
             projection = (
                 torch.linalg.eigh((weight.T @ weight).double()).eigenvectors.flip(1)[:, : edit.rank].float()
@@ -208,7 +206,7 @@ class Factorizer(LinearStep):
         self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord
     ) -> tuple[Edit, nn.Module] | None:
         full = weight.float()
-        check_finite(name, full, stats, "factorized")
+        check_inputs(name, stats, "factorized")
         found = decompose(full, self.root(stats))
         rank = self._settled_rank(name, found, full, record)
         row = {"name": name, "rank": rank or min(full.shape), "shape": list(full.shape)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmslim.anatomy.parts import dense_weight
-from llmslim.calibration.statistics import InputStats, check_finite, with_stats
+from llmslim.calibration.statistics import InputStats, check_inputs, with_stats
 from llmslim.lowrank import decompose, worthwhile
 from llmslim.step import StepRecord, Survey
 
@@ -44,7 +44,7 @@ def _gains(step: Factorizer, block: Block, stream: BlockStream, names: list[str]
 
     def measure(name: str, stats: InputStats | None) -> None:
         weight = dense_weight(stream.model.get_submodule(name)).float()
-        check_finite(name, weight, stats, "factorized")
+        check_inputs(name, stats, "factorized")
         powers = decompose(weight, step.root(stats)).powers
         gains[name] = powers / powers.sum().clamp_min(1e-30)
         tokens[name] = stats.tokens if stats is not None else 1

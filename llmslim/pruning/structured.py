@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block, Experts
 from llmslim.anatomy.parts import Projection, dense_weight, is_conv1d
-from llmslim.calibration.statistics import InputStats, check_finite, output_error, output_power
+from llmslim.calibration.statistics import InputStats, check_inputs, output_error, output_power
 from llmslim.calibration.stream import BlockStream
 from llmslim.pruning import importance
 from llmslim.pruning.amount import Share
@@ -181,7 +181,7 @@ class Structured(Share):
             def visit(name: str, inputs: list[Tensor], block=block, stream=stream, sites=sites) -> None:
                 site, linear = sites[name], stream.model.get_submodule(name)
                 weight, moments = dense_weight(linear).float(), self._moments(linear, inputs)
-                check_finite(name, weight, moments.stats, "pruned", "mend the model")
+                check_inputs(name, moments.stats, "pruned", "mend the model")
                 cost, stats = self._scores(block, site, weight, moments, None), moments.stats
                 # an error counts by its share of the output, so that blocks of any scale compare
                 power = output_power(weight, stats.hessian).clamp_min(1e-30)
@@ -321,9 +321,8 @@ class Structured(Share):
         """Decide what stays, and put weights in place that read nothing else."""
         view = dense_weight(linear)
         weight = view.detach().float()
-        check_finite(
-            site.name, weight, None if moments is None else moments.stats, "pruned", "mend the model"
-        )
+        if moments is not None:
+            check_inputs(site.name, moments.stats, "pruned", "mend the model")
         keep = self._keep(block, site, weight, moments, surveyed)
         columns = site.units[keep].reshape(-1).sort().values
         new = torch.zeros_like(weight)

@@ -182,10 +182,6 @@ class WeightPruner(Amount, LinearStep):
         self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord
     ) -> tuple[Edit, nn.Module]:
         full = weight.float()
-        if not bool(full.isfinite().all()):
-            raise UserError(
-                f"{name} has NaN or infinite weights, which cannot be ranked; --exclude it or mend the model."
-            )
         sparsity = self.share(name, record)
         pruned, mask = self.prune(name, full, sparsity, stats, record)
         if not bool(mask.any()):  # of a global threshold

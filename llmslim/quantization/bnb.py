@@ -15,7 +15,7 @@ from llmslim.edit import Edit, replace_module
 from llmslim.errors import UserError
 from llmslim.linear_step import LinearStep
 from llmslim.quantization.bnb_linear import BnbLinear, QuantType
-from llmslim.quantization.quantizer import check_finite, refuse_nothing
+from llmslim.quantization.quantizer import refuse_nothing
 from llmslim.step import StepRecord
 
 
@@ -85,7 +85,6 @@ class BitsAndBytes(LinearStep):
     def compress_linear(
         self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord
     ) -> tuple[Edit, nn.Module]:
-        check_finite(name, weight)
         edit = self._edit(name)
         record.linears.append({"name": name, "bits": self.bits, "shape": list(weight.shape)})
         # bitsandbytes writes down the type that it saw, and computes with the weight in it

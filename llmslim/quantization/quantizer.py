@@ -159,7 +159,6 @@ class Quantizer(LinearStep):
         model = stream.model
         for edit in self._outer_edits(stream.anatomy):
             weight = cast(Tensor, model.get_submodule(edit.module).weight)
-            check_finite(edit.module, weight)
             quantized = round_table(weight, edit.scheme)
             record.linears.append(self._row(edit.module, edit.scheme, weight, quantized, None))
             edit.apply(model)
@@ -175,7 +174,6 @@ class Quantizer(LinearStep):
     ) -> tuple[Edit, nn.Module]:
         scheme = self.scheme(name)
         weight = weight.float()
-        check_finite(name, weight)
         quantized = self.quantize(name, weight, scheme, stats, record)
         record.linears.append(self._row(name, scheme, weight, quantized, stats))
         return PackLinear(module=name, scheme=scheme), PackedLinear.from_quantized(quantized, bias=None)
@@ -224,13 +222,6 @@ def fill_packed(module: PackedLinear | PackedEmbedding, quantized: QuantizedWeig
     """Put a quantized weight into an empty packed module."""
     for name, parameter in PackedLinear.from_quantized(quantized, bias=None).named_parameters():
         setattr(module, name, parameter)
-
-
-def check_finite(name: str, weight: Tensor) -> None:
-    if not bool(weight.isfinite().all()):
-        raise UserError(
-            f"{name} has NaN or infinite weights, which cannot be quantized; --exclude it or mend the model."
-        )
 
 
 def _check_group(name: str, width: int, group_size: GroupSize) -> None:

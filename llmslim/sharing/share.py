@@ -16,7 +16,7 @@ from llmslim.anatomy.parts import dense_weight
 from llmslim.calibration.factor import rising_cholesky, root_of
 from llmslim.calibration.statistics import (
     InputStats,
-    check_finite,
+    check_inputs,
     output_error,
     output_power,
     with_stats,
@@ -324,7 +324,7 @@ class ShareBlocks(LinearStep):
 
         def note(name: str, stats: InputStats | None) -> None:
             weight = dense_weight(stream.model.get_submodule(name)).detach().float().clone()
-            check_finite(name, weight, stats, "shared")
+            check_inputs(name, stats, "shared")
             hessian = torch.zeros(weight.shape[1], weight.shape[1]) if stats is None else stats.hessian
             power = float(output_power(weight, hessian.to(weight.device)))
             found[paths[name]] = Moment(weight, hessian.to(weight.device), 1 / power if power > 0 else 0.0)
@@ -353,7 +353,7 @@ class ShareBlocks(LinearStep):
             share(base, edit.source)
         module: nn.Module = base
         result = shared
-        check_finite(name, full, stats, "shared")  # what the blocks before make of them
+        check_inputs(name, stats, "shared")  # what the blocks before make of them
         if edit.rank:
             root = None if stats is None else root_of(stats)
             rest = full - base.weight.float()
