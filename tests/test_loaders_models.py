@@ -90,6 +90,20 @@ def test_of_two_conversions_at_once_the_second_finds_the_first_ones(tmp_path: Pa
     assert (folder / "config.json").read_text() == "theirs" and not made.exists()
 
 
+def test_a_conversion_names_the_extra_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("LLMSLIM_CACHE", str(tmp_path))
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs gguf: pip install 'llmslim\[gguf\]'"):
+        find(str(tmp_path / "model.gguf"))
+
+
+def test_a_conversion_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    now = iter(range(0, 600, 4))
+    assert [*gguf.telling("converting", "abcdefgh", lambda: next(now))] == list("abcdefgh")
+    assert capsys.readouterr().out.splitlines() == [f"converting: {done}/8" for done in (2, 5)]
+
+
 def test_what_killed_conversions_left_is_removed(tmp_path: Path) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()

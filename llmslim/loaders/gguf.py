@@ -8,14 +8,16 @@ that a GGUF model streams like any other. It runs in a child process: what parsi
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llmslim.errors import UserError
 from llmslim.loaders.safetensors_io import write_in_order
@@ -24,6 +26,9 @@ from llmslim.loaders.safetensors_io import write_in_order
 # bfloat16 rounding (0.4%) is far below the file's own quantization error and halves the disk space.
 EXACT_BELOW = 1_000_000_000
 _ABANDONED = 3600.0  # seconds without a write
+_EVERY = 10.0  # seconds between two lines on how far it is
+
+T = TypeVar("T")
 
 
 def cache_root() -> Path:
@@ -39,8 +44,12 @@ def converted(gguf_file: Path) -> Path:
     key = f"{gguf_file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     folder = cache_root() / "gguf" / f"{gguf_file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not folder.exists():
+        if importlib.util.find_spec("gguf") is None:
+            raise UserError(f"The GGUF file {gguf_file} needs gguf: pip install 'llmslim[gguf]'.")
         command = [sys.executable, "-m", "llmslim.loaders.gguf", str(gguf_file), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        print(f"converting {gguf_file.name} to safetensors, once", file=sys.stderr, flush=True)
+        # what it tells of its progress goes to this process's stderr
+        done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
         if done.returncode != 0:
             last_line = (done.stderr.strip() or "no message").splitlines()[-1]
             raise UserError(f"The GGUF file {gguf_file} cannot be converted: {last_line}")
@@ -71,7 +80,7 @@ def convert(gguf_file: Path, folder: Path) -> None:
     temporary.mkdir(parents=True)
 
     def tensors():
-        for tensor in reader.tensors:
+        for tensor in telling(f"converting {gguf_file.name}", reader.tensors):
             values = dequantize(tensor.data, tensor.tensor_type)
             result = processor.process(
                 weights=values, name=tensor.name, tensor_key_mapping=names, parsed_parameters={"tensors": {}}
@@ -91,6 +100,16 @@ def convert(gguf_file: Path, folder: Path) -> None:
     generation = {k: getattr(config, k, None) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (temporary / "generation_config.json").write_text(json.dumps(generation, indent=2))
     move(temporary, folder)
+
+
+def telling(what: str, items: Sequence[T], clock: Callable[[], float] = time.monotonic) -> Iterator[T]:
+    """The items, with a line on stdout at most every `_EVERY` seconds on how far it is."""
+    last = clock()
+    for done, item in enumerate(items):
+        if clock() - last >= _EVERY:
+            last = clock()
+            print(f"{what}: {done}/{len(items)}", flush=True)
+        yield item
 
 
 def _clear(folder: Path) -> None:
