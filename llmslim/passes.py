@@ -296,7 +296,8 @@ class BlockPass:
         self.stream.add(Lane.of_tokens("probe", probe, two_sided))
         save_tensors(self.scratch / "tokens.safetensors", {"tokens": probe})
         dtype = str(self.options.dtype).removeprefix("torch.")
-        settings = {"dtype": dtype, "source": str(self.reader.files.folder)}
+        source, device = str(self.reader.files.folder), str(self.options.device)
+        settings = {"dtype": dtype, "device": device, "source": source}
         (self.scratch / "probe.json").write_text(json.dumps(settings))
 
     def _probe_outputs(self) -> None:

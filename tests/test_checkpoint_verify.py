@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmslim.checkpoint import verify as verification
+from llmslim.checkpoint.load import load_model
 from llmslim.checkpoint.verify import verify, verify_in_fresh_process
 from llmslim.quantization.rtn import RTN
 from tests.checkpoints import make
@@ -120,3 +122,46 @@ def test_missing_tokenizer_files_are_named(folder, good):
     (folder / "chat_template.jinja").unlink()
     (folder / "tokenizer.json").unlink()
     assert "tokenizer" in failed(folder, good)
+
+
+def told(probe, **settings):
+    path = probe / "probe.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def test_where_the_device_of_the_run_is_out_of_reach_other_kernels_are_forgiven(good, tmp_path):
+    """The CPU computes what a GPU has computed: a tenth of the logits' scale may lie between, twice that scale not."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for by, ok in ((0.1, True), (2.0, False)):
+        probe = tmp_path / str(by)
+        shutil.copytree(probe_of(good), probe)
+        told(probe, dtype="bfloat16")
+        logits = load_file(probe / "logits.safetensors")["logits"]
+        logits[..., 7] += by * logits.square().mean().sqrt()
+        save_file({"logits": logits}, probe / "logits.safetensors")
+        assert not verify(good, probe)["ok"]
+        told(probe, device="cuda:0")
+        report = verify(good, probe)
+        assert report["ok"] is ok and "cuda:0 being out of reach" in report["checks"][1]["detail"], report
+
+
+def test_the_probe_is_computed_where_the_run_was(good, tmp_path, monkeypatch):
+    seen = []
+
+    class Seen(verification.BlockStream):
+        def __init__(self, model, device, dtype):
+            seen.append(device)
+            super().__init__(model, torch.device("cpu"), dtype)
+
+    def load_here(files, dtype, device):
+        seen.append(device)
+        return load_model(files, dtype, torch.device("cpu"))
+
+    monkeypatch.setattr(verification, "BlockStream", Seen)
+    monkeypatch.setattr("llmslim.checkpoint.load.load_model", load_here)
+    probe = tmp_path / "probe"
+    shutil.copytree(probe_of(good), probe)
+    told(probe, device="cpu:0")
+    report = verify(good, probe)
+    assert report["ok"] and seen == [torch.device("cpu:0")] * 2
