@@ -111,20 +111,21 @@ def eliminate(weight: Tensor, hessian: Tensor, units: Tensor, remove: int, at_on
         at_once: of a single pool, how many are removed between two looks.
 
     Returns:
-        bool [pools, size].
+        bool [pools, size], on the CPU.
     """
     pools, size, _ = units.shape
     inverse = torch.cholesky_inverse(cholesky(hessian.double())).to(weight.dtype)
-    keep = torch.ones(pools, size, dtype=torch.bool, device=weight.device)
-    place = torch.arange(weight.shape[1], device=weight.device)  # where a column stands in what is left
+    # what is decided is on the CPU, as `units` are: such indices are taken on every device, others on their own alone
+    keep = torch.ones(pools, size, dtype=torch.bool)
+    place = torch.arange(weight.shape[1])  # where a column stands in what is left
     while (left := remove - (size - int(keep.sum(1).max()))) > 0:
         open_ = keep & (keep.sum(1, keepdim=True) > size - remove)
         open_units = open_.nonzero()
-        scores = refit_increase(weight, inverse, place[units[open_]][None])[0]
+        scores = refit_increase(weight, inverse, place[units[open_]][None])[0].cpu()
         chosen = open_units[scores.argsort(stable=True)[: min(at_once, left) if pools == 1 else 1]]
         keep[chosen[:, 0], chosen[:, 1]] = False
         gone = place[units[chosen[:, 0], chosen[:, 1]].reshape(-1)]
-        stays = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+        stays = torch.ones(weight.shape[1], dtype=torch.bool)
         stays[gone] = False
         weight, inverse = _without(weight, inverse, gone, stays)
         place = (stays.cumsum(0) - 1)[place]

@@ -166,7 +166,8 @@ class Structured(Share):
 
         With sensitivity also how many units each matrix loses, settled here, where no block is narrowed yet.
         """
-        found = self._taylor(look) if self.criterion == "taylor" else self._streamed(look)
+        scores = self._taylor(look) if self.criterion == "taylor" else self._streamed(look)
+        found = {name: score.cpu() for name, score in scores.items()}
         if self.allocation == "sensitivity":
             removes = self._removes(look.anatomy, found)
             found.update({_REMOVE + name: torch.tensor(count) for name, count in removes.items()})
@@ -282,11 +283,11 @@ class Structured(Share):
     def _keep(
         self, block: Block, site: Site, weight: Tensor, moments: Moments | None, surveyed: Tensor | None
     ) -> Tensor:
-        """bool [pools, size]: the units that stay."""
+        """bool [pools, size] on the CPU, where `units` are: the units that stay."""
         if self.criterion == "obs" and moments is not None:
             at_once = -(-site.remove // _LOOKS)
             return importance.eliminate(weight, moments.damped, site.units, site.remove, at_once)
-        return importance.keep_best(self._scores(block, site, weight, moments, surveyed), site.remove)
+        return importance.keep_best(self._scores(block, site, weight, moments, surveyed).cpu(), site.remove)
 
     def _scores(
         self, block: Block, site: Site, weight: Tensor, moments: Moments | None, surveyed: Tensor | None
