@@ -8,10 +8,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy, Block, Experts
-from llmslim.anatomy.parts import dense_weight, features
+from llmslim.anatomy.parts import dense_weight, features, is_matrix
 from llmslim.edit import Edit, replace_module
 from llmslim.experts import UnfuseExperts
-from llmslim.step import REFERENCE_PART, BlockStep, StepRecord, block_of, matches
+from llmslim.step import REFERENCE_PART, BlockStep, StepRecord, block_of, matches, require_matches
 from llmslim.ties import counterpart, shared_modules
 
 if TYPE_CHECKING:
@@ -37,6 +37,20 @@ class LinearStep(BlockStep):
     def selects(self, name: str) -> bool:
         """Whether a Linear of that dotted name is compressed; a pattern may match any tail of the name."""
         return (not self.include or matches(name, self.include)) and not matches(name, self.exclude)
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuse patterns that match nothing; what is left alone may be any matrix or table of the model."""
+        fused = {
+            name
+            for block in anatomy.blocks
+            if isinstance(experts := block.mlp, Experts) and experts.gate_up is not None
+            for name in _expert_shapes(block, experts)
+        }
+        linears = fused.union(*(block.linears() for block in anatomy.blocks))
+        modules = anatomy.model.named_modules(remove_duplicate=False)  # blocks may share some
+        tables = {name for name, module in modules if _holds_matrix(module)}
+        require_matches("include", self.include, linears, "Linear in the blocks")
+        require_matches("exclude", self.exclude, fused | tables, "matrix in the model")
 
     def compress_linear(
         self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord
@@ -128,6 +142,12 @@ class _Visitor:
         getattr(module, "bias_owner", module).bias = linear.bias
         replace_module(model, name, module)
         self.record.edits.append(edit)
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    """Whether the module itself is a matrix, of whatever kind, an embedding or a router; fused experts are not."""
+    dimensions = max((parameter.ndim for parameter in module.parameters(recurse=False)), default=0)
+    return not any(module.children()) and (is_matrix(module) or dimensions == 2)
 
 
 def _expert_shapes(block: Block, experts: Experts) -> dict[str, tuple[int, int]]:

@@ -35,7 +35,7 @@ from llmslim.memory import return_freed_memory
 from llmslim.outlook import Foresight
 from llmslim.passes import BlockPass, PassOptions, recorded
 from llmslim.plan import Plan, make_plan
-from llmslim.recipe import Evaluation, Recipe
+from llmslim.recipe import Calibration, Evaluation, Recipe
 from llmslim.report import write_report
 from llmslim.report.schema import SCHEMA_VERSION, read_report
 from llmslim.step import BlockStep, Step, StepRecord
@@ -258,10 +258,12 @@ def prepare(
     recipe = recipe.model_copy(update={"steps": steps})
     form = form_of(list(outlook.edits))
     text = None
-    if any(step.needs_calibration for step in recipe.steps):
+    if recipe.reads_text:
         choice = recipe.calibration
         require_positions("seq_len", choice.seq_len, whole, files.spec)
         text = sample(choice.text, files.tokenizer(), choice.num_samples, choice.seq_len, recipe.seed)
+    elif recipe.calibration != Calibration():
+        chosen += ("calibration: no step looks at a text, so it changes nothing",)
     options = PassOptions(
         text.tokens if text else None,
         recipe.seed,

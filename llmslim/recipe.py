@@ -10,12 +10,23 @@ format: auto
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from llmslim.errors import UserError, nearest
 from llmslim.step import Step, build_step, explain
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Calibration(BaseModel):
@@ -56,6 +67,13 @@ class Evaluation(BaseModel):
             return names
         return tuple(part.strip() for name in listed for part in name.split(",") if part.strip())
 
+    @model_validator(mode="after")
+    def _tasks_to_limit(self) -> Self:
+        for name in ("tasks_limit", "tasks_data"):
+            if getattr(self, name) and not self.tasks:
+                raise ValueError(f"{name} is about tasks, and there are none: name some, or leave it out")
+        return self
+
 
 class Recipe(BaseModel):
     """A run: steps in order, the texts, and how the result is stored.
@@ -77,6 +95,11 @@ class Recipe(BaseModel):
         "auto", description="of what stays dense in the output; auto: the model's own"
     )
     seed: int = Field(0, ge=0, description="chooses the calibration windows")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a step looks at the calibration text."""
+        return any(step.needs_calibration for step in self.steps)
 
     @property
     def measures_steps(self) -> bool:
@@ -186,11 +209,12 @@ def _explain_nested(error: ValidationError) -> str:
     """The first problem, told for the innermost section that it lies in."""
     location = error.errors()[0]["loc"]
     sections: dict[str, type[BaseModel]] = {"calibration": Calibration, "evaluation": Evaluation}
-    section = sections.get(str(location[0]))
-    if section is None or len(location) < 2:
+    section, value = sections.get(str(location[0])), error.errors()[0]["input"]
+    fields = {str(location[-1]): value} if len(location) > 1 else value
+    if section is None or not isinstance(fields, dict):
         return explain(error, "the recipe", Recipe)
     try:
-        section(**{str(location[-1]): error.errors()[0]["input"]})
+        section(**fields)
     except ValidationError as inner:
         return explain(inner, str(location[0]), section)
     return explain(error, "the recipe", Recipe)

@@ -7,7 +7,7 @@ weight and the statistics of its inputs). Override the narrowest rung.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -337,6 +337,25 @@ def block_of(stream: BlockStream, block: Block) -> Block:
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*.{p}") for p in patterns)
+
+
+def require_matches(option: str, patterns: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Refuse patterns of module names that match nothing, which would be typed in vain.
+
+    Args:
+        known: dotted names that a pattern can match.
+        what: one of them is, in words.
+
+    Raises:
+        UserError: with the nearest of the names' last parts, and all of them.
+    """
+    missing = [pattern for pattern in patterns if not any(matches(name, (pattern,)) for name in known)]
+    if missing:
+        leaves = sorted({name.rpartition(".")[2] for name in known})
+        raise UserError(
+            f"{option} {', '.join(map(repr, missing))}: no such {what}"
+            f"{nearest(missing[0].rpartition('.')[2], leaves)}; there are {', '.join(leaves)}."
+        )
 
 
 def step_class(kind: str) -> type[Step]:

@@ -322,6 +322,12 @@ BAD = {
         "--eval-windows and --no-evaluate",
     ),
     "measured steps": ([*QUANTIZE, "--no-evaluate", "--measure-steps"], "--measure-steps and --no-evaluate"),
+    "no text to read": (
+        [*QUANTIZE, "--calibration", "/no/such.txt", "--num-samples", "7"],
+        "--calibration and --num-samples would change nothing: rtn",
+    ),
+    "limit of no task": ([*QUANTIZE, "--eval-limit", "5"], "evaluation: tasks_limit is about tasks"),
+    "data of no task": ([*QUANTIZE, "--eval-data", "/no/such"], "evaluation: tasks_data is about tasks"),
     "no recipe": (["compress", "demo", "none.yaml", "--output", "out"], "No recipe at none.yaml"),
     "no model there": (["inspect", "./nowhere"], "'./nowhere'"),
     "no such file": (["quantize", "./x.gguf", "--method", "rtn", "--output", "out"], "'./x.gguf'"),

@@ -259,6 +259,7 @@ def test_the_report_measures_base_and_result_alike(folders: dict[str, Path], tmp
             r"100000 is more than the \d+ positions",
         ),
         ([GPTQ(group_size=32, include=("nothing",))], {}, r"Nothing to quantize.*nothing"),
+        ([RTN(group_size=32, exclude=("q_prj",))], {}, r"exclude 'q_prj'.*did you mean 'q_proj'\?"),
     ],
 )
 def test_bad_requests_cost_nothing(
@@ -267,6 +268,13 @@ def test_bad_requests_cost_nothing(
     with pytest.raises(UserError, match=message):
         compress(str(folders["llama"]), steps, tmp_path / "out", **{**QUICK, **fields})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_tells_of_a_text_that_no_step_looks_at(folders: dict[str, Path]) -> None:
+    for step, told in ((RTN(group_size=32), 1), (GPTQ(group_size=32), 0)):
+        recipe = Recipe(steps=(step,), **QUICK)
+        chosen = prepare(str(folders["llama"]), recipe).plan.chosen
+        assert sum("no step looks at a text" in line for line in chosen) == told
 
 
 @pytest.fixture

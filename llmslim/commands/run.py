@@ -179,6 +179,7 @@ def _compress(recipe: Recipe, options: dict[str, Any]) -> None:
     from llmslim.report import plan_table, summary_table
     from llmslim.work import check_output
 
+    _refuse_unread(recipe, options)
     device = str(device_of(options)) if "device" in options else None
     model, revision = options["model"], options.get("revision")
     if options.get("plan"):
@@ -216,6 +217,17 @@ def _compress(recipe: Recipe, options: dict[str, Any]) -> None:
     print(f"Saved to {result.folder}, with a report (report.html, .md, .json) and a model card (README.md).")
     if target:
         _push(result.folder, target, private)
+
+
+def _refuse_unread(recipe: Recipe, options: dict[str, Any]) -> None:
+    """Refuse a text that was typed and no step looks at; a recipe's own the plan only tells of: others share it."""
+    typed = [SECTIONS[path] for path in _recipe_fields(options) if path.startswith("calibration.")]
+    if typed and not recipe.reads_text:
+        kinds = " and ".join(dict.fromkeys(step.kind for step in recipe.steps))
+        raise UserError(
+            f"{' and '.join(typed)} would change nothing: {kinds} with these options looks at no text; leave "
+            f"{'it' if len(typed) == 1 else 'them'} out."
+        )
 
 
 def _push(folder: Path, target: str, private: bool) -> None:

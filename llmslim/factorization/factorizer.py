@@ -106,6 +106,7 @@ class Factorizer(LinearStep):
             raise UserError(
                 f"Nothing to factorize: include={list(self.include)} and exclude={list(self.exclude)} leave no Linear."
             )
+        super().check(anatomy)
         ranks = {name: self.rank_of(*shape) for name, shape in chosen.items()}
         if chosen and not any(ranks.values()):
             name, shape = max(chosen.items(), key=lambda entry: worthwhile(*entry[1]))

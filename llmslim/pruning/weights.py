@@ -133,6 +133,7 @@ class WeightPruner(Amount, LinearStep):
             raise UserError(
                 f"Nothing to prune: include={list(self.include)} and exclude={list(self.exclude)} leave no Linear."
             )
+        super().check(anatomy)
         for name, (rows, width) in chosen.items():
             check_pattern(name, width, self.pattern)
             if not self._nonzeros(rows, width):

@@ -72,6 +72,7 @@ class BitsAndBytes(LinearStep):
             raise UserError("quantize --method bnb needs bitsandbytes: pip install 'llmslim[bnb]'.")
         if not any(self.targets(block) for block in anatomy.blocks):
             refuse_nothing(self, anatomy)
+        super().check(anatomy)
 
     def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
         edits: list[Edit] = []

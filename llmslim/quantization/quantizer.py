@@ -18,7 +18,7 @@ from llmslim.linear_step import LinearStep
 from llmslim.quantization.edits import PackEmbedding, PackLinear
 from llmslim.quantization.grid import GroupSize, QuantizedWeight, Scheme, round_to_nearest
 from llmslim.quantization.packed import PackedEmbedding, PackedLinear
-from llmslim.step import StepRecord, build_step, matches
+from llmslim.step import StepRecord, build_step, matches, require_matches
 
 
 class Quantizer(LinearStep):
@@ -112,6 +112,9 @@ class Quantizer(LinearStep):
             _check_group(table, cast(Tensor, module.weight).shape[1], self.embedding_scheme(table).group_size)
         if not chosen:
             refuse_nothing(self, anatomy)
+        super().check(anatomy)
+        packed = [*chosen, *self._tables(anatomy)]
+        require_matches("overrides", self.overrides, packed, "weight among those quantized")
 
     def planned_edits(self, anatomy: Anatomy) -> list[Edit]:
         edits: list[Edit] = [*self._outer_edits(anatomy)]

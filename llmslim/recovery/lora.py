@@ -21,7 +21,7 @@ from llmslim.recovery._base import public_name, seal
 from llmslim.recovery._files import WEIGHTS, read_adapter
 from llmslim.recovery._merging import MergingStep, has_no_grid, linears_of, within
 from llmslim.sparse import SparseLinear
-from llmslim.step import Outlook, Step, StepRecord, matches
+from llmslim.step import Outlook, Step, StepRecord, matches, require_matches
 from llmslim.training.objective import ObjectiveStep
 from llmslim.training.step import Finish
 
@@ -117,13 +117,7 @@ class LoRA(MergingStep, ObjectiveStep):
                 "blocks share; give --save-adapter to keep it beside the model, or use recover --method full, or "
                 "scales where they are packed."
             )
-        missing = [pattern for pattern in self.target_modules if not self._named(known, (pattern,))]
-        if missing:
-            leaves = sorted({name.rpartition(".")[2] for name in known})
-            raise UserError(
-                f"target_modules {', '.join(map(repr, missing))}: no such Linear in the blocks; there are "
-                f"{', '.join(leaves)}."
-            )
+        require_matches("target_modules", self.target_modules, known, "Linear in the blocks")
 
     def placed(self, anatomy: Anatomy) -> int:
         known = self._linears(anatomy)

@@ -182,6 +182,7 @@ class ShareBlocks(LinearStep):
                 )
             self._check_alike(blocks)
             self._check_rank(blocks, unique)
+        super().check(anatomy)
 
     def _check_alike(self, blocks: list[Block]) -> None:
         first = _below(blocks[0], self.targets(blocks[0]))
