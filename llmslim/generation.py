@@ -39,7 +39,7 @@ def generate(
     from llmslim.evaluation.samples import decoding
 
     tokens = prompt_tokens(model, tokenizer, prompt, chat).to(model.device)
-    check(model, tokens.shape[1], max_new_tokens, temperature)
+    check(model, tokens.shape[1], max_new_tokens, temperature, seed)
     pieces: list[str] = []
 
     class Pieces(TextStreamer):
@@ -58,16 +58,20 @@ def generate(
     return "".join(pieces)
 
 
-def check(model: PreTrainedModel, prompt_len: int, max_new_tokens: int, temperature: float) -> None:
+def check(
+    model: PreTrainedModel, prompt_len: int, max_new_tokens: int, temperature: float, seed: int
+) -> None:
     """Refuse what cannot be generated.
 
     Raises:
-        UserError: too many tokens, or too few, or a negative temperature.
+        UserError: too many tokens, or too few, a negative temperature, or a seed out of range.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens} is too few: it takes at least 1.")
     if temperature < 0:
         raise UserError(f"temperature = {temperature:g} is below 0: 0 is greedy, 0.7 is usual.")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed = {seed} is no seed: it takes 0 to {2**32 - 1}.")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and prompt_len + max_new_tokens > limit:
         raise UserError(

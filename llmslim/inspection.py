@@ -67,7 +67,7 @@ def sensitivity(
     """
     import torch
 
-    from llmslim.loaders.models import compute_dtype, default_device
+    from llmslim.loaders.models import compute_dtype, find_device
     from llmslim.loaders.texts import sample
     from llmslim.passes import PassOptions
     from llmslim.pruning.heads import PruneHeads
@@ -75,8 +75,8 @@ def sensitivity(
     from llmslim.pruning.sensitivity import sensitivity as measure
     from llmslim.survey import Look
 
+    place = find_device(device)
     files = find(model, revision)
-    place = torch.device(device) if device else default_device()
     text = sample(calibration.text, files.tokenizer(), calibration.num_samples, calibration.seq_len, seed)
     options = PassOptions(text.tokens, seed, place, compute_dtype(place, stored=files.dtype), files.dtype)
     look = Look(files, options, progress)

@@ -28,7 +28,7 @@ from llmslim.evaluation.tasks import load_tasks
 from llmslim.hub import file_record
 from llmslim.kvcache.store import check_lasts, read_setting
 from llmslim.loaders.heads import replaced_head, require_positions
-from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find, skeleton
+from llmslim.loaders.models import ModelFiles, compute_dtype, find, find_device, skeleton
 from llmslim.loaders.texts import TextSample, sample
 from llmslim.measure import judged_by, measure
 from llmslim.memory import return_freed_memory
@@ -83,7 +83,7 @@ def compress(
         UserError: in one sentence, for anything that the caller can mend.
         VerificationError: the checkpoint that was saved does not give what was made.
     """
-    recipe = steps if isinstance(steps, Recipe) else Recipe(steps=tuple(steps), **fields)
+    recipe = steps if isinstance(steps, Recipe) else Recipe.checked(steps=tuple(steps), **fields)
     started = time.time()
     check_output(Path(output), overwrite)
     return_freed_memory()
@@ -235,12 +235,12 @@ def prepare(
         UserError: for a model, text, option or format that cannot work.
     """
     require_one_process()
+    place = find_device(device)
     files = named = find(model, revision)
     headed = next((config for step in recipe.steps if (config := step.starts_from(files))), None)
     heads = "" if headed is None else replaced_head(files.config, headed)
     if headed is not None:
         files = replace(files, config=headed)
-    place = torch.device(device) if device else default_device()
     stored = files.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     recipe = recipe.model_copy(
         update={"steps": tuple(_settled(step, stored, recipe) for step in recipe.steps)}

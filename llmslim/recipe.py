@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from llmslim.errors import UserError, nearest
-from llmslim.step import Step, build_step, explain
+from llmslim.step import Step, build_step, checked, explain
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -94,7 +94,7 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of what stays dense in the output; auto: the model's own"
     )
-    seed: int = Field(0, ge=0, description="chooses the calibration windows")
+    seed: int = Field(0, ge=0, lt=2**32, description="chooses the calibration windows")
 
     @property
     def reads_text(self) -> bool:
@@ -213,8 +213,5 @@ def _explain_nested(error: ValidationError) -> str:
     fields = {str(location[-1]): value} if len(location) > 1 else value
     if section is None or not isinstance(fields, dict):
         return explain(error, "the recipe", Recipe)
-    try:
-        section(**fields)
-    except ValidationError as inner:
-        return explain(inner, str(location[0]), section)
+    checked(section, str(location[0]), fields)
     return explain(error, "the recipe", Recipe)

@@ -10,7 +10,7 @@ import fnmatch
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmslim.loaders.models import ModelFiles
 
 STEPS: dict[str, type[Step]] = {}
+M = TypeVar("M", bound=BaseModel)
 
 REFERENCE_PART = 3  # one window of so many is followed through the model as it was before the step
 
@@ -392,11 +393,19 @@ ROOMS = (
 
 def build_step(kind: str, fields: dict[str, Any]) -> Step:
     """A step from its recipe entry; unknown or impossible values are refused in one sentence."""
-    cls = step_class(kind)
+    return checked(step_class(kind), kind, fields)
+
+
+def checked(cls: type[M], what: str, fields: dict[str, Any]) -> M:
+    """A model of these fields; what is wrong with one is refused in one sentence.
+
+    Raises:
+        UserError: as `explain` says it.
+    """
     try:
         return cls(**fields)
     except ValidationError as error:
-        raise UserError(explain(error, kind, cls)) from error
+        raise UserError(explain(error, what, cls)) from error
 
 
 def explain(error: ValidationError, what: str, cls: type[BaseModel]) -> str:

@@ -15,6 +15,7 @@ from llmslim.errors import UserError
 from llmslim.files import write_atomically
 
 _LOCK = ".lock"
+_YEAR = 365 * 24 * 3600
 
 
 class Progress(Protocol):
@@ -28,7 +29,10 @@ def silent(what: str, done: int, total: int, note: str = "") -> None:
 
 
 def duration(seconds: float) -> str:
-    """3 s, 2 min 5 s, 1 h 12 min."""
+    """3 s, 2 min 5 s, 1 h 12 min; years beyond one."""
+    if seconds >= _YEAR:
+        years = seconds / _YEAR
+        return f"{years:.0f} years" if years < 1000 else "more than 1000 years"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import llmslim
 from llmslim import pipeline
+from llmslim.checkpoint.load import load
 from llmslim.distillation.response import Response
 from llmslim.errors import UserError
 from llmslim.pipeline import compress, prepare
@@ -268,6 +269,33 @@ def test_bad_requests_cost_nothing(
     with pytest.raises(UserError, match=message):
         compress(str(folders["llama"]), steps, tmp_path / "out", **{**QUICK, **fields})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"format": "foo"}, r"the recipe: format = 'foo': .*'llmslim'"),
+        (
+            {"calibration": {"num_sample": 3}},
+            r"'num_sample' for calibration \(did you mean 'num_samples'\?\)",
+        ),
+        ({"evaluation": {"tasks_limit": 3}}, "evaluation: tasks_limit is about tasks"),
+        ({"steps": ["gptq"]}, "the recipe: steps = 'gptq'"),
+        ({"seed": 2**32}, "seed = 4294967296"),
+        ({"device": "cudaa"}, "device 'cudaa' cannot be used here"),
+        ({"colour": 3}, "Unknown option 'colour' for the recipe"),
+    ],
+)
+def test_what_python_asks_for_in_vain_is_told_in_a_sentence(
+    fields: dict[str, Any], message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    asked = {"steps": [RTN(group_size=32)], "evaluation": None, **fields}
+    with pytest.raises(UserError, match=message):
+        compress(str(folders["llama"]), asked.pop("steps"), tmp_path / "out", **asked)
+    assert list(tmp_path.iterdir()) == []
+    if "device" in fields:
+        with pytest.raises(UserError, match=message):
+            load(str(folders["llama"]), **fields)
 
 
 def test_a_plan_tells_of_a_text_that_no_step_looks_at(folders: dict[str, Path]) -> None:

@@ -78,7 +78,16 @@ def test_a_terminal_gets_bars() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0 s"), (59.6, "1 min"), (125, "2 min 5 s"), (3600, "1 h 0 min"), (4320, "1 h 12 min")],
+    [
+        (0.4, "0 s"),
+        (59.6, "1 min"),
+        (125, "2 min 5 s"),
+        (3600, "1 h 0 min"),
+        (4320, "1 h 12 min"),
+        (3.2e8, "10 years"),
+        (1e300, "more than 1000 years"),
+        (float("inf"), "more than 1000 years"),
+    ],
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -20,7 +20,7 @@ from llmslim.checkpoint.reader import (
 )
 from llmslim.errors import UserError
 from llmslim.kvcache.store import read_setting
-from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find, model_class, skeleton
+from llmslim.loaders.models import ModelFiles, compute_dtype, find, find_device, model_class, skeleton
 
 
 def load(
@@ -45,8 +45,8 @@ def load(
         UserError: there is no such model, its files lack tensors, or it is quantized in a way that llmslim does not
             read.
     """
+    where = find_device(device)
     files = find(spec, revision)
-    where = torch.device(device) if device is not None else default_device()
     return load_model(files, dtype, where), files.tokenizer()
 
 

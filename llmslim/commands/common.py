@@ -12,7 +12,6 @@ from llmslim.errors import UserError
 from llmslim.flags import Parser, number_or_text
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from llmslim.kvcache.settings import KVSettings
@@ -38,31 +37,6 @@ def add_adapter(parser: Any) -> None:
     parser.add_argument(
         "--adapter", metavar="FOLDER", help="a peft adapter beside the model, such as OUTPUT/adapter"
     )
-
-
-def device_of(options: dict[str, Any]) -> torch.device:
-    """The device that was asked for, if it is there.
-
-    Raises:
-        UserError: it is not.
-    """
-    import torch
-
-    from llmslim.loaders.models import default_device
-
-    name = options.get("device")
-    if name is None:
-        return default_device()
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"The device {name!r} cannot be used here; leave out --device or give cpu."
-        ) from error
-    if device.type == "meta":
-        raise UserError("The device 'meta' holds no values; leave out --device or give cpu.")
-    return device
 
 
 def add_save(parser: Any) -> None:

@@ -12,7 +12,6 @@ from llmslim.commands.common import (
     add_model,
     add_save,
     check_save,
-    device_of,
     kv_settings,
     saved,
     tell,
@@ -188,7 +187,7 @@ def _run_tasks(options: dict[str, Any]) -> None:
             keep_answers=Path(options["keep_answers"]) if "keep_answers" in options else None,
             revision=options.get("revision"),
             dtype=options.get("dtype"),
-            device=device_of(options),
+            device=options.get("device"),
             progress=progress,
             **given,
         )
@@ -254,7 +253,7 @@ def _run_glue(options: dict[str, Any]) -> None:
             subset=options.get("subset"),
             revision=options.get("revision"),
             dtype=options.get("dtype"),
-            device=device_of(options),
+            device=options.get("device"),
             progress=lambda done, total: progress("evaluate", done, total),
         )
     tell(options, figures, glue_text)
@@ -278,19 +277,15 @@ def glue_text(figures: dict[str, Any]) -> str:
 
 
 def _run_perplexity(options: dict[str, Any]) -> None:
-    from pydantic import ValidationError
-
-    from llmslim.errors import UserError
     from llmslim.evaluation.run import evaluate
     from llmslim.progress import progress_for
     from llmslim.recipe import Evaluation
-    from llmslim.step import explain
+    from llmslim.step import checked
 
-    given = {name: options[name] for name in ("text", "seq_len", "windows") if name in options}
-    try:
-        choice = Evaluation(**given, join="\n\n" if options.get("join") else "")
-    except ValidationError as error:
-        raise UserError(explain(error, "evaluate", Evaluation)) from error
+    given: dict[str, Any] = {
+        name: options[name] for name in ("text", "seq_len", "windows") if name in options
+    }
+    choice = checked(Evaluation, "evaluate", {**given, "join": "\n\n" if options.get("join") else ""})
     settings, budget = kv_settings(options)
     with progress_for() as progress:
         figures = evaluate(
@@ -306,7 +301,7 @@ def _run_perplexity(options: dict[str, Any]) -> None:
             kv_budget=budget,
             revision=options.get("revision"),
             dtype=options.get("dtype"),
-            device=device_of(options),
+            device=options.get("device"),
             progress=lambda done, total: progress("evaluate", done, total),
         )
     tell(options, figures, text_of)

@@ -9,7 +9,6 @@ from llmslim.commands.common import (
     add_device,
     add_kv_cache,
     add_model,
-    device_of,
     kv_attach,
     kv_settings,
 )
@@ -48,14 +47,15 @@ def run(options: dict[str, Any]) -> None:
     from llmslim.checkpoint.load import load_model
     from llmslim.evaluation.run import check_adapter
     from llmslim.generation import generate
-    from llmslim.loaders.models import find
+    from llmslim.loaders.models import find, find_device
     from llmslim.recovery.lora import with_adapter
 
     settings, budget = kv_settings(options)
-    device, adapter = device_of(options), options.get("adapter")
+    adapter = options.get("adapter")
     files = find(options["model"], options.get("revision"))
     if adapter is not None:
         check_adapter(adapter, files, streamed=False)
+    device = find_device(options.get("device"))
     model, tokenizer = load_model(files, options.get("dtype"), device), files.tokenizer()
     kv_attach(model, tokenizer, settings, budget)
     if adapter is not None:

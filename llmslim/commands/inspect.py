@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmslim.commands.common import add_device, add_model, device_of, show
+from llmslim.commands.common import add_device, add_model, show
 from llmslim.errors import UserError
 from llmslim.flags import Parser, add_field
 
@@ -85,7 +85,7 @@ def _sensitivity(options: dict[str, Any]) -> None:
         key.removeprefix(CALIBRATION): value for key, value in options.items() if key.startswith(CALIBRATION)
     }
     recipe = Recipe.checked(steps=(), calibration=named, seed=options.get("seed", 0))
-    device = str(device_of(options)) if "device" in options else None
+    device = options.get("device")
     with progress_for() as progress:
         found = sensitivity(
             options["model"],

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmslim.commands.common import MODEL, add_device, add_model, device_of, show
+from llmslim.commands.common import MODEL, add_device, add_model, show
 from llmslim.errors import UserError, nearest
 from llmslim.flags import Parser, add_field, default_text, merged
 
@@ -180,7 +180,7 @@ def _compress(recipe: Recipe, options: dict[str, Any]) -> None:
     from llmslim.work import check_output
 
     _refuse_unread(recipe, options)
-    device = str(device_of(options)) if "device" in options else None
+    device = options.get("device")
     model, revision = options["model"], options.get("revision")
     if options.get("plan"):
         output = Path(options["output"]) if "output" in options else None

@@ -13,7 +13,7 @@ from llmslim.errors import UserError
 from llmslim.evaluation.run import resolve_dtype
 from llmslim.loaders.glue import DATASET, Sentences, Task, require_data, task_of, task_rows
 from llmslim.loaders.heads import positions, reading, require_head
-from llmslim.loaders.models import default_device, find
+from llmslim.loaders.models import find, find_device
 from llmslim.metrics import predicted, require_metrics, score
 from llmslim.training.forward import label_logits
 
@@ -89,7 +89,7 @@ def evaluate_glue(
     batch_size: int = 32,
     revision: str | None = None,
     dtype: str | None = None,
-    device: torch.device | None = None,
+    device: str | torch.device | None = None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Score a classifier on GLUE tasks by their validation data.
@@ -117,7 +117,7 @@ def evaluate_glue(
     files = find(model, revision)
     for task in chosen:
         require_head(files.config, task, files.spec)
-    place = device or default_device()
+    place = find_device(device)
     loaded, tokenizer = load_model(files, resolve_dtype(dtype, files, place), place), files.tokenizer()
     scores = {
         task.name: task_scores(loaded, tokenizer, task, data, subset, batch_size, progress) for task in chosen

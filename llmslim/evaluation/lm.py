@@ -31,7 +31,7 @@ from llmslim.evaluation.perplexity import require_causal
 from llmslim.evaluation.run import KV_CHUNK, check_adapter, kv_figures, prepared, resolve_dtype
 from llmslim.evaluation.tasks import leaves, load_tasks
 from llmslim.kvcache.settings import KVSettings
-from llmslim.loaders.models import ModelFiles, default_device, find
+from llmslim.loaders.models import ModelFiles, find, find_device
 
 Progress = Callable[[str, int, int], None]
 
@@ -52,7 +52,7 @@ def evaluate_tasks(
     keep_answers: Path | None = None,
     revision: str | None = None,
     dtype: str | None = None,
-    device: torch.device | None = None,
+    device: str | torch.device | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Score a causal language model on tasks of lm-eval, and a base on the same questions.
@@ -88,7 +88,7 @@ def evaluate_tasks(
     files, other = find(model, revision), find(base) if base is not None else None
     if adapter is not None:
         check_adapter(adapter, files, streamed=False)
-    place = device or default_device()
+    place = find_device(device)
     sides = [files] + ([other] if other is not None else [])
     for side in sides:
         require_causal(CheckpointReader(side).model_skeleton())

@@ -17,7 +17,7 @@ from llmslim.evaluation.stream import streamed_scores
 from llmslim.kvcache.allocation import fitted, told
 from llmslim.kvcache.settings import KVSettings
 from llmslim.loaders.heads import require_positions
-from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find
+from llmslim.loaders.models import ModelFiles, compute_dtype, find, find_device
 from llmslim.loaders.texts import TextSample, sample
 
 Progress = Callable[[int, int], None]
@@ -40,7 +40,7 @@ def evaluate(
     kv_budget: float | None = None,
     revision: str | None = None,
     dtype: str | None = None,
-    device: torch.device | None = None,
+    device: str | torch.device | None = None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Measure a causal language model.
@@ -63,7 +63,7 @@ def evaluate(
     Raises:
         UserError: for what cannot be evaluated.
     """
-    device = device or default_device()
+    device = find_device(device)
     if kv_cache is not None and streamed:
         raise UserError("A streamed model has no KV cache: leave --stream out, or --kv-bits.")
     files, other = find(model, revision), find(base) if base is not None else None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from llmslim.errors import UserError
-from llmslim.step import explain
+from llmslim.step import checked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -82,10 +82,7 @@ class KVSettings(BaseModel):
         """
         if isinstance(fields.get("bits"), (list, tuple)):
             fields["layer_bits"] = fields.pop("bits")
-        try:
-            return cls(**fields)  # type: ignore[arg-type]
-        except ValidationError as error:
-            raise UserError(explain(error, "kv_cache", cls)) from error
+        return checked(cls, "kv_cache", fields)
 
     def of_layer(self, index: int) -> KVSettings:
         """Those of one attention layer: no `layer_bits`, and no `components` but its own."""

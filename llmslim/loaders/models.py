@@ -214,6 +214,26 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def find_device(device: str | torch.device | None) -> torch.device:
+    """The device that was asked for, if it is there; the GPU if there is one when None.
+
+    Raises:
+        UserError: it is not.
+    """
+    if device is None:
+        return default_device()
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"The device {str(device)!r} cannot be used here; leave device out, or give cpu."
+        ) from error
+    if found.type == "meta":
+        raise UserError("The device 'meta' holds no values; leave device out, or give cpu.")
+    return found
+
+
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a tensor where a parameter or buffer of that dotted name is, whatever was there."""
     parent_name, _, leaf = name.rpartition(".")
