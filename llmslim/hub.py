@@ -15,6 +15,7 @@ from llmslim.errors import UserError, first_line
 from llmslim.loaders.digest import sha256_of
 from llmslim.report.head import card_problem
 from llmslim.report.public import cutter, published
+from llmslim.report.schema import read_report
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -138,19 +139,13 @@ def _verified_files(folder: Path) -> dict[str, Path]:
         raise UserError(
             f"{folder} is no checkpoint: name the --output folder of a finished run (config.json, weights)."
         )
-    try:
-        report = json.loads((folder / "report.json").read_text("utf-8"))
-        verified = report["verification"]["ok"] is True
-        record = report.get("files")
-    except FileNotFoundError:
+    if not (folder / "report.json").is_file():
         raise UserError(
             f"{folder} has no report.json, so nothing says that it was verified: push the output of a run of llmslim."
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{folder}/report.json is damaged, so nothing says that it was verified: run again."
-        ) from None
-    if not verified:
+        )
+    report = read_report(folder)
+    record = report.get("files")
+    if report["verification"]["ok"] is not True:
         raise UserError(
             f"The verification of {folder} failed (report.json says so): make it again before it goes up."
         )

@@ -219,6 +219,14 @@ def test_what_is_not_fit_to_go_up(desk: Desk, copy: Path, tmp_path: Path) -> Non
     del old["files"]
     report.write_text(json.dumps(old))
     assert "older llmslim" in refused()
+    for files, field in (
+        ({"model.safetensors": 1}, "files.model.safetensors = '1'"),
+        (["model.safetensors"], "files = "),
+        ({"model.safetensors": {}}, "it lacks files.model.safetensors.bytes"),
+        ({"\0": {"bytes": 1, "sha256": ""}}, "files."),
+    ):
+        report.write_text(json.dumps({**json.loads(told), "files": files}))
+        assert f"{report} is damaged: {field}" in refused()
     report.write_text("[")
     assert "damaged" in refused()
     report.unlink()

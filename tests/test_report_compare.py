@@ -140,6 +140,27 @@ def refusal(*folders: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("damage", "field"),
+    [
+        ({"size": {}}, "it lacks size.base"),
+        ({"size": {"base": [], "result": {}}}, "size.base = '[]'"),
+        ({"base": {}}, "it lacks base.model"),
+        ({"recipe": {"steps": [{}]}}, "recipe.steps.0 = '{}'"),
+        ({"recipe": {"steps": [{"gptq": None}]}}, "recipe.steps.0.gptq = 'None'"),
+        ({"quality": {"perplexity": {}}}, "it lacks quality.perplexity.value"),
+        ({"speed": {"base": {"decode": {"tokens_per_second": "9"}}}}, "speed.base.decode.tokens_per_second = '9'"),
+        ({"environment": 3}, "environment = '3'"),
+        ({"tasks": {"tasks": {"piqa": {"main": "acc", "metrics": {"acc": {"share": True}}}}}}, "tasks.tasks.piqa.m"),
+        ({"glue": {"tasks": {"mrpc": {}}}}, "it lacks glue.tasks.mrpc.score"),
+    ],
+)  # fmt: skip
+def test_a_damaged_report_is_named_with_its_field(damage: dict[str, Any], field: str, tmp_path: Path) -> None:
+    good = written(tmp_path / "good", full_report())
+    bad = written(tmp_path / "bad", full_report() | damage)
+    assert f"{bad / 'report.json'} is damaged: {field}" in refusal(good, bad)
+
+
 def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = written(tmp_path / "good", full_report())
     assert "two runs or more" in refusal(good)
