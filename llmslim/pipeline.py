@@ -43,6 +43,11 @@ from llmslim.survey import run_survey
 from llmslim.teacher import check_others
 from llmslim.work import Progress, WorkFolder, check_apart, check_output, require_one_process, silent
 
+PLACED_BY = ("torch", "transformers", "accelerate", "safetensors", "compressed-tensors", "datasets")
+"""Packages whose versions a report tells."""
+COMPUTED_BY = ("tokenizers", "peft", "bitsandbytes")
+"""More of which another version may give other bytes."""
+
 
 @dataclass
 class Result:
@@ -382,7 +387,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, Any]:
             [str(one.folder), _stamps([*_weight_paths(one), *_told(one)])] for one in prepared.others
         ],
         "data": _stamps(beside),
-        "versions": [llmslim.__version__, torch.__version__],
+        "versions": {"llmslim": llmslim.__version__, **_versions(*PLACED_BY, *COMPUTED_BY)},
         "device": str(prepared.options.device),
         "threads": torch.get_num_threads(),
     }
@@ -414,16 +419,8 @@ def _text_record(text: TextSample | None) -> dict[str, Any] | None:
 
 def environment(options: PassOptions) -> dict[str, Any]:
     """Machine and versions, so that a figure can be placed."""
-    import importlib.metadata
     import platform
 
-    names = ("torch", "transformers", "accelerate", "safetensors", "compressed-tensors", "datasets")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -431,5 +428,18 @@ def environment(options: PassOptions) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": str(options.device),
         "compute_dtype": str(options.dtype).removeprefix("torch."),
-        "versions": versions,
+        "versions": _versions(*PLACED_BY),
     }
+
+
+def _versions(*names: str) -> dict[str, str]:
+    """Of the packages that are installed."""
+    import importlib.metadata
+
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

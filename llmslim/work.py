@@ -73,9 +73,7 @@ class WorkFolder:
                 "move it away, or name another --output."
             )
         elif saved is not None and not overwrite and _has_more(self.path):
-            changed = [
-                key for key in fingerprint if saved.get("fingerprint", {}).get(key) != fingerprint[key]
-            ]
+            changed = _changes(saved.get("fingerprint", {}), fingerprint)
             raise UserError(
                 f"{self.path} holds an unfinished run with another {' and '.join(changed)}: "
                 "give the same options to finish it, --overwrite to discard it, or another --output."
@@ -228,6 +226,20 @@ def nearest_folder(output: Path) -> Path:
 def _is_begun(folder: Path) -> bool:
     """Whether nothing is there but the state that a run was killed while writing for the first time."""
     return folder.is_dir() and all(path.suffix == ".tmp" or path.name == _LOCK for path in folder.iterdir())
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of a fingerprint is another, in words; of versions, which."""
+    changed = [key for key in now if before.get(key) != now[key]]
+    then, today = before.get("versions"), now.get("versions")
+    if "versions" not in changed or not isinstance(then, dict) or not isinstance(today, dict):
+        return changed
+    told = [
+        f"version of {name} ({then.get(name, 'none')}, now {today.get(name, 'none')})"
+        for name in dict.fromkeys([*then, *today])
+        if then.get(name) != today.get(name)
+    ]
+    return [key for key in changed if key != "versions"] + told
 
 
 def _has_more(folder: Path) -> bool:

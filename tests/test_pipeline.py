@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -194,6 +196,25 @@ def test_an_unfinished_run_with_other_options_is_not_thrown_away(
     assert (tmp_path / "out.partial" / "progress.json").exists()
     result = compress(str(folders["llama"]), [RTN(group_size=32)], tmp_path / "out", overwrite=True, **QUICK)
     assert not result.report["run"]["resumed"]
+
+
+def test_a_run_does_not_go_on_with_another_library(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Stop):
+        compress(str(folders["llama"]), [STEP], tmp_path / "out", progress=stop_at(1), **QUICK)
+    original = importlib.metadata.version
+    for name in ("transformers", "tokenizers", "datasets", "peft"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                importlib.metadata,
+                "version",
+                lambda asked, name=name: "0.1" if asked == name else original(asked),
+            )
+            told = rf"another version of {name} \({re.escape(original(name))}, now 0\.1\): "
+            with pytest.raises(UserError, match=told):
+                compress(str(folders["llama"]), [STEP], tmp_path / "out", **QUICK)
+    assert compress(str(folders["llama"]), [STEP], tmp_path / "out", **QUICK).report["run"]["resumed"]
 
 
 def test_two_steps_equal_the_steps_run_by_hand(folders: dict[str, Path], tmp_path: Path) -> None:
