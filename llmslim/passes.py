@@ -21,7 +21,7 @@ from llmslim.checkpoint.inventory import part_of
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import parse_edit
-from llmslim.files import load_tensors, save_tensors
+from llmslim.files import load_tensors, save_tensors, write_atomically
 from llmslim.history import CURVES, TRAINING, curves, rewrite
 from llmslim.loaders.models import ModelFiles, place, release, tie
 from llmslim.step import BlockStep, StepRecord
@@ -298,7 +298,7 @@ class BlockPass:
         dtype = str(self.options.dtype).removeprefix("torch.")
         source, device = str(self.reader.files.folder), str(self.options.device)
         settings = {"dtype": dtype, "device": device, "source": source}
-        (self.scratch / "probe.json").write_text(json.dumps(settings))
+        write_atomically(self.scratch / "probe.json", json.dumps(settings))
 
     def _probe_outputs(self) -> None:
         """Note the model's final output for the probe, for verification."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from llmslim.errors import UserError
-from llmslim.files import write_atomically
+from llmslim.files import sync, sync_below, write_atomically
 
 _LOCK = ".lock"
 _YEAR = 365 * 24 * 3600
@@ -139,6 +139,7 @@ class WorkFolder:
         old = self.output.with_name(
             self.state.setdefault("finished", f"{self.output.name}.old-{os.getpid()}")
         )
+        sync_below(self.path)
         self.save()  # from here on a run that was killed has only this to do
         for leftover in self.path.glob(".*"):
             if leftover.is_dir():
@@ -149,6 +150,7 @@ class WorkFolder:
             check_output(self.output, self._overwrite)
             os.replace(self.output, old)
         os.replace(self.path, self.output)
+        sync(self.output.parent)
         _tidy(self.output)
         return self.output
 

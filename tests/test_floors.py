@@ -83,6 +83,7 @@ ORDERED = {
         "ties",
         "metrics",
     ),
+    "files": ("files", "errors"),
 }
 
 

@@ -198,6 +198,53 @@ def test_an_unfinished_run_with_other_options_is_not_thrown_away(
     assert not result.report["run"]["resumed"]
 
 
+@pytest.mark.parametrize("kept", ["part-00001.safetensors", ".pass-0/lanes-1.safetensors"])
+def test_what_a_stopped_machine_has_damaged_is_named(
+    kept: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(Stop):
+        compress(str(folders["llama"]), [STEP], tmp_path / "out", progress=stop_at(1), **QUICK)
+    work = tmp_path / "out.partial"
+    (work / kept).write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        compress(str(folders["llama"]), [STEP], tmp_path / "out", **QUICK)
+    assert str(work / kept) in str(caught.value)
+    assert str(caught.value).endswith(f"remove {work} and give the same command again.")
+
+
+def test_files_are_on_the_disk_before_the_state_that_vouches_for_them(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By inode: what is moved to its name, and what lies in the output when it is moved to its place, is synced."""
+    synced: set[int] = set()
+    moved: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def syncing(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def moving(source: Any, target: Any) -> None:
+        moved.append(Path(target).name)
+        below = [path for path in Path(source).rglob("*") if not path.name.startswith(".")]
+        for path in [Path(source), *below] if Path(source) != tmp_path / "out.partial" else below:
+            assert path.stat().st_ino in synced, path
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", moving)
+    folder = compress(str(folders["llama"]), [STEP], tmp_path / "out", **QUICK).folder
+    names = {
+        "progress.json",
+        "config.json",
+        "part-00000.safetensors",
+        "lanes-1.safetensors",
+        "outer.safetensors",
+    }
+    assert names | {"probe.json", folder.name} <= set(moved)
+    assert tmp_path.stat().st_ino in synced
+
+
 def test_a_run_does_not_go_on_with_another_library(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,8 @@ from llmslim.checkpoint.inventory import stored_tensors
 from llmslim.checkpoint.plain import absorb
 from llmslim.checkpoint.reader import plain_config, read_edits
 from llmslim.edit import Edit
-from llmslim.errors import UserError
+from llmslim.errors import UserError, first_line
+from llmslim.files import damaged, put, sync_below
 from llmslim.loaders.models import COMPANIONS, ModelFiles, model_class, skeleton
 from llmslim.loaders.safetensors_io import concatenate, file_bytes, write_in_order
 
@@ -63,7 +63,7 @@ class CheckpointWriter:
         path = self.folder / f"part-{index:05d}.safetensors"
         partial = path.with_suffix(".partial")
         write_in_order(partial, ((name, tensor.cpu()) for name, tensor in tensors))
-        os.replace(partial, path)
+        put(partial, path)
 
     def finish(self, source: ModelFiles, edits: Sequence[Edit]) -> None:
         """Join the parts to model.safetensors or shards, and add what else a checkpoint has.
@@ -91,7 +91,10 @@ class CheckpointWriter:
         weight_map: dict[str, str] = {}
         size = 0
         for name, members in zip(names, shards, strict=True):
-            entries = concatenate(members, self.folder / name)
+            try:
+                entries = concatenate(members, self.folder / name)
+            except UserError as error:
+                raise damaged(members[0], first_line(error).partition("; ")[0]) from error
             doubled = weight_map.keys() & entries.keys()
             assert not doubled, f"two parts hold {doubled}"
             weight_map.update(dict.fromkeys(entries, name))
@@ -111,7 +114,8 @@ class CheckpointWriter:
                 config.quantization_config = self.form.config(rest, skeleton(config), self.dtype)
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             config.save_pretrained(scratch)
-            os.replace(Path(scratch) / "config.json", self.folder / "config.json")
+            sync_below(self.folder)
+            put(Path(scratch) / "config.json", self.folder / "config.json")
 
 
 def weight_bytes(model: nn.Module, form: Format, dtype: torch.dtype) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llmslim.anatomy import Anatomy
@@ -18,6 +18,7 @@ from llmslim.anatomy.block import CACHE_SCALES, Block
 from llmslim.calibration.stream import BlockStream
 from llmslim.edit import Edit
 from llmslim.errors import UserError
+from llmslim.files import save_tensors, write_atomically
 from llmslim.kvcache.allocation import (
     CHOICES,
     check_budget,
@@ -234,9 +235,9 @@ def write_setting(folder: Path, settings: KVSettings) -> None:
     if settings.components:
         (folder / COMPONENTS).parent.mkdir(exist_ok=True)
         tensors = {str(number): one.cpu().contiguous() for number, one in enumerate(settings.components)}
-        save_file(tensors, folder / COMPONENTS)
-    path.write_text(
-        json.dumps({**stored, KEY: settings.model_dump(exclude_unset=True)}, indent=2) + "\n", "utf-8"
+        save_tensors(folder / COMPONENTS, tensors)
+    write_atomically(
+        path, json.dumps({**stored, KEY: settings.model_dump(exclude_unset=True)}, indent=2) + "\n"
     )
 
 

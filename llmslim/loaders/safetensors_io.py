@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
@@ -88,8 +87,6 @@ def concatenate(parts: list[Path], path: Path) -> dict[str, dict]:
             with open(part, "rb") as part_file:
                 part_file.seek(begin)
                 shutil.copyfileobj(part_file, file, _CHUNK)
-        file.flush()
-        os.fsync(file.fileno())
     return entries
 
 
