@@ -23,7 +23,7 @@ from llmslim.errors import UserError
 from llmslim.evaluation import tasks as tasks_module
 from llmslim.evaluation.harness import fitting
 from llmslim.evaluation.kept import kept_in
-from llmslim.evaluation.lm import _compared, evaluate_tasks, overall
+from llmslim.evaluation.lm import _compared, evaluate_tasks, grouped, overall
 from llmslim.evaluation.paired import difference, spread, verdict
 from llmslim.evaluation.tasks import data_from, leaves, load_tasks
 from llmslim.kvcache.settings import KVSettings
@@ -256,6 +256,23 @@ def test_a_definition_of_ones_own(model: str, tmp_path: Path) -> None:
     )
     record = evaluate_tasks(model, [str(tmp_path / "mine.yaml")])
     assert record["tasks"]["mine"]["questions"] == 4
+
+
+def test_what_is_better_of_a_group_is_as_its_tasks_say() -> None:
+    """Perplexity before accuracy, as lm-eval may list them: the chief metric is the accuracy."""
+    figures = {
+        "perplexity,none": 9.0,
+        "perplexity_stderr,none": "N/A",
+        "acc,none": 0.4,
+        "acc_stderr,none": 0.1,
+    }
+    run = {
+        "groups": {"both": figures}, "results": {"both": figures}, "group_subtasks": {"both": ["a", "b"]},
+        "higher_is_better": {"both": {"perplexity": False, "acc": True}},
+    }  # fmt: skip
+    record = grouped("both", run, run)
+    told = {name: metric["higher_is_better"] for name, metric in record["metrics"].items()}
+    assert told == {"perplexity": False, "acc": True} and record["main"] == "acc"
 
 
 def test_a_group_is_its_tasks(data: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from llmslim.recipe import Recipe
 from llmslim.survey import Look
 from llmslim.training import losses
 from llmslim.training.forward import label_logits
-from llmslim.training.loop import _ByLength
+from llmslim.training.loop import _ByLength, _Watch
 from tests.checkpoints import killed_at_training_step
 from tests.glue_data import write_glue
 from tests.tiny import randomize, save_tiny, tiny_config, tiny_tokenizer
@@ -384,6 +384,19 @@ def test_two_tasks_are_no_recipe(folders: dict[str, Path], data: str) -> None:
         UserError, match="classification head of 1 label, and BertForSequenceClassification has"
     ):
         prepare(str(folders["bert"]), Recipe(steps=steps, **QUICK))
+
+
+@pytest.mark.parametrize(
+    ("best_by", "found", "told"),
+    [
+        ("eval_score", [-0.05, -0.2], ", validation score -0.2, best -0.05"),
+        ("eval_loss", [2.0, 3.0], ", validation loss 3, best 2"),
+    ],
+)
+def test_validations_are_told_with_their_sign(best_by: str, found: list[float], told: str) -> None:
+    watch = object.__new__(_Watch)
+    watch.best_by = best_by
+    assert watch._judged(SimpleNamespace(log_history=[{best_by: value} for value in found])) == told
 
 
 def test_the_best_by_the_metric_is_kept_not_the_lowest_loss(

@@ -202,12 +202,13 @@ def scored(task: Any, run: dict[str, Any], base: dict[str, Any] | None = None) -
 
 def grouped(name: str, run: dict[str, Any], base: dict[str, Any] | None = None) -> dict[str, Any]:
     """A group of tasks: its own figures as lm-eval makes them, without a paired error."""
+    better = run["higher_is_better"].get(name, {})  # as its tasks say
     metrics = {}
     for key in run["groups"][name]:
         metric, _, kept = key.partition(",")
         if kept and not metric.endswith("_stderr"):
             label = metric if kept == "none" else key
-            metrics[label] = {**_value(run, name, key), "higher_is_better": True}
+            metrics[label] = {**_value(run, name, key), "higher_is_better": bool(better.get(metric, True))}
             if base is not None:
                 other = _value(base, name, key)
                 gap = metrics[label]["value"] - other["value"]

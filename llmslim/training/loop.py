@@ -403,10 +403,14 @@ class _Watch(TrainerCallback):
         if self._stalled(state):
             control.should_training_stop = True
 
+    @property
+    def _sign(self) -> int:
+        """Of a score, the higher the better; of a loss the other way round."""
+        return 1 if self.best_by == "eval_score" else -1
+
     def _validations(self, state: Any) -> list[float]:
         """What they found so far, the higher the better; from the history, which a resumed run has, too."""
-        sign = 1 if self.best_by == "eval_score" else -1
-        return [sign * entry[self.best_by] for entry in state.log_history if self.best_by in entry]
+        return [self._sign * entry[self.best_by] for entry in state.log_history if self.best_by in entry]
 
     def gained_nothing(self, state: Any) -> bool:
         """Whether no validation found anything better than the first, at the start."""
@@ -421,9 +425,9 @@ class _Watch(TrainerCallback):
         )
 
     def _judged(self, state: Any) -> str:
-        found = self._validations(state)
+        found, sign = self._validations(state), self._sign
         what = self.best_by.removeprefix("eval_")
-        return f", validation {what} {abs(found[-1]):.4g}, best {abs(max(found)):.4g}" if found else ""
+        return f", validation {what} {sign * found[-1]:.4g}, best {sign * max(found):.4g}" if found else ""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         write_atomically(self._clock, json.dumps(self.elapsed))
