@@ -18,7 +18,7 @@ from llmslim.anatomy import MLP, Anatomy, Attention, Experts, Projection, famili
 from llmslim.anatomy.family import TESTED
 from llmslim.anatomy.inspect import render, summary
 from llmslim.errors import UserError
-from tests.tiny import DECODERS, FAMILIES, example_inputs, meta_model, tiny_model
+from tests.tiny import DECODERS, FAMILIES, example_inputs, head_rows, meta_model, tiny_model
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -113,7 +113,7 @@ def test_rows_of_a_head_reach_that_head_and_no_other(family: str, spied: dict) -
         ]
         for position, role in enumerate("qkv"):
             for head in range(before[position].shape[1]):
-                with edited(getattr(view, role), view.head_rows(role, head), add_noise):
+                with edited(getattr(view, role), head_rows(view, role, head), add_noise):
                     heads_read = run(model, view.o.module)[1]
                 for other in range(3):
                     moved = changed(before[other], spied[view.module][other], dim=1)
@@ -129,7 +129,7 @@ def test_row_of_v_is_one_channel_of_its_head(family: str) -> None:
     view = attentions(model)[-1]
     base = run(model, view.o.module)[1]
     for head, channel in ((0, 3), (view.num_kv_heads - 1, view.head_dim - 1)):
-        with edited(view.v, view.head_rows("v", head)[channel : channel + 1], add_noise):
+        with edited(view.v, head_rows(view, "v", head)[channel : channel + 1], add_noise):
             moved = changed(base, run(model, view.o.module)[1])
         assert moved == {h * view.head_dim + channel for h in view.readers(head)}
 
@@ -141,7 +141,7 @@ def test_zeroing_the_rows_of_o_or_down_equals_masking_its_input(family: str) -> 
         head = view.num_heads - 1
         columns = slice(head * view.head_dim, (head + 1) * view.head_dim)
         masked = logits_without_inputs(model, view.o.module, columns)
-        with edited(view.o, view.head_rows("o", head), torch.zeros_like):
+        with edited(view.o, head_rows(view, "o", head), torch.zeros_like):
             torch.testing.assert_close(run(model)[0], masked)
         assert (masked - run(model)[0]).abs().max() > 1e-2
     for mlp in mlps(model):

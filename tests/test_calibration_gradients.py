@@ -14,7 +14,7 @@ from llmslim.calibration.gradients import (
     accumulate,
     channel_taylor,
     grasp,
-    head_taylor,
+    group_taylor,
     hessian_gradient,
     mean_gradient,
     norm,
@@ -102,12 +102,14 @@ def test_taylor_takes_the_absolute_value_per_window() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_head_taylor_is_the_gradient_of_a_gate_on_each_head(family: str) -> None:
+def test_taylor_of_a_head_is_the_gradient_of_a_gate_on_each_head(family: str) -> None:
     """Michel et al.: dL / d gate, with the gates put where the heads' outputs enter o."""
     model, tokens = tiny_model(family), windows()
     attention = Anatomy.of(model).blocks[-1].attention
     name = f"{attention.o.name}.weight"
-    got = accumulate(model, tokens, {name: head_taylor(attention)}, mask_token=MASK)[name]
+    got = accumulate(model, tokens, {name: group_taylor(attention.o, attention.head_dim)}, mask_token=MASK)[
+        name
+    ]
     assert got.shape == (attention.num_heads,)
 
     gates = torch.ones(attention.num_heads, requires_grad=True)

@@ -179,7 +179,6 @@ def test_fill_casts_and_rounds(tmp_path):
         assert model.lm_head.weight.dtype == torch.float32
         assert model.model.layers[0].mlp.up_proj.weight.is_meta
     assert reader.streams and reader.stored_bytes == sum(t.numel() * 4 for t in stored.values())
-    assert len(reader.names_of(None)) == 3 and len(reader.names_of("model.layers.1")) == 9
 
 
 def test_families_that_need_conversion_are_served_from_memory(tmp_path):

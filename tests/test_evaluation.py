@@ -5,6 +5,8 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -22,9 +24,9 @@ from transformers import (
 from llmslim.errors import UserError
 from llmslim.evaluation import scores as scores_module
 from llmslim.evaluation.benchmark import benchmark, disk_bytes
-from llmslim.evaluation.divergence import compare, divergence
+from llmslim.evaluation.divergence import compare
 from llmslim.evaluation.perplexity import perplexity
-from llmslim.evaluation.scores import Estimate, HeadLogits, TokenScores
+from llmslim.evaluation.scores import Estimate, TokenScores, token_kl
 from llmslim.loaders.texts import TextSample
 
 VOCAB = 97
@@ -107,12 +109,12 @@ def test_divergence_against_float64():
     base, other = 3 * torch.randn(50, 1000), 3 * torch.randn(50, 1000)
     near = base + 0.01 * torch.randn(50, 1000)
     for logits in (other, near):
-        kl, same = divergence(base, logits)
+        kl, same = token_kl(base, logits)
         log_p, log_q = base.double().log_softmax(-1), logits.double().log_softmax(-1)
         exact = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
         torch.testing.assert_close(kl.double(), exact, rtol=1e-4, atol=1e-6)
         assert torch.equal(same, base.argmax(-1) == logits.argmax(-1))
-    assert divergence(base, base)[0].abs().max() == 0 and divergence(base, base)[1].all()
+    assert token_kl(base, base)[0].abs().max() == 0 and token_kl(base, base)[1].all()
 
 
 def test_divergence_in_closed_form():
@@ -120,9 +122,9 @@ def test_divergence_in_closed_form():
     p = 0.9
     base, uniform = torch.tensor([[math.log(p), math.log(1 - p)]]), torch.zeros(1, 2)
     entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
-    assert float(divergence(base, uniform)[0]) == pytest.approx(math.log(2) - entropy, rel=1e-5)
+    assert float(token_kl(base, uniform)[0]) == pytest.approx(math.log(2) - entropy, rel=1e-5)
     reverse = -math.log(2) - 0.5 * (math.log(p) + math.log(1 - p))
-    assert float(divergence(uniform, base)[0]) == pytest.approx(reverse, rel=1e-5)
+    assert float(token_kl(uniform, base)[0]) == pytest.approx(reverse, rel=1e-5)
 
 
 def test_compare_against_float64():
@@ -146,6 +148,17 @@ def test_compare_with_itself_is_nothing():
     model, text = tiny_llama(0), random_text()
     result = compare(model, model, text)
     assert result.kl == Estimate(0, 0) and result.top1_agreement == Estimate(1, 0)
+
+
+@dataclass(frozen=True)
+class HeadLogits:
+    """Logits that are computed when asked for: hidden [seq_len, hidden_size] through the head."""
+
+    hidden: torch.Tensor
+    head: Callable[[torch.Tensor], torch.Tensor]
+
+    def __getitem__(self, positions: slice, /) -> torch.Tensor:
+        return self.head(self.hidden[positions])
 
 
 def test_scores_of_hidden_states_in_slices(monkeypatch):

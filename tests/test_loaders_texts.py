@@ -12,11 +12,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from llmslim.errors import UserError
-from llmslim.loaders.rows import iter_rows
+from llmslim.loaders.rows import iter_rows, load_rows
 from llmslim.loaders.texts import (
     POOL_TOKENS,
-    expects_bos,
-    load_rows,
     sample,
     tokenize_rows,
     window_edges,
@@ -252,9 +250,9 @@ def test_too_short_text_says_what_would_work():
 
 
 def test_edges_are_the_tokenizers_own(tokenizer):
-    assert window_edges(tokenizer) == (None, None) and not expects_bos(tokenizer)
-    assert window_edges(bpe(bos=True)) == (0, None) and expects_bos(bpe(bos=True))
-    assert window_edges(wordpiece()) == (1, 2) and not expects_bos(wordpiece())
+    assert window_edges(tokenizer) == (None, None)
+    assert window_edges(bpe(bos=True)) == (0, None)
+    assert window_edges(wordpiece()) == (1, 2)
 
 
 def test_sample_of_a_file(tmp_path, tokenizer):

@@ -31,7 +31,7 @@ from llmslim.quantization.rtn import RTN
 from llmslim.step import STEPS as STEPS_KNOWN
 from llmslim.step import BlockStep
 from tests.checkpoints import inputs_of, load_elsewhere, logits_of, make
-from tests.tiny import DECODERS, FAMILIES, meta_model, save_tiny, tiny_config, tiny_model
+from tests.tiny import DECODERS, FAMILIES, head_rows, meta_model, save_tiny, tiny_config, tiny_model
 
 MOE = ("mixtral", "qwen3_moe")
 # families whose config derives the width of a head from the number of heads, or (T5) shares columns of a table
@@ -98,7 +98,7 @@ def mask_all(model, what, seed=0, varied=True):
             for attention in filter(None, (block.attention, block.cross_attention)):
                 kept = heads_of(attention, generator, 3 - shrink)
                 for head in set(range(attention.num_heads)) - set(kept.tolist()):
-                    zero(attention.o, attention.head_rows("o", head))
+                    zero(attention.o, head_rows(attention, "o", head))
         mlp = block.mlp
         if "channels" in what and isinstance(mlp, MLP):
             kept = choose(96 - 32 * shrink, mlp.width, generator)

@@ -28,6 +28,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from llmslim.anatomy import Attention
+
 SPECIAL = {
     "pad_token": "<pad>",
     "bos_token": "<s>",
@@ -107,6 +109,11 @@ ENCODERS = [name for name, family in FAMILIES.items() if family.auto_class is Au
 def tiny_config(family: str, **config_overrides: Any) -> PreTrainedConfig:
     """The config of a tiny model; `family` is a key of FAMILIES, which is the `model_type`."""
     return AutoConfig.for_model(family, **(FAMILIES[family].config | config_overrides))
+
+
+def head_rows(attention: Attention, role: str, head: int) -> Tensor:
+    """The rows [head_dim] of one head: a query head for "q" and "o", a KV head for "k" and "v"."""
+    return getattr(attention, role).rows[head * attention.head_dim : (head + 1) * attention.head_dim]
 
 
 def meta_model(family: str, **config_overrides: Any) -> PreTrainedModel:

@@ -106,11 +106,6 @@ class Attention:
     def num_kv_heads(self) -> int:
         return len(self.k.rows) // self.head_dim
 
-    def head_rows(self, role: Literal["q", "k", "v", "o"], head: int) -> Tensor:
-        """The rows [head_dim] of one head: a query head for "q" and "o", a KV head for "k" and "v"."""
-        projection: Projection = getattr(self, role)
-        return projection.rows[head * self.head_dim : (head + 1) * self.head_dim]
-
     def readers(self, kv_head: int) -> range:
         """The query heads that read a KV head."""
         run = self.num_heads // self.num_kv_heads

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llmslim.anatomy import MLP, Attention, Experts
+from llmslim.anatomy import MLP, Experts
 from llmslim.anatomy.parts import Projection
 from llmslim.calibration.objectives import objective_of
 
@@ -240,17 +240,12 @@ def unit_taylor(units: Tensor, dim: int) -> Reduce:
 
 
 def group_taylor(projection: Projection, size: int = 1) -> Reduce:
-    """`unit_taylor` of each run of `size` rows of a projection: [rows / size] per window."""
-    return unit_taylor(projection.rows.view(-1, size), projection.dim)
+    """`unit_taylor` of each run of `size` rows of a projection: [rows / size] per window.
 
-
-def head_taylor(attention: Attention) -> Reduce:
-    """A `Reduce` for the weight of `attention.o`: [heads], the importance of each query head.
-
-    |dL / d gate| of each head, summed over windows: Michel et al. 2019, arXiv:1905.10650, without their
-    division by the norm over a layer's heads.
+    Runs of `head_dim` rows of an attention's `o` give |dL / d gate| of each query head: Michel et al. 2019,
+    arXiv:1905.10650, without their division by the norm over a layer's heads.
     """
-    return group_taylor(attention.o, attention.head_dim)
+    return unit_taylor(projection.rows.view(-1, size), projection.dim)
 
 
 def channel_taylor(mlp: MLP | Experts) -> Reduce:

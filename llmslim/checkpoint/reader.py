@@ -62,11 +62,6 @@ class CheckpointReader:
         """The model on meta, edits replayed, without a KV cache."""
         return edited_skeleton(self.files, self.edits)
 
-    def names_of(self, prefix: str | None) -> list[str]:
-        """The names in the files of the tensors below `prefix`; None: of those outside the blocks."""
-        names = stored_tensors(self._reference, self._storage, prefix)
-        return [self._binding[name] for name in names] if self._binding is not None else list(names)
-
     def fill(
         self,
         models: Sequence[nn.Module],

@@ -6,13 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmslim.evaluation.perplexity import PerplexityResult, Progress, require_causal, window_logits
-from llmslim.evaluation.scores import Estimate, Scores, TokenScores, divergence
+from llmslim.evaluation.scores import Estimate, Scores, TokenScores
 from llmslim.loaders.texts import TextSample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["Comparison", "compare", "divergence"]
 
 
 @dataclass(frozen=True)

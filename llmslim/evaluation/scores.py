@@ -7,7 +7,6 @@ has only the last hidden states and the head.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,24 +19,9 @@ CHUNK_ELEMENTS = 8_000_000  # logits held in fp32 at a time: 32 MB a copy, whate
 
 
 class Logits(Protocol):
-    """Logits [seq_len, vocab] that are asked for by slices of positions: a tensor, or `HeadLogits`."""
+    """Logits [seq_len, vocab] that are asked for by slices of positions: a tensor, or what makes them."""
 
     def __getitem__(self, positions: slice, /) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True)
-class HeadLogits:
-    """Logits that are computed when asked for: hidden [seq_len, hidden_size] through the head.
-
-    The whole of a window's logits is never in memory. `head` is all that the model does after the last
-    hidden state it is given: final norm, `lm_head`, logit scaling or capping.
-    """
-
-    hidden: torch.Tensor
-    head: Callable[[torch.Tensor], torch.Tensor]
-
-    def __getitem__(self, positions: slice, /) -> torch.Tensor:
-        return self.head(self.hidden[positions])
 
 
 @dataclass(frozen=True)
@@ -77,7 +61,7 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def divergence(base_logits: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def token_kl(base_logits: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Per token: KL(base || model) = sum_v p_base(v) (log p_base(v) - log p(v)) in nats, and whether the
     most probable token is the same. Both logits [tokens, vocab]; computed in fp32; results [tokens]."""
     base_log_p = F.log_softmax(base_logits.float(), dim=-1)
@@ -156,7 +140,7 @@ def _score(
             f"{logits.shape[-1]}: a divergence takes two models with the same tokenizer"
         )
     base_logits = base_logits.to(logits.device)
-    kl, same = divergence(base_logits, logits)
+    kl, same = token_kl(base_logits, logits)
     base_nll = token_nll(base_logits, targets.to(logits.device))
     return {
         "nll": nll,

@@ -16,11 +16,6 @@ PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 """Widths of the planes that codes of so many bits are stored in, lowest bits first."""
 
 
-def packed_bytes(n: int, bits: int) -> int:
-    """Bytes of a row of n codes."""
-    return n * bits // 8
-
-
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 [..., n] of values below 2**bits -> uint8 [..., n * bits / 8]."""
     planes, shift = [], 0

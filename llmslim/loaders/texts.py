@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmslim.errors import UserError
-from llmslim.loaders.rows import BuiltinPart, iter_rows, load_rows
+from llmslim.loaders.rows import BuiltinPart, iter_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TextSample", "expects_bos", "load_rows", "sample", "tokenize_rows", "window_edges", "windows"]
+__all__ = ["TextSample", "sample", "tokenize_rows", "window_edges", "windows"]
 
 MARGIN = 256  # tokens: how far before a cut in the text its tokens may still feel the cut (a word or two)
 POOL_TOKENS = (
@@ -185,9 +185,3 @@ def window_edges(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | 
     start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
     before, after = full[:start], full[start + len(bare) :]
     return (before[-1] if before else None), (after[0] if after else None)
-
-
-def expects_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model was trained on texts that start with BOS, as its tokenizer's habit tells."""
-    bos, _ = window_edges(tokenizer)
-    return bos is not None and bos == tokenizer.bos_token_id
