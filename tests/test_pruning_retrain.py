@@ -11,6 +11,7 @@ import torch
 from llmslim.anatomy.parts import dense_weight
 from llmslim.checkpoint.load import load_model
 from llmslim.errors import UserError
+from llmslim.evaluation.glue import evaluate_glue
 from llmslim.evaluation.run import evaluate
 from llmslim.loaders.models import find
 from llmslim.pipeline import compress
@@ -21,6 +22,7 @@ from llmslim.recovery.full import Full
 from llmslim.sparse import SparseLinear
 from llmslim.step import build_step
 from tests.checkpoints import outlook
+from tests.glue_data import write_glue
 from tests.tiny import save_tiny
 
 pytestmark = pytest.mark.usefixtures("verified_here")
@@ -79,7 +81,8 @@ def test_training_between_rounds_wins_back_what_they_take(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"retrain": {"rtn": {}}}, "does not train"),
+        ({"retrain": {"rtn": {}}}, "rtn does not train; take full, lora, response, finetune"),
+        ({"retrain": {"merge": {}}}, "merge does not train"),
         ({"retrain": {"ful": {}}}, "did you mean 'full'"),
         ({"retrain": {"full": {"max_step": 3}}}, "did you mean 'max_steps'"),
         ({"retrain": {"full": {}, "lora": {}}}, "two trainings"),
@@ -120,4 +123,65 @@ def test_what_cannot_be_put_back_is_refused_before_a_step_runs(tmp_path: Path) -
     ):
         with pytest.raises(UserError, match=said):
             compress(str(base), steps, tmp_path / "out", **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """How a classifier is trained, on a toy task."""
+    data = write_glue(tmp_path_factory.mktemp("data"), ["sst2"], train=128)
+    return {"glue": "sst2", "data": str(data), "lr": 5e-3, "epochs": 4, "batch_size": 16}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_classifier_learns_its_task_between_rounds(
+    family: str, task: dict[str, Any], tmp_path: Path
+) -> None:
+    base = save_tiny(family, tmp_path / "base")  # without a head, which the retraining asks for
+    step = Magnitude(sparsity=0.6, rounds=2, retrain={"finetune": task})
+    asked = {**QUICK, "evaluation": {"speed": False}}
+    result = compress(str(base), [step], tmp_path / "out", **asked)
+    weights = [m for m in whole(tmp_path / "out").modules() if isinstance(m, SparseLinear)]
+    assert weights and all(int((m.weight != 0).sum()) <= m.nonzeros for m in weights)
+    assert sum(int((m.weight == 0).sum()) for m in weights) >= 0.59 * sum(m.weight.numel() for m in weights)
+    found = evaluate_glue(str(tmp_path / "out"), ["sst2"], data=task["data"])["tasks"]["sst2"]
+    assert found["score"] > 0.9
+    assert result.report["glue"]["tasks"]["sst2"]["score"] == found["score"]
+
+
+def test_a_ticket_of_a_classifier_is_its_first_weights_trained_again(
+    task: dict[str, Any], tmp_path: Path
+) -> None:
+    base, task = save_tiny("bert", tmp_path / "base"), {**task, "max_steps": 4}
+    ticket = Magnitude(sparsity=0.5, rounds=2, rewind=True, retrain={"finetune": task})
+    compress(str(base), [ticket], tmp_path / "ticket", **QUICK)
+    still = {**task, "lr": 1e-12, "max_steps": 1}  # what the last training starts from
+    once = [*ticket.resolve(outlook("bert"))[0][:-1], build_step("finetune", still)]
+    compress(str(base), once, tmp_path / "start", **QUICK)
+    before, start, after = (whole(tmp_path / name) for name in ("base", "start", "ticket"))
+    sparse = {name: m for name, m in after.named_modules() if isinstance(m, SparseLinear)}
+    assert sparse
+    for name, module in sparse.items():
+        beginning, mask = start.get_submodule(name), module.mask
+        first = before.get_submodule(name).weight
+        assert torch.equal(mask, beginning.mask) and 0.4 < mask.float().mean() < 0.6
+        torch.testing.assert_close(beginning.weight, first * mask)
+        assert not module.weight[~mask].any() and not torch.allclose(module.weight, beginning.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"glue": "sst3"}, "Unknown GLUE task 'sst3'"),
+        ({"data": "nowhere"}, "No GLUE data for sst2"),
+        ({"epoch": 3}, "did you mean 'epochs'"),
+    ],
+)
+def test_a_retraining_that_cannot_be_is_refused_before_a_step_runs(
+    change: dict[str, Any], said: str, task: dict[str, Any], tmp_path: Path
+) -> None:
+    base = save_tiny("bert", tmp_path / "base")
+    with pytest.raises(UserError, match=said):
+        step = build_step("mlp", {"ratio": 0.5, "retrain": {"finetune": {**task, **change}}})
+        compress(str(base), [step], tmp_path / "out", **QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

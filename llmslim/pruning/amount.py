@@ -20,9 +20,13 @@ from llmslim.lowrank import LowRankLinear
 from llmslim.sparse import SparseLinear
 from llmslim.step import BlockStep, Outlook, Step, build_step
 from llmslim.ties import shared_modules
+from llmslim.training.step import TrainStep
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
     from typing_extensions import Self
+
+    from llmslim.loaders.models import ModelFiles
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -32,7 +36,7 @@ class Amount(BlockStep):
 
     With `rounds` R it runs R times, each time on what the last one left, so that what matters is estimated anew;
     after round k the share k / R of the amount is gone (`linear`), or 1 - (1 - k / R)^3 of it (`cubic`, Zhu & Gupta
-    2017, arXiv:1710.01878). With `retrain` a step of `recover` or `distill` follows each round: iterative pruning.
+    2017, arXiv:1710.01878). With `retrain` a step that trains follows each round: iterative pruning.
     """
 
     verb = "prune"
@@ -50,15 +54,16 @@ class Amount(BlockStep):
         default_factory=dict,
         title="METHOD[:KEY=VALUE,...]",
         examples=["full:max_steps=50"],
-        description="training after every round, such as full:max_steps=50; a method of recover or distill",
+        description="training after every round, such as full:max_steps=50 or finetune:glue=sst2; a method of "
+        "recover, distill or finetune",
     )
 
     @field_validator("retrain")
     @classmethod
     def _trains(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for kind, fields in value.items():
-            if build_step(kind, fields).verb not in ("recover", "distill"):
-                raise ValueError(f"{kind} does not train; take full, lora, response, ...")
+            if not isinstance(build_step(kind, fields), TrainStep):
+                raise ValueError(f"{kind} does not train; take full, lora, response, finetune, ...")
         if len(value) > 1:
             raise ValueError(f"{' and '.join(value)} are two trainings; one follows a round")
         return value
@@ -84,6 +89,10 @@ class Amount(BlockStep):
         if self.ramp != "linear" and self.rounds == 1:
             raise ValueError(f"ramp {self.ramp} is for several rounds; set rounds as well")
         return self
+
+    def starts_from(self, files: ModelFiles) -> PreTrainedConfig | None:
+        """With the head that the training between rounds needs."""
+        return next((config for step in self.between() if (config := step.starts_from(files))), None)
 
     @property
     def uneven(self) -> str:
