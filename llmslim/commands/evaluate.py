@@ -24,7 +24,7 @@ KINDS = {  # what is measured, by the flag that asks for it; perplexity when non
     "tasks": ("--tasks", "the scores on lm-eval's tasks"),
 }
 ALONE = {  # which kinds a flag is for
-    "base": ("text", "tasks"),
+    "base": ("text", "glue", "tasks"),
     "adapter": ("text", "tasks"),
     "seq_len": ("text",),
     "windows": ("text",),
@@ -37,7 +37,7 @@ ALONE = {  # which kinds a flag is for
     "chat_template": ("tasks",),
     "batch_size": ("tasks",),
     "keep_answers": ("tasks",),
-    "save": ("tasks",),
+    "save": ("glue", "tasks"),
     "kv_bits": ("text", "tasks"),
     "kv_value_bits": ("text", "tasks"),
     "kv_method": ("text", "tasks"),
@@ -56,20 +56,22 @@ def parser(prog: str) -> Parser:
         "another model on the same tokens: KL divergence and agreement on the most probable token. Every\n"
         "figure has its standard error, and the protocol is printed with it. With --tasks, score the model on\n"
         "tasks of lm-eval, and with --base the base on the same questions. With --glue, score a classifier on\n"
-        "GLUE tasks by their official metrics, with 95 % confidence intervals.",
+        "GLUE tasks by their official metrics, with 95 % confidence intervals, and with --base another one on\n"
+        "the same examples.",
         "examples:\n"
         f"  {prog} demo --perplexity builtin\n"
         f"  {prog} out/demo --base demo --windows 64 --json \\\n"
         "      --perplexity Salesforce/wikitext:wikitext-2-raw-v1:test\n"
         f"  {prog} out/demo --base demo --tasks arc_easy,piqa,lambada_openai --limit 500\n"
-        f"  {prog} out/sst2 --glue sst2",
+        f"  {prog} out/sst2 --glue sst2\n"
+        f"  {prog} out/sst2-half --base out/sst2 --glue sst2 --save",
     )
     add_model(made)
     made.add_argument(
         "--base",
         "--vs",
         metavar="MODEL",
-        help="compare with this model: KL divergence, top-1 agreement; task scores question by question",
+        help="compare with this model: KL divergence, top-1 agreement; scores question by question",
     )
     fields = Evaluation.model_fields
     add_field(made, "text", fields["text"], flag="--perplexity")
@@ -93,6 +95,7 @@ def parser(prog: str) -> Parser:
         help="holds the data sets of --tasks or --glue in the Hub's layout, such as FOLDER/baber/piqa (default: "
         "the Hub)",
     )
+    add_save(made)
     _add_tasks(made.add_argument_group("scores on tasks of lm-eval"))
     add_kv_cache(made)
     _add_glue(made.add_argument_group("scores of a classifier on GLUE"))
@@ -125,7 +128,6 @@ def _add_tasks(lm: Any) -> None:
         metavar="FOLDER",
         help="keep each model's answers there: after a kill, or beside another model, none is asked for twice",
     )
-    add_save(lm)
 
 
 def _add_glue(glue: Any) -> None:
@@ -245,10 +247,12 @@ def _run_glue(options: dict[str, Any]) -> None:
     from llmslim.evaluation.glue import evaluate_glue
     from llmslim.progress import progress_for
 
+    check_save(options)
     with progress_for() as progress:
         figures = evaluate_glue(
             options["model"],
             _names(options["glue"]),
+            base=options.get("base"),
             data=options.get("data", ""),
             subset=options.get("subset"),
             revision=options.get("revision"),
@@ -256,22 +260,34 @@ def _run_glue(options: dict[str, Any]) -> None:
             device=options.get("device"),
             progress=lambda done, total: progress("evaluate", done, total),
         )
+    saved(options, "glue", figures)
     tell(options, figures, glue_text)
 
 
 def glue_text(figures: dict[str, Any]) -> str:
-    """The scores for a person, with their intervals and protocol."""
+    """The scores for a person, with their intervals and protocol: of the model, of the base, and what lies between."""
+
+    def line(label: str, *value: float, sign: str = "") -> str:
+        told, low, high = (f"{100 * one:{sign}.2f}" for one in value)
+        return f"{label:<28}{told:>6}  [{low}, {high}]"
+
     lines = []
     for name, record in figures["tasks"].items():
         of = "" if record["examples"] == record["total"] else f" of {record['total']}"
         for metric, found in record["metrics"].items():
-            value, low, high = (100 * found[key] for key in ("value", "low", "high"))
             label = f"{name} {metric.replace('_', ' ')}"
-            lines.append(
-                f"{label:<28}{value:6.2f}  [{low:.2f}, {high:.2f}]  {record['examples']}{of} examples"
-            )
+            own = line(label, found["value"], found["low"], found["high"])
+            lines.append(f"{own}  {record['examples']}{of} examples")
+            if "base" in found:
+                gap = (found[f"difference{end}"] for end in ("", "_low", "_high"))
+                lines.append(line("  of the base", found["base"], found["base_low"], found["base_high"]))
+                lines.append(line("  difference", *gap, sign="+"))
     if len(figures["tasks"]) > 1:
         lines.append(f"{'average':<28}{100 * figures['average']:6.2f}")
+        if "base_average" in figures:
+            lines.append(f"{'  of the base':<28}{100 * figures['base_average']:6.2f}")
+    if "verdict" in figures:
+        lines += ["", f"verdict: {figures['verdict']}"]
     where = f"computed in {figures['dtype']} on {figures['device']}."
     return "\n".join([*lines, "", f"protocol: {figures['protocol']};", where])
 

@@ -11,6 +11,7 @@ RESAMPLES = 1000
 NORMAL_95 = 1.96  # standard errors: 95 % of a normal distribution lie within
 FEW = 100  # questions, below which a verdict says how few they were
 TOO_FEW = "too few questions to tell"
+NO_LOSS = "no measurable loss"
 TELLING = 0.05  # of a share: where a loss as large may hide behind chance, nothing is said of it
 
 Aggregate = Callable[[list[Any]], float]
@@ -76,9 +77,26 @@ def verdict(gap: float, stderr: float | None, questions: int, share: bool = True
     told = spread(gap, stderr, share)
     if significant(gap, stderr):
         return f"{told}{few}"
-    return f"{'no measurable loss' if telling(gap, stderr, share) else TOO_FEW} ({told}{few})"
+    return f"{NO_LOSS if telling(gap, stderr, share) else TOO_FEW} ({told}{few})"
 
 
 def spread(gap: float, stderr: float, share: bool = True) -> str:
     """-1.9 ± 0.8 points, or -0.31 ± 0.12."""
     return f"{100 * gap:+.1f} ± {100 * stderr:.1f} points" if share else f"{gap:+.3g} ± {stderr:.2g}"
+
+
+def shift(gap: float, low: float, high: float) -> str:
+    """-1.9 [-3.2, -0.6] points: a difference and its 95 % interval, of figures that are at most 1."""
+    return f"{100 * gap:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] points"
+
+
+def shift_verdict(gap: float, low: float, high: float, examples: int) -> str:
+    """The difference in words, as `verdict` has it, by an interval.
+
+    Of few examples an interval says nothing: it has no width where both models answer all of them alike.
+    """
+    few = f", of {examples} examples" if examples < FEW else ""
+    told = shift(gap, low, high)
+    if low > 0 or high < 0:
+        return f"{told}{few}"
+    return f"{TOO_FEW if few or low <= -TELLING else NO_LOSS} ({told}{few})"

@@ -118,20 +118,24 @@ def data_files(task: Task, split: str, folder: str = "") -> list[Path]:
     return sorted((Path(folder).expanduser() / DATASET / task.name).glob(f"{split}*")) if folder else []
 
 
-def require_data(task: Task, splits: Sequence[str], folder: str = "") -> None:
-    """Refuse data of which one of these splits is not there, without reading them."""
+def require_data(task: Task, splits: Sequence[str], folder: str = "", flag: str = "--data") -> None:
+    """Refuse data of which one of these splits is not there, without reading them.
+
+    Args:
+        flag: the option that names the folder.
+    """
     for split in splits:
-        _records(task, split, folder)
+        _records(task, split, folder, flag)
 
 
-def _records(task: Task, split: str, folder: str) -> Iterable[dict[str, Any]]:
+def _records(task: Task, split: str, folder: str, flag: str = "--data") -> Iterable[dict[str, Any]]:
     name = str(Path(folder).expanduser() / DATASET) if folder else DATASET
     try:
         return records(f"{name}:{task.name}:{split}")
     except UserError as error:
         reason = str(error).split(": give ")[0].rstrip(".")  # not what else could be given as a text
         raise UserError(
-            f"No GLUE data for {task.name}: {reason}; with --data FOLDER they are read from FOLDER/{DATASET}."
+            f"No GLUE data for {task.name}: {reason}; with {flag} FOLDER they are read from FOLDER/{DATASET}."
         ) from error
 
 
