@@ -10,20 +10,58 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.errors import UserError
 from llmslim.evaluation.damage import Damage, other_domains
 from llmslim.evaluation.divergence import Comparison
+from llmslim.evaluation.glue import chosen_tasks, evaluate_glue
 from llmslim.evaluation.lm import evaluate_tasks
 from llmslim.evaluation.perplexity import require_causal
 from llmslim.evaluation.stream import streamed_windows
+from llmslim.evaluation.tasks import load_tasks
+from llmslim.loaders.heads import require_head, require_positions
 from llmslim.loaders.models import ModelFiles, compute_dtype
 from llmslim.loaders.texts import TextSample, sample
 from llmslim.memory import available_memory
 from llmslim.recipe import Evaluation, Recipe
 from llmslim.size import size_of
 from llmslim.work import Progress, WorkFolder
+
+
+def check_evaluation(recipe: Recipe, files: ModelFiles, model: PreTrainedModel) -> None:
+    """Refuse now, and not when the run is over, what the model cannot be measured on.
+
+    Args:
+        model: of the files, on meta.
+    """
+    evaluation = recipe.evaluation
+    if evaluation is None:
+        return
+    _check_glue(recipe, evaluation, files)
+    try:
+        require_causal(model)
+    except UserError:
+        return  # the report will say so
+    require_positions("eval_seq_len", evaluation.seq_len, model, files.spec)
+    judged_by(evaluation, files.tokenizer())
+    if evaluation.tasks:
+        load_tasks(evaluation.tasks, evaluation.tasks_data)
+
+
+def _check_glue(recipe: Recipe, evaluation: Evaluation, files: ModelFiles) -> None:
+    """The same of GLUE's tasks; of one that is measured unasked the report will say so."""
+    tasks = glue_tasks(recipe)
+    beside = [name for name in ("glue_subset", "glue_data") if getattr(evaluation, name)]
+    if beside and not tasks:
+        raise UserError(
+            f"{beside[0]} is about the scores of a classifier on GLUE: name its tasks in evaluation.glue (--eval-glue "
+            "sst2), or leave it out."
+        )
+    if evaluation.glue or evaluation.glue_data:
+        for task in chosen_tasks(tasks, glue_data(recipe), flag="--eval-glue-data"):
+            require_head(files.config, task, files.spec)
 
 
 def measure(
@@ -34,11 +72,15 @@ def measure(
     dtype: torch.dtype,
     progress: Progress,
     work: WorkFolder,
+    fresh_head: bool = False,
 ) -> dict[str, Any]:
-    """Sizes always; perplexity, divergence, speed and memory as `recipe.evaluation` asks. Resumes per measurement.
+    """Sizes always; perplexity, divergence, scores, speed and memory as `recipe.evaluation` asks.
+
+    Resumes per measurement.
 
     Args:
         made: what each step of the recipe left, in order; the last is the result.
+        fresh_head: the run gave the base its classification head, which knows nothing: it gets no scores by it.
 
     With `evaluation.steps` what each step left is measured as the result is: one streamed forward of it and one of
     the base over the windows for every step. The base is run anew each time, so that one checkpoint after another
@@ -46,7 +88,7 @@ def measure(
     """
     evaluation, result = recipe.evaluation, made[-1]
     sizes = {"base": size_of(base), "result": size_of(result)}
-    parts = ("quality", "speed", "steps", "tasks", "details")
+    parts = ("quality", "speed", "steps", "tasks", "glue", "details")
     measured: dict[str, Any] = {"size": sizes, **dict.fromkeys(parts)}
     if evaluation is None:
         return measured
@@ -79,9 +121,9 @@ def measure(
         ]
     measured["quality"] = quality("quality", result)  # last, so that the details are the result's
     measured["details"] = kept["details"]
-    task = next((step for step in reversed(recipe.steps) if step.kind == "finetune"), None)
-    if task is not None:
-        measured["glue"] = once("glue", lambda: _glue(result, task, device, progress))
+    if glue_tasks(recipe):
+        scored = None if fresh_head else base
+        measured["glue"] = once("glue", lambda: _glue(scored, result, recipe, device, sizes, progress))
     if evaluation.tasks:
         measured["tasks"] = once("tasks", lambda: _tasks(base, result, evaluation, device, sizes, progress))
     if evaluation.speed:
@@ -89,18 +131,49 @@ def measure(
     return measured
 
 
-def _glue(result: ModelFiles, step: Any, device: torch.device, progress: Progress) -> dict[str, Any]:
-    """Scores of the result on the task that the step has trained it for, in float32."""
-    from llmslim.evaluation.glue import evaluate_glue
+def glue_tasks(recipe: Recipe) -> tuple[str, ...]:
+    """Tasks of GLUE to be scored on: those that are asked for, else the one that was trained last."""
+    trained = tuple(step.glue for step in _trained(recipe)[-1:])
+    return (recipe.evaluation.glue or trained) if recipe.evaluation is not None else ()
 
-    told = lambda done, total: progress("evaluate", done, total)  # noqa: E731
+
+def glue_data(recipe: Recipe) -> str:
+    """The folder of their data; the Hub when ""."""
+    folders = [step.data for step in _trained(recipe)[-1:]]
+    return next(filter(None, [recipe.evaluation.glue_data if recipe.evaluation else "", *folders]), "")
+
+
+def _trained(recipe: Recipe) -> list[Any]:
+    return [step for step in recipe.steps if step.kind == "finetune"]
+
+
+def _glue(
+    base: ModelFiles | None,
+    result: ModelFiles,
+    recipe: Recipe,
+    device: torch.device,
+    sizes: dict[str, Any],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Scores of both on GLUE's tasks, in float32: one whole model in memory after the other."""
+    assert recipe.evaluation is not None
     try:
+        _require_memory(sizes)
         found = evaluate_glue(
-            str(result.folder), [step.glue], data=step.data, dtype="float32", device=device, progress=told
+            str(result.folder),
+            glue_tasks(recipe),
+            base=str(base.folder) if base is not None else None,
+            data=glue_data(recipe),
+            subset=recipe.evaluation.glue_subset,
+            dtype="float32",
+            device=device,
+            progress=lambda done, total: progress("evaluate", done, total),
         )
-        return {**found, "chosen_by_it": step.choose_on_validation}
     except UserError as error:
         return {"skipped": str(error)}
+    return found | {
+        "chosen_by_it": sorted({step.glue for step in _trained(recipe) if step.choose_on_validation})
+    }
 
 
 def _quality(

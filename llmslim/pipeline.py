@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 import llmslim
 from llmslim.anatomy import Anatomy
@@ -23,19 +22,17 @@ from llmslim.checkpoint.writer import CheckpointWriter
 from llmslim.edit import Edit
 from llmslim.errors import UserError, VerificationError
 from llmslim.evaluation.benchmark import peak_memory_mb
-from llmslim.evaluation.perplexity import require_causal
-from llmslim.evaluation.tasks import load_tasks
 from llmslim.hub import file_record
 from llmslim.kvcache.store import check_lasts, read_setting
 from llmslim.loaders.heads import replaced_head, require_positions
 from llmslim.loaders.models import ModelFiles, compute_dtype, find, find_device, skeleton
 from llmslim.loaders.texts import TextSample, sample
-from llmslim.measure import judged_by, measure
+from llmslim.measure import check_evaluation, glue_data, measure
 from llmslim.memory import return_freed_memory
 from llmslim.outlook import Foresight
 from llmslim.passes import BlockPass, PassOptions, recorded
 from llmslim.plan import Plan, make_plan
-from llmslim.recipe import Calibration, Evaluation, Recipe
+from llmslim.recipe import Calibration, Recipe
 from llmslim.report import write_report
 from llmslim.report.schema import SCHEMA_VERSION, read_report
 from llmslim.step import BlockStep, Step, StepRecord
@@ -120,7 +117,8 @@ def compress(
             f"The checkpoint saved in {work.path} is not what was made: {failed['detail']}. It was not put in the "
             "place of the output; please report it, with the command."
         )
-    measured = measure(prepared.files, made, recipe, options.device, options.dtype, progress, work)
+    fresh, place = prepared.fresh_head, options.device
+    measured = measure(prepared.files, made, recipe, place, options.dtype, progress, work, fresh)
     verified = {"verification": verification, "files": file_record(work.path)}
     report = {**_report(prepared, work, record, started), **verified, **measured}
     write_report(work.path, report, files)
@@ -279,8 +277,7 @@ def prepare(
     )
     others = check_others(recipe.steps, files, text, fronts)
     chosen += tuple(dict.fromkeys(f"{step.kind} {step.takes} {other.spec}" for step, other, *_ in others))
-    if recipe.evaluation is not None:
-        _check_evaluation(recipe.evaluation, files, whole)
+    check_evaluation(recipe, files, whole)
     streams, fresh = True, headed is not None
     if not (plan_only and files.hub):
         recipe.steps[0].check_source(files)
@@ -347,18 +344,6 @@ def _settled(step: Step, stored: torch.dtype, recipe: Recipe) -> Step:
     return step.model_copy(update={"scale_dtype": "float16" if half else "bfloat16"})
 
 
-def _check_evaluation(evaluation: Evaluation, files: ModelFiles, model: PreTrainedModel) -> None:
-    """Refuse now, and not when the run is over, what the model cannot be measured on."""
-    try:
-        require_causal(model)
-    except UserError:
-        return  # the report will say so
-    require_positions("eval_seq_len", evaluation.seq_len, model, files.spec)
-    judged_by(evaluation, files.tokenizer())
-    if evaluation.tasks:
-        load_tasks(evaluation.tasks, evaluation.tasks_data)
-
-
 def _read_from(prepared: Prepared) -> list[Path]:
     """Folders and files on this machine that the run takes something from."""
     recipe = prepared.recipe
@@ -366,7 +351,7 @@ def _read_from(prepared: Prepared) -> list[Path]:
     if prepared.text is not None:
         named.append(recipe.calibration.text)
     if recipe.evaluation is not None:
-        named += [recipe.evaluation.text, recipe.evaluation.tasks_data]
+        named += [recipe.evaluation.text, recipe.evaluation.tasks_data, glue_data(recipe)]
     paths = [Path(name.partition(":")[0]).expanduser() for name in named if name]
     paths += [path for step in recipe.steps for path in step.reads()]
     return [one.folder for one in (prepared.files, *prepared.others)] + [

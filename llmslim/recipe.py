@@ -54,11 +54,21 @@ class Evaluation(BaseModel):
     tasks_data: str = Field(
         "", description="folder of their data sets in the Hub's layout; the Hub when empty"
     )
+    glue: tuple[str, ...] = Field(
+        (),
+        description="tasks of GLUE for a classifier and its base, such as [sst2]; that of finetune when empty",
+    )
+    glue_subset: int | None = Field(
+        None, ge=2, description="the first examples of each split of them, for a quick look; all when null"
+    )
+    glue_data: str = Field(
+        "", description="folder of nyu-mll/glue in the Hub's layout; that of finetune, or the Hub, when empty"
+    )
     steps: bool = Field(
         False, description="measure what each step of the recipe leaves, too, and draw steps.svg"
     )
 
-    @field_validator("tasks", mode="before")
+    @field_validator("tasks", "glue", mode="before")
     @classmethod
     def _split(cls, names: Any) -> Any:
         """Names with commas between count as several, as on the command line."""

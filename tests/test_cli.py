@@ -219,7 +219,8 @@ def reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 def test_flags_become_a_recipe(reached: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     words = "--method gptq --bits 3 --group-size channel --no-symmetric --override *.o_proj:bits=8 --seed 7"
     run = "--calibration a.txt --num-samples 4 --seq-len 64 --evaluate b.txt --eval-windows 3 --no-speed "
-    run += "--measure-steps --eval-tasks arc_easy,piqa --eval-limit 9"
+    run += "--measure-steps --eval-tasks arc_easy,piqa --eval-limit 9 "
+    run += "--eval-glue sst2,rte --eval-subset 5 --eval-glue-data c"
     assert (
         cli.main(["quantize", "demo", *words.split(), *run.split(), "--format", "gptq", "--output", "out"])
         == 0
@@ -229,7 +230,8 @@ def test_flags_become_a_recipe(reached: dict[str, Any], capsys: pytest.CaptureFi
     assert (step.kind, step.bits, step.group_size, step.symmetric) == ("gptq", 3, "channel", False)
     assert step.overrides == {"*.o_proj": {"bits": 8}}
     assert recipe.calibration == Calibration(text="a.txt", num_samples=4, seq_len=64)
-    asked = {"tasks": ("arc_easy", "piqa"), "tasks_limit": 9}
+    asked: dict[str, Any] = {"tasks": ("arc_easy", "piqa"), "tasks_limit": 9}
+    asked |= {"glue": ("sst2", "rte"), "glue_subset": 5, "glue_data": "c"}
     assert recipe.evaluation == Evaluation(text="b.txt", windows=3, speed=False, steps=True, **asked)
     assert (recipe.seed, recipe.format) == (7, "gptq")
     assert not reached["overwrite"] and reached["device"] is None

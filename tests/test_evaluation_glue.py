@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers import AutoModelForSequenceClassification
 
 from llmslim.cli import main
 from llmslim.errors import UserError
-from llmslim.evaluation.glue import evaluate_glue, interval, predictions
+from llmslim.evaluation.glue import compared, evaluate_glue, interval, overall, predictions
+from llmslim.evaluation.paired import shift
 from llmslim.loaders.glue import TASKS, Sentences, task_rows
 from llmslim.loaders.heads import reading
 from llmslim.metrics import score
+from llmslim.pruning.weights import Magnitude
+from llmslim.report.answers import answers
+from llmslim.report.compare import compare
+from llmslim.report.schema import read_report
 from tests.glue_data import COLUMNS, write_glue
 from tests.tiny import randomize, save_tiny, tiny_config, tiny_tokenizer
 
@@ -61,6 +70,44 @@ def test_the_interval_of_an_accuracy_is_that_of_a_share() -> None:
     spread = 1.96 * (0.8 * 0.2 / 400) ** 0.5
     assert low == pytest.approx(0.8 - spread, abs=0.01) and high == pytest.approx(0.8 + spread, abs=0.01)
     assert (low, high) == interval("accuracy", predicted, labels)
+
+
+def test_a_paired_difference_is_of_the_same_resamples() -> None:
+    """Of accuracy the interval is that of the mean of differences; of F1 it is sklearn's on the same draws."""
+    from sklearn.metrics import f1_score
+
+    draw = np.random.default_rng(1)
+    labels = draw.integers(2, size=500)
+    base = np.where(draw.random(500) < 0.15, 1 - labels, labels)
+    result = np.where(draw.random(500) < 0.05, 1 - base, base)
+    gaps = (result == labels).astype(float) - (base == labels)
+    found = compared("accuracy", labels, result, base)
+    spread = 1.96 * gaps.std() / 500**0.5
+    assert found["difference"] == pytest.approx(gaps.mean())
+    assert found["difference_low"] == pytest.approx(gaps.mean() - spread, abs=0.004)
+    assert found["difference_high"] == pytest.approx(gaps.mean() + spread, abs=0.004)
+    apart = sum((found[f"{side}high"] - found[f"{side}low"]) ** 2 for side in ("", "base_")) ** 0.5
+    assert found["difference_high"] - found["difference_low"] < 0.7 * apart  # what is hard for both cancels
+
+    found, again = compared("f1", labels, result, base), np.random.default_rng(0)
+    drawn = [again.integers(500, size=500) for _ in range(1000)]
+    ours, theirs = ([f1_score(labels[rows], side[rows]) for rows in drawn] for side in (result, base))
+    for prefix, values in (("", ours), ("base_", theirs), ("difference_", np.subtract(ours, theirs))):
+        ends = found[f"{prefix}low"], found[f"{prefix}high"]
+        assert ends == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
+
+
+def test_a_difference_is_told_by_its_interval() -> None:
+    labels, half = np.ones(400), np.repeat([1, 0], [200, 200])
+    same, better = compared("accuracy", labels, half, half), compared("accuracy", labels, labels, half)
+    assert same["verdict"] == "no measurable loss (+0.0 [+0.0, +0.0] points)"
+    assert better["verdict"].startswith("+50.0 [+45.") and "loss" not in better["verdict"]
+    few = compared("accuracy", labels[:50], half[:50], half[:50])
+    assert few["verdict"].startswith("too few questions to tell (+0.0 [+0.0, +0.0] points, of 50")
+    wide = compared("accuracy", labels, half, np.roll(half, 150))  # 150 of 400 are right of one alone
+    assert wide["difference"] == 0 and wide["verdict"].startswith("too few questions to tell")
+    told = overall({"sst2": {"metrics": {"accuracy": better}}, "mrpc": {"metrics": {"f1": same}}})
+    assert told == f"sst2 accuracy {better['verdict']}; no measurable loss on mrpc f1"
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "llama", "gpt2"])
@@ -175,6 +222,102 @@ def test_the_command_scores_several_tasks(bert: Path, data: str, capsys: pytest.
     assert main([*words, "--subset", "9"]) == 0
     told = capsys.readouterr().out
     assert "9 of 64 examples" in told and "average" in told
+
+
+@pytest.fixture(scope="module")
+def half(bert: Path, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that prunes the classifier, scored on a part of a task."""
+    from llmslim import pipeline
+    from llmslim.checkpoint.verify import verify
+
+    output = tmp_path_factory.mktemp("runs") / "half"
+    asked = {"glue": ["mrpc"], "glue_data": data, "glue_subset": 20}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify_in_fresh_process", verify)
+        pipeline.compress(str(bert), [Magnitude(sparsity=0.8)], output, evaluation=asked)
+    return output
+
+
+def test_a_pruned_classifier_is_scored_beside_its_base(half: Path, bert: Path, data: str) -> None:
+    report = read_report(half)
+    ours, theirs = (evaluate_glue(str(folder), ["mrpc"], data=data, subset=20) for folder in (half, bert))
+    task = report["glue"]["tasks"]["mrpc"]
+    assert task["metrics"].keys() == {"f1", "accuracy"} and task["examples"] == 20
+    for name, found in task["metrics"].items():
+        own, other = (one["tasks"]["mrpc"]["metrics"][name] for one in (ours, theirs))
+        assert {key: found[key] for key in own} == own
+        assert [found["base"], found["base_low"], found["base_high"]] == list(other.values())
+        assert found["difference"] == pytest.approx(own["value"] - other["value"])
+    assert task["base_score"] == theirs["average"] == report["glue"]["base_average"]
+    assert "the first 20 examples of each split alone" in report["glue"]["protocol"]
+
+    told = shift(*(task["metrics"]["accuracy"][f"difference{end}"] for end in ("", "_low", "_high")))
+    card, page = (half / "README.md").read_text(), (half / "report.html").read_text()
+    for text in (card, page, (half / "report.md").read_text()):
+        assert told in text and "the first 20 examples of each split alone" in text
+    index = yaml.safe_load(card.split("---")[1])["model-index"]
+    _, results = model_index_to_eval_results(index)
+    assert [(r.metric_name, r.metric_value) for r in results if r.metric_type == "f1"] == [
+        ("f1", task["metrics"]["f1"]["value"]),
+        ("f1 of the base", task["metrics"]["f1"]["base"]),
+    ]
+    assert {(r.dataset_type, r.dataset_config) for r in results} == {("nyu-mll/glue", "mrpc")}
+    assert {r.dataset_name for r in results} == {"GLUE mrpc (the first 20 examples)"}
+    cost = answers(report)[1]
+    assert cost.lines == (f"On GLUE: {report['glue']['verdict']}.",) and cost.short != "not measured"
+
+
+def test_scores_beside_a_base_are_kept(
+    half: Path, bert: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(half, tmp_path / "run"))
+    words = ["evaluate", str(run), "--glue", "sst2", "--data", data, "--base"]
+    assert main([*words, str(bert), "--save"]) == 0
+    out, report = capsys.readouterr().out, read_report(run)
+    found = report["glue"]["tasks"]["sst2"]["metrics"]["accuracy"]
+    gap = " ".join(f"{100 * found[f'difference{end}']:+.2f}" for end in ("", "_low", "_high"))
+    assert gap in re.sub(
+        r"[\[\],]|(?<= ) +", "", next(line for line in out.splitlines() if "difference" in line)
+    )
+    assert f"verdict: {report['glue']['verdict']}" in out
+    assert "sst2 accuracy, 64 examples" in (run / "report.md").read_text()
+
+    one, other = compare([half, run]).runs, compare([run, shutil.copytree(run, tmp_path / "again")]).runs
+    assert other[0].scores == {"sst2": (found["base"], None)} and other[1].scores["sst2"][0] == found["value"]
+    assert [run.name for run in one] == ["half", "run"]  # of other examples: no base of both
+    assert "examples of GLUE differ" in compare([half, run]).caveats[0]
+    assert main([*words, str(half), "--save"]) == 2
+    assert "keeps figures beside those of" in capsys.readouterr().err
+    assert main([*words, str(save_tiny("bert", tmp_path / "bare"))]) == 2
+    assert "bare cannot be scored on sst2: that needs a classification head" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"glue": "sst3"}, "Unknown GLUE task 'sst3' (did you mean 'sst2'?"),
+        ({"glue": "sst2,mnli"}, "cannot be scored on mnli: that needs a classification head of 3 labels"),
+        ({"glue": "rte"}, "No GLUE data for rte"),
+        ({"glue": "sst2", "data": "nowhere"}, "with --eval-glue-data FOLDER they are read from FOLDER/nyu"),
+        ({"glue": "sst2", "subset": "1"}, "glue_subset"),
+        ({"subset": "9"}, "glue_subset is about the scores of a classifier on GLUE: name its tasks"),
+    ],
+)
+def test_a_run_that_cannot_be_scored_is_refused_before_it_begins(
+    asked: dict[str, str],
+    message: str,
+    bert: Path,
+    data: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = {"glue": "--eval-glue", "subset": "--eval-subset", "data": "--eval-glue-data"}
+    asked = {"data": data, **asked} if "glue" in asked else asked
+    words = [word for name, value in asked.items() for word in (flags[name], value)]
+    command = ["prune", str(bert), "--method", "magnitude", *words, "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

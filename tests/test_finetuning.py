@@ -334,9 +334,14 @@ def test_a_fitting_head_is_kept(teacher: Path, data: str, tmp_path: Path) -> Non
 
 def test_the_report_has_the_scores_on_the_task(teacher: Path, data: str, tmp_path: Path) -> None:
     step = Finetune(glue="sst2", data=data, max_steps=1, lr=1e-12)
-    result = compress(str(teacher), [step], tmp_path / "out", evaluation={"speed": False})
+    asked = {"speed": False, "glue_subset": 32}  # of the step's own data
+    result = compress(str(teacher), [step], tmp_path / "out", evaluation=asked)
     found = result.report["glue"]["tasks"]["sst2"]["metrics"]["accuracy"]
-    assert found["value"] == pytest.approx(accuracy(tmp_path / "out", data))
+    own = evaluate_glue(str(tmp_path / "out"), ["sst2"], data=data, subset=32)["tasks"]["sst2"]
+    assert found["value"] == pytest.approx(own["score"])
+    assert (
+        found["base"] == found["value"] and found["difference_low"] == 0
+    )  # of a classifier that learned nothing
     assert found["low"] <= found["value"] <= found["high"]
     assert "sst2 accuracy" in (tmp_path / "out/README.md").read_text()
     assert json.loads((tmp_path / "out/report.json").read_text())["glue"] == result.report["glue"]

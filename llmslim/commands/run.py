@@ -36,6 +36,9 @@ SECTIONS = {  # flags of the recipe's fields, by where the value goes
     "evaluation.tasks": "--eval-tasks",
     "evaluation.tasks_limit": "--eval-limit",
     "evaluation.tasks_data": "--eval-data",
+    "evaluation.glue": "--eval-glue",
+    "evaluation.glue_subset": "--eval-subset",
+    "evaluation.glue_data": "--eval-glue-data",
     "evaluation.steps": "--measure-steps",
 }
 

@@ -82,6 +82,9 @@ def _speed(report: dict[str, Any]) -> str:
 def _cost(report: dict[str, Any]) -> Answer:
     question, quality = "What did it cost?", report["quality"]
     rise = increase(quality or {})
+    glue = report.get("glue") or {}
+    if rise is None and "verdict" in glue:
+        return _cost_on_glue(question, glue)
     if rise is None:
         reason = next((told for told in figures.skipped(report) if told.startswith("quality")), "")
         if quality and "perplexity" in quality:
@@ -108,6 +111,20 @@ def _cost(report: dict[str, Any]) -> Answer:
     return Answer(question, worse, tuple(lines), middle < 0)
 
 
+def _cost_on_glue(question: str, glue: dict[str, Any]) -> Answer:
+    """Of a classifier, which was scored beside its base."""
+    from llmslim.evaluation.paired import NO_LOSS, TOO_FEW
+
+    found = [metric["verdict"] for task in glue["tasks"].values() for metric in task["metrics"].values()]
+    lines = (f"On GLUE: {glue['verdict'].rstrip('.')}.",)
+    if all(told.startswith(NO_LOSS) for told in found):
+        return Answer(question, NO_LOSS, lines, True)
+    if all(told.startswith((NO_LOSS, TOO_FEW)) for told in found):
+        return Answer(question, TOO_FEW, lines)
+    gap = 100 * (glue["average"] - glue["base_average"])
+    return Answer(question, f"GLUE {gap:+.1f} points", lines, gap > 0)
+
+
 def _trust(report: dict[str, Any]) -> Answer:
     question, found = "Can I trust it?", report["verification"]
     checks = found["checks"]
@@ -123,6 +140,8 @@ def _trust(report: dict[str, Any]) -> Answer:
         if "windows" in told:
             sized = f"{told['windows']} windows of {told['seq_len']} tokens"
             lines.append(f"Measured on {sized} of {told['text']}.")
+    if told := (report.get("glue") or {}).get("protocol"):
+        lines.append(f"Scored on {told}.")
     count = len(report["notes"])
     lines.append(
         "No fallbacks or warnings." if not count else f"{count} fallbacks and warnings, listed below."

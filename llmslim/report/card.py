@@ -48,7 +48,7 @@ def write_report(folder: Path, report: dict[str, Any], base_files: ModelFiles) -
 
 
 def add_to_report(folder: Path, name: str, record: dict[str, Any]) -> None:
-    """Keep what was measured later ("tasks" or "benchmark") in the report of a run, in all its forms but the card.
+    """Keep what was measured later ("tasks", "glue", "benchmark") in the report of a run, in all forms but the card.
 
     Raises:
         UserError: the folder is no run.
@@ -139,6 +139,7 @@ def _measurements(report: dict[str, Any]) -> str:
         lines.append(
             f"Perplexity: {quality['perplexity']['protocol']}; ± is the standard error over windows."
         )
+    lines += [f"Scores: {told}" for told in figures.protocols(report)]
     lines += [
         f"{reason[0].upper()}{reason[1:]}." for reason in (*figures.pruned(report), *figures.skipped(report))
     ]

@@ -21,23 +21,43 @@ class Row:
 
 def rows(report: dict[str, Any]) -> list[Row]:
     """The measured figures that the report has; what was skipped is in `skipped`."""
-    quality = [*_quality(_measured(report["quality"])), *_glue(_measured(report.get("glue")))]
+    quality = [*_quality(_measured(report["quality"])), *_glue(report)]
     tasks = _tasks(_measured(report.get("tasks")))
     return [*_sizes(report["size"]), *quality, *tasks, *_speeds(report["speed"])]
 
 
-def _glue(scores: dict[str, Any]) -> list[Row]:
-    """Metrics of the result in percent, with 95 % intervals."""
-    chosen = " (of the data that chose the checkpoint)" if scores.get("chosen_by_it") else ""
+def _glue(report: dict[str, Any]) -> list[Row]:
+    """Metrics of both, or of the result alone, in percent with 95 % intervals, and the paired difference."""
+    from llmslim.evaluation.paired import shift
+
+    made = []
+    for label, _, found in _glue_metrics(report):
+        base, change = "", ""
+        if "base" in found:
+            base = _percent(found["base"], found["base_low"], found["base_high"])
+            change = shift(*(found[f"difference{end}"] for end in ("", "_low", "_high")))
+        made.append(Row(label, base, _percent(found["value"], found["low"], found["high"]), change))
+    return made
+
+
+def _glue_metrics(report: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Label, task and metric of what was scored on GLUE; the label tells whether the data have chosen a checkpoint."""
+    trained = [step["finetune"] for step in report["recipe"]["steps"] if "finetune" in step]
+    choosing = {step.get("glue") for step in trained if step.get("choose_on_validation")}
     return [
-        Row(
-            f"{task} {metric.replace('_', ' ')}{chosen}",
-            "",
-            f"{100 * found['value']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]",
+        (
+            f"{name} {metric.replace('_', ' ')}"
+            + " (of the data that chose the checkpoint)" * (name in choosing),
+            record,
+            found,
         )
-        for task, record in scores.get("tasks", {}).items()
+        for name, record in _measured(report.get("glue")).get("tasks", {}).items()
         for metric, found in record["metrics"].items()
     ]
+
+
+def _percent(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _tasks(record: dict[str, Any]) -> list[Row]:
@@ -108,7 +128,7 @@ TASK_HEADINGS = ("task", "base", "result", "difference")
 
 
 def tasks(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The chief metric of each task of lm-eval, by `TASK_HEADINGS`, if scores were kept (`evaluate --save`)."""
+    """Scores by `TASK_HEADINGS`, if there are any: the chief metric of each task of lm-eval, all metrics of GLUE's."""
     rows = []
     for name, record in ((report.get("tasks") or {}).get("tasks") or {}).items():
         found = record["metrics"].get(record["main"])
@@ -121,7 +141,20 @@ def tasks(report: dict[str, Any]) -> list[tuple[str, ...]]:
         gap = found.get("verdict") or f"{found['difference']:+.3f}"
         asked = f", {record['questions']} questions" if "questions" in record else ""
         rows.append((f"{name} ({record['main']}){asked}", *told, gap))
+    for (label, record, found), row in zip(_glue_metrics(report), _glue(report), strict=True):
+        asked = f", {record['examples']} examples"
+        rows.append((f"{label}{asked}", row.base or "-", row.result, found.get("verdict", "")))
     return rows
+
+
+def protocols(report: dict[str, Any]) -> list[str]:
+    """How scores on tasks were measured, in words."""
+    told = (
+        ("tasks", "± is the standard error; differences are paired by question"),
+        ("glue", "the scores are in percent"),
+    )
+    found = [(_measured(report.get(name)).get("protocol"), reading) for name, reading in told]
+    return [f"{protocol}. {reading[0].upper()}{reading[1:]}." for protocol, reading in found if protocol]
 
 
 SPEED_HEADINGS = ("", "base", "result", "ratio")

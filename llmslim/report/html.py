@@ -73,12 +73,8 @@ def _steps(report: dict[str, Any]) -> str:
 
 def _scores(report: dict[str, Any]) -> list[str]:
     rows = figures.tasks(report)
-    told = (
-        f"{report['tasks']['protocol']}. ± is the standard error; differences are paired by question."
-        if rows
-        else _unmeasured(report, "evaluate", "--tasks arc_easy,piqa ")
-    )
-    return [table(figures.TASK_HEADINGS, rows, (1, 2)), paragraph(told, "dim")]
+    told = figures.protocols(report) or [_unmeasured(report, "evaluate", "--tasks arc_easy,piqa ")]
+    return [table(figures.TASK_HEADINGS, rows, (1, 2)), *(paragraph(one, "dim") for one in told)]
 
 
 def _lengths(report: dict[str, Any]) -> list[str]:

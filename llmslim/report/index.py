@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 TASK = {"type": "text-generation", "name": "Text Generation"}
+CLASSIFICATION = {"type": "text-classification", "name": "Text Classification"}
 
 
 def model_index(report: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -15,7 +16,11 @@ def model_index(report: dict[str, Any], name: str) -> list[dict[str, Any]]:
     The specification is that of `huggingface_hub.model_index_to_eval_results`. A perplexity is given with those of
     the base and with KL divergence and agreement in the same result, since alone it says little.
     """
-    results = [*_perplexity(report["quality"] or {}), *_tasks(report.get("tasks") or {})]
+    results = [
+        *_perplexity(report["quality"] or {}),
+        *_tasks(report.get("tasks") or {}),
+        *_glue(report.get("glue") or {}),
+    ]
     return [{"name": name, "results": results}] if results else []
 
 
@@ -57,6 +62,30 @@ def _tasks(record: dict[str, Any]) -> list[dict[str, Any]]:
         if metrics:
             results.append({"task": dict(TASK), "dataset": {"name": name, "type": name}, "metrics": metrics})
     return results
+
+
+def _glue(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The metrics of each of GLUE's tasks, of the result and of the base where it was scored."""
+    some = f" (the first {record['subset']} examples)" if record.get("subset") else ""
+    return [
+        {
+            "task": dict(CLASSIFICATION),
+            "dataset": {
+                "name": f"GLUE {name}{some}",
+                "type": "nyu-mll/glue",
+                "config": name,
+                "split": "validation",
+            },
+            "metrics": [
+                {"type": metric.removesuffix("_mismatched"), "name": f"{metric}{of}", "value": found[side]}
+                for metric, found in task["metrics"].items()
+                for side, of in (("value", ""), ("base", " of the base"))
+                if side in found
+            ],
+        }
+        for name, task in record.get("tasks", {}).items()
+        if task["metrics"]
+    ]
 
 
 def _dataset(spec: str) -> dict[str, str]:

@@ -82,6 +82,7 @@ def caveats(names: Sequence[str], reports: Sequence[dict[str, Any]]) -> list[str
         ("texts of the perplexity", _text),
         ("machines or settings of the speed", _machine),
         ("questions of the tasks", lambda report: (report.get("tasks") or {}).get("protocol", "")),
+        ("examples of GLUE", lambda report: _examples(report.get("glue") or {})),
     ):
         values = {name: of(report) for name, report in zip(names, reports, strict=True)}
         different = dict.fromkeys(value for value in values.values() if value)
@@ -114,7 +115,7 @@ def _run(name: str, report: dict[str, Any], side: str) -> Run:
 
 
 def _scores(report: dict[str, Any], side: str) -> dict[str, tuple[float, float | None]]:
-    """Value and standard error of a side by task; GLUE's scores have none, and are of the result alone.
+    """Value and standard error of a side by task; GLUE's scores have none.
 
     Of lm-eval's tasks, the chief metrics that are shares of 1, so that a mean of them says something; without groups,
     whose tasks are there themselves.
@@ -126,8 +127,8 @@ def _scores(report: dict[str, Any], side: str) -> dict[str, tuple[float, float |
         if "group" not in record
     }
     found = {name: (main[value], main[stderr]) for name, main in mains.items() if main.get("share")}
-    glue = (report.get("glue") or {}).get("tasks", {}) if side == "result" else {}
-    return found | {name: (record["score"], None) for name, record in glue.items()}
+    glue, score = (report.get("glue") or {}).get("tasks", {}), "score" if side == "result" else "base_score"
+    return found | {name: (record[score], None) for name, record in glue.items() if score in record}
 
 
 def _base(reports: Sequence[dict[str, Any]]) -> Run:
@@ -147,6 +148,14 @@ def _text(report: dict[str, Any]) -> str:
         if found.get("data_hash")
         else found.get("protocol", "")
     )
+
+
+def _examples(glue: dict[str, Any]) -> str:
+    """Which ones a classifier was scored on; "" where it was not."""
+    if "tasks" not in glue:
+        return ""
+    subset = glue.get("subset")
+    return "all" if subset is None else f"the first {subset} of each split"
 
 
 def _machine(report: dict[str, Any]) -> str:
