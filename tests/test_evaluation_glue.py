@@ -72,7 +72,7 @@ def test_the_interval_of_an_accuracy_is_that_of_a_share() -> None:
     assert (low, high) == interval("accuracy", predicted, labels)
 
 
-def test_a_paired_difference_is_of_the_same_resamples() -> None:
+def test_a_paired_difference_is_of_the_same_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of accuracy the interval is that of the mean of differences; of F1 it is sklearn's on the same draws."""
     from sklearn.metrics import f1_score
 
@@ -89,8 +89,9 @@ def test_a_paired_difference_is_of_the_same_resamples() -> None:
     apart = sum((found[f"{side}high"] - found[f"{side}low"]) ** 2 for side in ("", "base_")) ** 0.5
     assert found["difference_high"] - found["difference_low"] < 0.7 * apart  # what is hard for both cancels
 
+    monkeypatch.setattr("llmslim.evaluation.glue.RESAMPLES", 100)
     found, again = compared("f1", labels, result, base), np.random.default_rng(0)
-    drawn = [again.integers(500, size=500) for _ in range(1000)]
+    drawn = [again.integers(500, size=500) for _ in range(100)]
     ours, theirs = ([f1_score(labels[rows], side[rows]) for rows in drawn] for side in (result, base))
     for prefix, values in (("", ours), ("base_", theirs), ("difference_", np.subtract(ours, theirs))):
         ends = found[f"{prefix}low"], found[f"{prefix}high"]
@@ -234,11 +235,15 @@ def half(bert: Path, data: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
     asked = {"glue": ["mrpc"], "glue_data": data, "glue_subset": 20}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "verify_in_fresh_process", verify)
+        patch.setattr("llmslim.evaluation.glue.RESAMPLES", 100)
         pipeline.compress(str(bert), [Magnitude(sparsity=0.8)], output, evaluation=asked)
     return output
 
 
-def test_a_pruned_classifier_is_scored_beside_its_base(half: Path, bert: Path, data: str) -> None:
+def test_a_pruned_classifier_is_scored_beside_its_base(
+    half: Path, bert: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmslim.evaluation.glue.RESAMPLES", 100)  # as there
     report = read_report(half)
     ours, theirs = (evaluate_glue(str(folder), ["mrpc"], data=data, subset=20) for folder in (half, bert))
     task = report["glue"]["tasks"]["mrpc"]
