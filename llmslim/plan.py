@@ -208,8 +208,8 @@ def _surveying(step: BlockStep, shape: _Shape, anatomy: Anatomy) -> int:
     """Bytes of a survey with gradients, float32: weights and what is as large, one gradient, one backward."""
     if not step.survey_copies:
         return 0
-    logits = 3 * shape.vocabulary if anatomy.head is not None else 0
-    backward = step.survey_span(shape.window) * (shape.widths + logits)
+    predicted = step.survey_predicted(shape.vocabulary, shape.window) if anatomy.head is not None else 0
+    backward = step.survey_span(shape.window) * shape.widths + 3 * predicted * shape.vocabulary
     further = step.survey_bytes(anatomy, shape.window)
     return 4 * (step.survey_copies * shape.total + shape.block + backward) + further
 

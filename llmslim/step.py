@@ -264,6 +264,10 @@ class BlockStep(Step):
         """Tokens that the survey holds the gradients of at once, of windows of so many; for the plan."""
         return window
 
+    def survey_predicted(self, vocabulary: int, window: int) -> int:
+        """Tokens that the survey holds the logits of at once; for the plan."""
+        return self.survey_span(window)
+
     def survey_bytes(self, anatomy: Anatomy, window: int) -> int:
         """What the survey holds at once beside weights, gradients and what passes through Linears; for the plan."""
         return 0

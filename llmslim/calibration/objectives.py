@@ -45,17 +45,25 @@ def objective_of(model: PreTrainedModel, mask_token: int | None = None) -> Objec
 def masked_tokens(
     model: PreTrainedModel, window: Tensor, generator: torch.Generator, mask_token: int | None
 ) -> Tensor:
-    """-log p of the tokens at 15% of the positions (one at least), in nats, given the others."""
+    """-log p of the tokens at 15% of the positions (one at least), in nats, given the others; window [1, seq]."""
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    tokens, labels = masked(window, generator, mask_token, vocabulary)
+    return model(input_ids=tokens, labels=labels).loss
+
+
+def masked(
+    window: Tensor, generator: torch.Generator, mask_token: int | None, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """A window [1, seq] with other tokens at 15% of the positions, and what was there; IGNORED elsewhere."""
     length = window.shape[1]
     positions = torch.randperm(length, generator=generator)[: max(1, round(MASKED * length))]
-    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     tokens = torch.randint(0, vocabulary, positions.shape, generator=generator)
     if mask_token is not None:
         tokens.fill_(mask_token)
     positions, tokens = positions.to(window.device), tokens.to(window.device)
     labels = torch.full_like(window, IGNORED)
     labels[0, positions] = window[0, positions]
-    return model(input_ids=window.index_copy(1, positions, tokens[None]), labels=labels).loss
+    return window.index_copy(1, positions, tokens[None]), labels
 
 
 def random_projection(model: PreTrainedModel, window: Tensor, generator: torch.Generator) -> Tensor:

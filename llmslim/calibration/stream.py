@@ -128,7 +128,7 @@ class BlockStream:
             self._replies(lane, index, [s for s in self.anatomy.stacks if s.name in lane.finished])
         )
         try:
-            with _patched(patches), self._cast_embeddings():
+            with patched(patches), self._cast_embeddings():
                 self.model(**_to(lane.inputs[index], self.device))
         except _EndOfStack:
             pass
@@ -173,7 +173,7 @@ class BlockStream:
             return forward
 
         modules = {name: self.model.get_submodule(name) for name in names}
-        with _patched({m: halting(n, m.forward, m) for n, m in modules.items()}):
+        with patched({m: halting(n, m.forward, m) for n, m in modules.items()}):
             chunks = [
                 greenlet(lambda index=index: self._call(block, lane, index))
                 for index in range(len(lane.hidden))
@@ -209,7 +209,7 @@ class BlockStream:
     def outputs(self, lane: Lane) -> Iterator[tuple[dict[str, Tensor], Any]]:
         """The model's own outputs (logits ...) for each chunk of a lane that has passed all stacks."""
         for index, inputs in enumerate(lane.inputs):
-            with _patched(self._replies(lane, index, self.anatomy.stacks)), self._cast_embeddings():
+            with patched(self._replies(lane, index, self.anatomy.stacks)), self._cast_embeddings():
                 yield inputs, self.model(**_to(inputs, self.device))
 
     def _replies(self, lane: Lane, index: int, stacks: list[Stack]) -> dict[nn.Module, Callable]:
@@ -237,7 +237,7 @@ class BlockStream:
 
 
 @contextmanager
-def _patched(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
+def patched(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
     """Replace the forward of modules for a while."""
     for module, forward in forwards.items():
         module.forward = forward

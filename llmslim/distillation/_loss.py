@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from typing_extensions import Self
 
+    from llmslim.training.head import Parted
+    from llmslim.training.logits import Part
     from llmslim.training.loop import Loss
 
 SAMPLE = 4096  # tokens that projections are fitted to before training
@@ -106,44 +108,49 @@ class Distill(InsideFields, WholeStep):
     def criterion(
         self, model: PreTrainedModel, teacher: Any, tokens: Tensor
     ) -> tuple[Loss, list[nn.Parameter]]:
+        from llmslim.training.head import Parted
+
         some = tokens[: max(1, SAMPLE // tokens.shape[1])].to(model.device)
         inside = self.comparison(model, teacher, (some, some))
-        return self._beside(teacher, inside, tokens.shape[1] // 2), list(inside.projections.parameters())
+        pair = Parted(model, tokens), Parted(teacher, tokens)
+        return self._beside(pair, inside, tokens.shape[1] // 2), list(inside.projections.parameters())
 
-    def _beside(self, teacher: PreTrainedModel, inside: Comparison, prompt: int) -> Loss:
+    def _beside(self, pair: tuple[Parted, Parted], inside: Comparison, prompt: int) -> Loss:
         """The loss.
 
         Args:
+            pair: student and teacher.
             prompt: tokens of a window behind which the student writes.
         """
         from llmslim.training.forward import sampled
-        from llmslim.training.losses import divergence
+        from llmslim.training.logits import summed
+        from llmslim.training.losses import apart
+
+        student, teacher = pair
 
         def loss(model: nn.Module, tokens: Tensor) -> Tensor:
             own = self.on_policy > 0 and torch.is_grad_enabled() and float(torch.rand(())) < self.on_policy
             if own:
                 tokens = sampled(model, tokens[:, :prompt], tokens.shape[1] - prompt)
-            mine = inside.views[0].of(model, tokens)
+            mine = inside.views[0].of(student.body, tokens)
             with torch.no_grad():
-                its = inside.views[1].of(teacher, tokens)
-            parts = inside.losses(mine, its, None)
+                its = inside.views[1].of(teacher.body, tokens)
+            terms = inside.losses(mine, its, None)
             if self.response:
-                logits = mine.output.logits
-                judged = (
-                    slice(prompt - 1, -1) if own else slice(None)
-                )  # what the written tokens were drawn from
-                pair = logits[:, judged], its.output.logits[:, judged]
-                apart = divergence(*pair, self.temperature, self.divergence, self.beta)
-                parts.append(self.weighed(apart, logits, None if own else tokens))
-            return torch.stack(parts).sum()
+                # what the written tokens were drawn from
+                judged = (slice(None), slice(prompt - 1, -1) if own else slice(None))
+                logits, targets = student.logits(mine.output)[judged], teacher.logits(its.output)[judged]
+                how = apart(targets, self.temperature, self.divergence, self.beta)
+                terms.append(summed(logits, self.weighed(how, None if own else tokens)))
+            return torch.stack(terms).sum()
 
         return loss
 
-    def weighed(self, apart: Tensor, logits: Tensor, labels: Tensor | None) -> Tensor:
-        """The divergence weighed, with that of the labels."""
-        from llmslim.training.losses import next_token
+    def weighed(self, apart: Part, labels: Tensor | None) -> list[Part]:
+        """The divergence weighed, and that of the labels."""
+        from llmslim.training.losses import following, labelled
 
-        value = self.alpha * apart
+        parts = [(self.alpha, apart)]
         if self.alpha < 1 and labels is not None:
-            value = value + (1 - self.alpha) * next_token(logits, labels)
-        return self.response * value
+            parts.append((1 - self.alpha, labelled(following(labels))))
+        return [part._replace(weight=self.response * share * part.weight) for share, part in parts]

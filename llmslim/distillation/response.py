@@ -53,11 +53,15 @@ class Response(CachedStep, Distill):
         if not isinstance(teacher, TeacherCache):
             return super().criterion(model, teacher, tokens)
         from llmslim.training.forward import run
-        from llmslim.training.losses import coarse_divergence
+        from llmslim.training.head import Parted
+        from llmslim.training.logits import summed
+        from llmslim.training.losses import coarsely_apart
+
+        student = Parted(model, tokens)
 
         def loss(model: nn.Module, tokens: Tensor) -> Tensor:
-            logits = run(model, tokens).logits
-            how = (self.temperature, self.divergence, self.beta)
-            return self.weighed(coarse_divergence(logits, *teacher.of(tokens), *how), logits, tokens)
+            logits = student.logits(run(student.body, tokens))
+            how = coarsely_apart(*teacher.of(tokens), self.temperature, self.divergence, self.beta)
+            return summed(logits, self.weighed(how, tokens))
 
         return loss, []

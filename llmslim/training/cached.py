@@ -101,19 +101,23 @@ class TeacherCache:
             vocabulary: tokens of the student's, behind which the teacher's is padding.
         """
         from llmslim.training.forward import run
+        from llmslim.training.head import Parted
+        from llmslim.training.logits import in_parts
         from llmslim.training.losses import likeliest
 
         self.folder.mkdir(parents=True, exist_ok=True)
+        parted = Parted(teacher, self.tokens)
         device = next(teacher.parameters()).device
         for done, index in enumerate(self._places.values()):
             progress(done, len(self._places))
             path = self._path(index)
             if path.exists():
                 continue
-            logits = run(teacher, self.tokens[index : index + 1].to(device)).logits[0, :, :vocabulary]
-            ids, log_probs, tail = likeliest(logits, k, temperature)
-            tensors = {"ids": ids.int(), "log_probs": log_probs.half()}
-            tensors |= {} if tail is None else {"tail": tail}
+            logits = parted.logits(run(parted.body, self.tokens[index : index + 1].to(device)))[0]
+            found = [likeliest(some[:, :vocabulary], k, temperature) for some in in_parts(logits)]
+            ids, log_probs, tails = zip(*found, strict=True)
+            tensors = {"ids": torch.cat(ids).int(), "log_probs": torch.cat(log_probs).half()}
+            tensors |= {} if tails[0] is None else {"tail": torch.cat(tails)}
             save_tensors(path, {name: tensor.cpu() for name, tensor in tensors.items()})
         progress(len(self._places), len(self._places))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -194,9 +195,10 @@ def sampled(model: nn.Module, prompt: Tensor, length: int) -> Tensor:
     """
     training = model.training
     model.eval()
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     text, asked, cache = prompt, prompt, None
     for _ in range(length):
-        output = model(input_ids=asked, past_key_values=cache, use_cache=True)
+        output = model(input_ids=asked, past_key_values=cache, use_cache=True, **last)
         cache = output.past_key_values
         asked = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1)
         text = torch.cat([text, asked], 1)

@@ -1,66 +1,30 @@
 """Losses as pure functions of logits, hidden states, attention scores and embeddings of samples.
 
-Those of logits are taken over a few tokens at a time, with their gradient: distributions stay in the CPU's cache, and
-none is made twice.
+Those of logits are taken over a few tokens at a time (`llmslim.training.logits`), also where there are no more of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from llmslim.calibration.objectives import IGNORED
+from llmslim.training.logits import LazyLogits, Logits, Part, summed
 
 if TYPE_CHECKING:
     from llmslim.training.forward import Scores
 
 Divergence = Literal["forward", "reverse", "js"]
 
-CHUNK = 32  # tokens whose distributions are held at a time: 6 MB each of 49k tokens, which caches hold
-
-
-class _Summed(torch.autograd.Function):
-    """The sum of a loss over rows of logits, a chunk at a time; its gradient is found on the way.
-
-    The gradient takes the logits' memory once more until the backward pass; graphs of distributions, or the second
-    computing of them that checkpoints cost, would take a multiple. One backward pass only.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, loss: Callable[..., Tensor], rows: Tensor, *targets: Tensor) -> Tensor:
-        total = rows.new_zeros((), dtype=torch.float32)
-        ctx.gradient = torch.empty_like(rows) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(rows), CHUNK):
-            some, *wanted = (tensor[start : start + CHUNK] for tensor in (rows, *targets))
-            if ctx.gradient is None:
-                total += loss(some, *wanted)
-                continue
-            with torch.enable_grad():
-                leaf = some.detach().requires_grad_()
-                value = loss(leaf, *wanted)
-            ctx.gradient[start : start + CHUNK] = torch.autograd.grad(value, leaf)[0]
-            total += value.detach()
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> Any:
-        gradient, ctx.gradient = ctx.gradient, None
-        return None, gradient.mul_(outer[0]), *[None] * (len(ctx.needs_input_grad) - 2)
-
-
-def _summed(loss: Callable[..., Tensor], rows: Tensor, *targets: Tensor) -> Tensor:
-    """loss(rows, *targets), which is a sum over rows [tokens, vocabulary]; gradients flow to the rows."""
-    total: Tensor = _Summed.apply(loss, rows, *targets)  # type: ignore[no-untyped-call]
-    return total
-
 
 def divergence(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     temperature: float = 1.0,
     kind: Divergence = "forward",
     beta: float = 0.5,
@@ -80,17 +44,21 @@ def divergence(
             it is by padding, which is left out.
         temperature: both are divided by it. Its square keeps the size of gradients.
     """
-    common = min(student.shape[-1], teacher.shape[-1])
-    rows = student[..., :common].reshape(-1, common)
-    targets = teacher.detach()[..., :common].reshape(-1, common)
+    return summed(student, [apart(teacher, temperature, kind, beta)])
+
+
+def apart(teacher: Logits, temperature: float = 1.0, kind: Divergence = "forward", beta: float = 0.5) -> Part:
+    """`divergence` as a part of a loss."""
+    rows = teacher.rows() if isinstance(teacher, LazyLogits) else teacher.detach().flatten(0, -2)
     how = partial(_divergence, temperature=temperature, kind=kind, beta=beta)
-    return _summed(how, rows, targets) * (temperature**2 / len(rows))
+    return Part(temperature**2 / len(rows), how, (rows,))
 
 
 def _divergence(
     student: Tensor, teacher: Tensor, temperature: float, kind: Divergence, beta: float
 ) -> Tensor:
-    student, teacher = student.float(), teacher.float()
+    common = min(student.shape[-1], teacher.shape[-1])
+    student, teacher = student[..., :common].float(), teacher[..., :common].float()
     if temperature != 1:  # a division is as long as the softmax
         student, teacher = student / temperature, teacher / temperature
     q, p = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
@@ -120,7 +88,7 @@ def likeliest(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor,
 
 
 def coarse_divergence(
-    student: Tensor,
+    student: Logits,
     ids: Tensor,
     log_probs: Tensor,
     tail: Tensor | None,
@@ -136,12 +104,22 @@ def coarse_divergence(
         student: logits [..., vocabulary], gradients flow to them.
         ids, log_probs, tail: of the teacher at this temperature; normalized anew after they were rounded.
     """
-    rows = student.reshape(-1, student.shape[-1])
-    kept = ids.reshape(len(rows), -1)
+    return summed(student, [coarsely_apart(ids, log_probs, tail, temperature, kind, beta)])
+
+
+def coarsely_apart(
+    ids: Tensor,
+    log_probs: Tensor,
+    tail: Tensor | None,
+    temperature: float = 1.0,
+    kind: Divergence = "forward",
+    beta: float = 0.5,
+) -> Part:
+    """`coarse_divergence` as a part of a loss."""
     known = log_probs if tail is None else torch.cat([log_probs, tail.unsqueeze(-1)], -1)
-    targets = F.log_softmax(known.detach().float(), -1).reshape(len(rows), -1)
+    targets = F.log_softmax(known.detach().float(), -1).flatten(0, -2)
     how = partial(_coarse, tail=tail is not None, temperature=temperature, kind=kind, beta=beta)
-    return _summed(how, rows, kept, targets) * (temperature**2 / len(rows))
+    return Part(temperature**2 / len(targets), how, (ids.flatten(0, -2), targets))
 
 
 def _coarse(
@@ -165,15 +143,23 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return F.kl_div(q, p, reduction="sum", log_target=True)
 
 
-def next_token(logits: Tensor, tokens: Tensor) -> Tensor:
+def next_token(logits: Logits, tokens: Tensor) -> Tensor:
     """Mean -log p of each next token, in nats; logits [batch, seq, vocabulary], tokens int64 [batch, seq]."""
-    rows = logits[:, :-1].reshape(-1, logits.shape[-1])
-    targets = tokens[:, 1:].reshape(-1)
-    return _summed(_cross_entropy, rows, targets) / len(rows)
+    return summed(logits, [labelled(following(tokens))])
+
+
+def following(tokens: Tensor) -> Tensor:
+    """The next of each token, int64 [batch, seq]; the last ones' are not asked for."""
+    return F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
+
+
+def labelled(labels: Tensor) -> Part:
+    """Mean -log p of labels, int64 [...], as a part of a loss; IGNORED ones do not count."""
+    return Part(1 / int((labels != IGNORED).sum()), _cross_entropy, (labels.flatten(),))
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
 
 
 def hidden_states(student: Tensor, teacher: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
-from llmslim.calibration.objectives import masked_tokens
+from llmslim.calibration.objectives import IGNORED, masked
 from llmslim.errors import UserError
 from llmslim.step import Survey
 from llmslim.training.cached import CachedStep, TeacherCache
@@ -27,6 +27,18 @@ class Masking:
     """What takes the place of a token that is asked for; None puts random ones there."""
 
     token: int | None
+    vocabulary: int
+
+    def of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Windows with 15% of the tokens hidden, and these, IGNORED elsewhere; int64 [batch, seq].
+
+        Drawn by torch's own generator; in validation the same ones each time.
+        """
+        seed = int(torch.randint(2**31, ())) if torch.is_grad_enabled() else 0
+        generator = torch.Generator().manual_seed(seed)
+        pairs = [masked(window[None], generator, self.token, self.vocabulary) for window in tokens]
+        inputs, labels = (torch.cat(side) for side in zip(*pairs, strict=True))
+        return inputs, labels
 
 
 class ObjectiveStep(CachedStep):
@@ -68,29 +80,34 @@ class ObjectiveStep(CachedStep):
 
     def learned_from(self, look: Survey) -> Any:
         if self.objective == "masked_token":
-            return Masking(look.mask_token)
+            table: Any = look.anatomy.model.get_input_embeddings()
+            return Masking(look.mask_token, table.num_embeddings)
         return super().learned_from(look)
 
     def criterion(
         self, model: PreTrainedModel, teacher: PreTrainedModel | TeacherCache | Masking | None, tokens: Tensor
     ) -> tuple[Loss, list[nn.Parameter]]:
         from llmslim.training.forward import run
-        from llmslim.training.losses import coarse_divergence, divergence, next_token
+        from llmslim.training.head import Parted
+        from llmslim.training.logits import summed
+        from llmslim.training.losses import coarse_divergence, divergence, labelled, next_token
+
+        student = Parted(model, tokens)
+        its = Parted(teacher, tokens) if isinstance(teacher, nn.Module) else None
 
         def loss(model: Any, tokens: Tensor) -> Tensor:
             if isinstance(teacher, Masking):
-                # validation asks for the same tokens each time
-                seed = int(torch.randint(2**31, ())) if torch.is_grad_enabled() else 0
-                generator = torch.Generator().manual_seed(seed)
-                losses = [masked_tokens(model, window[None], generator, teacher.token) for window in tokens]
-                return torch.stack(losses).mean()
-            logits = run(model, tokens).logits
+                asked, labels = teacher.of(tokens)
+                where = labels != IGNORED
+                return summed(student.logits(run(student.body, asked))[where], [labelled(labels[where])])
+            logits = student.logits(run(student.body, tokens))
             if teacher is None:
                 return next_token(logits, tokens)
             if isinstance(teacher, TeacherCache):
                 return coarse_divergence(logits, *teacher.of(tokens), self.temperature)
+            assert its is not None
             with torch.no_grad():
-                targets = run(teacher, tokens).logits
+                targets = its.logits(run(its.body, tokens))
             return divergence(logits, targets, self.temperature)
 
         return loss, []

@@ -16,6 +16,7 @@ from llmslim.anatomy import Anatomy, Block
 from llmslim.errors import UserError
 from llmslim.history import TRAINING
 from llmslim.step import BlockStep, StepRecord, Survey
+from llmslim.training.logits import tokens_at_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -168,6 +169,9 @@ class TrainStep(PlacingStep):
 
     def survey_span(self, window: int) -> int:
         return self.batch_size * window
+
+    def survey_predicted(self, vocabulary: int, window: int) -> int:
+        return min(self.survey_span(window), tokens_at_once(vocabulary)) if self.predicts else 0
 
     @property
     def survey_limit(self) -> float:
