@@ -16,6 +16,7 @@ import torch
 from llmslim.anatomy.parts import dense_weight
 from llmslim.checkpoint.load import load_model
 from llmslim.errors import UserError
+from llmslim.files import load_tensors
 from llmslim.loaders.models import find
 from llmslim.loaders.texts import sample
 from llmslim.pipeline import compress, prepare
@@ -124,6 +125,30 @@ def test_scales_recover_and_codes_stay(
     assert all(name.endswith("weight_scale") or before[name].ndim == 1 for name in changed)
     lines = [json.loads(line) for line in (tmp_path / "r/training.jsonl").read_text().splitlines()]
     assert {"loss", "tokens_per_second", "seconds_left"} <= lines[0].keys()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_scales_alone(family: str, folders: dict[str, Path], made: Any, tmp_path: Path) -> None:
+    """EfficientQAT's second phase: all but the step sizes is the base's, bit for bit, in the files."""
+    packed = made(RTN3, family)
+    step = Scales(train="scales", weight_decay=0.1, **{**FAST, "max_steps": 40})
+    compress(str(packed), [step], tmp_path / "r", **QUICK)
+    assert kl(folders[family], tmp_path / "r") < 0.95 * kl(folders[family], packed)
+    before, after = stored(packed), stored(tmp_path / "r")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith("weight_scale")}
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint's files, as they are."""
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_tensors(file).items()}
+
+
+def test_scales_alone_need_packed_weights(folders: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="trains the scales of packed Linears, and no block has one"):
+        step = Scales(train="scales", objective="next_token", **FAST)
+        prepare(str(folders["llama"]), Recipe(steps=(step,), **QUICK))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
 from llmslim.edit import in_place
+from llmslim.errors import UserError
 from llmslim.ties import counterpart, shared_modules
 from llmslim.training.objective import ObjectiveStep
 from llmslim.training.step import Finish
@@ -25,8 +26,9 @@ class Scales(ObjectiveStep):
     """Train norms, biases and the scales of packed Linears; codes and zero points stay as they are.
 
     W = (code - zero) * scale: a gradient reaches the scale of each group of weights, and nothing is decided anew.
-    EfficientQAT's second phase (Chen et al. 2024, arXiv:2407.11062), with norms and biases beside. Scales are trained
-    in float32 and rounded to their type at the end. Packed embeddings and heads are left alone.
+    EfficientQAT's second phase (Chen et al. 2024, arXiv:2407.11062) trains the scales alone, as `train: scales` does;
+    by default norms and biases are trained beside. Scales are trained in float32 and rounded to their type at the end.
+    Packed embeddings and heads are left alone.
     """
 
     kind: ClassVar[str] = "scales"
@@ -34,25 +36,32 @@ class Scales(ObjectiveStep):
 
     lr: float = Field(3e-4, gt=0, description="peak learning rate of AdamW; cosine to 0 at the end")
 
+    train: Literal["scales", "all"] = Field(
+        "all", description="the scales of packed Linears alone, or norms and biases with them"
+    )
+
+    def check(self, anatomy: Anatomy) -> None:
+        super().check(anatomy)
+        if self.train == "scales" and not _packed(anatomy):
+            raise UserError(
+                "train 'scales' trains the scales of packed Linears, and no block has one: quantize first, or use "
+                "train all or --method full."
+            )
+
     def placed(self, anatomy: Anatomy) -> int:
-        named = anatomy.model.named_parameters()
-        return sum(p.numel() for name, p in named if p.ndim == 1 or name.endswith(".weight_scale"))
+        trained = [module.weight_scale.numel() for module in _packed(anatomy).values()]
+        if self.train == "all":
+            trained += [p.numel() for p in anatomy.model.parameters() if p.ndim == 1]
+        return sum(trained)
 
     @contextmanager
     def training(self, model: PreTrainedModel) -> Iterator[tuple[list[nn.Parameter], Finish]]:
-        blocks = [(block.name, block.module) for block in Anatomy(model).blocks]
-        packed = {
-            f"{prefix}.{name}": module
-            for prefix, root in blocks
-            for name, module in root.named_modules()
-            if hasattr(module, "quantized")
-        }
         vectors = {
             name: parameter
             for name, parameter in model.named_parameters()
-            if parameter.ndim == 1 and parameter.dtype == torch.float32
+            if self.train == "all" and parameter.ndim == 1 and parameter.dtype == torch.float32
         }
-        scaled = {name: ScaledLinear(module) for name, module in packed.items()}
+        scaled = {name: ScaledLinear(module) for name, module in _packed(Anatomy(model)).items()}
         shared = shared_modules(model)
         sources = {name: counterpart(name, shared) for name in scaled}
         own = {name: module for name, module in scaled.items() if sources[name] is None}
@@ -65,6 +74,16 @@ class Scales(ObjectiveStep):
 
         with in_place(model, scaled):
             yield [*vectors.values(), *(module.scale for module in own.values())], finish
+
+
+def _packed(anatomy: Anatomy) -> dict[str, Any]:
+    """The packed Linears of the blocks, by name."""
+    return {
+        f"{block.name}.{name}": module
+        for block in anatomy.blocks
+        for name, module in block.module.named_modules()
+        if hasattr(module, "quantized")
+    }
 
 
 class ScaledLinear(nn.Module):
