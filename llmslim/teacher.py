@@ -12,7 +12,7 @@ from llmslim.checkpoint.reader import plain_config, read_edits
 from llmslim.edit import replay
 from llmslim.errors import UserError
 from llmslim.loaders.models import ModelFiles, skeleton
-from llmslim.loaders.texts import TextSample
+from llmslim.loaders.texts import TextSample, sample
 from llmslim.step import Step
 from llmslim.training.step import PlacingStep, TrainStep
 
@@ -56,7 +56,7 @@ def check_others(
         if isinstance(step, TrainStep):
             step.check_teacher(other.config, other.spec)
             if step.by_token:
-                check_tokens(other, files, step.otherwise)
+                check_tokens(other, files, step.otherwise, text if step.needs_calibration else None)
         model = skeleton(plain_config(other))
         replay(model, read_edits(other)[1])
         anatomy = Anatomy(model)
@@ -94,14 +94,18 @@ def check_predictions(teacher: Anatomy, student: Anatomy, kind: str) -> None:
         )
 
 
-def check_tokens(teacher: ModelFiles, student: ModelFiles, otherwise: str = "") -> None:
+def check_tokens(
+    teacher: ModelFiles, student: ModelFiles, otherwise: str = "", text: TextSample | None = None
+) -> None:
     """Refuse a teacher to whom the student's token ids say something else.
 
-    Vocabularies may be padded to different sizes behind the same tokens, as those of one family often are. Models
-    without a tokenizer are compared by the size alone.
+    Vocabularies may be padded to different sizes behind the same tokens, as those of one family often are; and one may
+    have tokens more, if the text is the same ids to both. Distributions are compared over the ids that both have.
+    Models without a tokenizer are compared by the size alone.
 
     Args:
         otherwise: what a teacher with other tokens could do, for messages.
+        text: what is learned from; None where that is not known by its tokens.
 
     Raises:
         UserError: in one sentence, with a token that differs.
@@ -111,10 +115,18 @@ def check_tokens(teacher: ModelFiles, student: ModelFiles, otherwise: str = "") 
     sizes = [files.config.get_text_config().vocab_size for files in (teacher, student)]
     its, own = _tokens(teacher), _tokens(student)
     if its is not None and own is not None and its != own:
+        if text is None or not _agree(its, own):
+            why = ""
+        elif int(text.tokens.max()) >= min(sizes):
+            why = f", and the text has a token beyond the {min(sizes)} of both"
+        elif not _reads_alike(teacher, text):
+            why = ", and the text is other ids to it"
+        else:
+            return
         token, number = min(own.items() - its.items() or its.items() - own.items(), key=lambda item: item[1])
         raise UserError(
             f"The teacher {teacher.spec} has other tokens than {student.spec} ({len(its)} and {len(own)}; token "
-            f"{number}, {token!r}, is one that differs): a teacher must have the same{otherwise}."
+            f"{number}, {token!r}, is one that differs){why}: a teacher must have the same{otherwise}."
         )
     padded = its is not None and own is not None and len(own) <= min(sizes)
     if sizes[0] != sizes[1] and not padded:
@@ -122,6 +134,22 @@ def check_tokens(teacher: ModelFiles, student: ModelFiles, otherwise: str = "") 
             f"The teacher {teacher.spec} has a vocabulary of {sizes[0]} tokens and {student.spec} one of "
             f"{sizes[1]}: a teacher must have the same tokens{otherwise}."
         )
+
+
+def _agree(one: dict[str, int], other: dict[str, int]) -> bool:
+    """Whether no token has two ids, and no id two tokens."""
+    every = one | other
+    return other | one == every and len(set(every.values())) == len(every)
+
+
+def _reads_alike(teacher: ModelFiles, text: TextSample) -> bool:
+    """Whether the teacher's tokenizer makes the same windows of the text."""
+    number, length = text.tokens.shape
+    try:
+        read = sample(text.spec, teacher.tokenizer(), number, length, text.seed, text.join)
+    except UserError:  # too short a text, in its tokens
+        return False
+    return read.tokens.equal(text.tokens)
 
 
 def _tokens(files: ModelFiles) -> dict[str, int] | None:

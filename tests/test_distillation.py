@@ -276,7 +276,7 @@ def test_what_the_student_wrote_is_judged_where_it_wrote(monkeypatch: pytest.Mon
 
     model, teacher, tokens = tiny_model("llama", 1), tiny_model("llama"), windows(16)
     own = torch.cat([tokens[:, :8], tokens[:, :8].flip(1)], 1)
-    monkeypatch.setattr(forward, "sampled", lambda model, prompt, length: own)
+    monkeypatch.setattr(forward, "sampled", lambda model, prompt, length, known: own)
     loss, _ = Response(on_policy=1.0, alpha=0.5).criterion(model, teacher, tokens)
     with torch.no_grad():
         wanted = losses.divergence(model(own).logits[:, 7:15], teacher(own).logits[:, 7:15])
@@ -445,6 +445,55 @@ def test_a_teacher_of_other_tokens_is_refused_whatever_its_size(
     recipe = Recipe(steps=(Response(teacher=str(other), **FAST),), **QUICK)
     with pytest.raises(UserError, match=r"other tokens than .* \(512 and 512; token 30\d"):
         prepare(str(folders["llama student"]), recipe)
+
+
+def with_a_token_more(folder: Path, token: str, width: int) -> Path:
+    """The tiny llama of that many embeddings, whose tokenizer has a token added behind the others."""
+    made = save_tiny("llama", folder, 1, vocab_size=width)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([token])
+    tokenizer.save_pretrained(made)
+    return made
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("name", ["labels", "cached", "on-policy"])
+def test_a_token_more_that_the_text_does_not_have_is_left_out(
+    name: str, side: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    plain, more = folders["llama"], with_a_token_more(tmp_path / "more", "<tool>", 513)
+    student, teacher = (more, plain) if side == "student" else (plain, more)
+    step = Response(cached_logits=64, **FAST) if name == "cached" else STEPS[name]
+    if name == "on-policy":
+        step = step.model_copy(update={"on_policy": 1.0})
+    compress(str(student), [step.model_copy(update={"teacher": str(teacher)})], tmp_path / "out", **QUICK)
+    tokens, taught = windows(), whole(teacher)
+    with torch.no_grad():
+        before, after = (
+            float(losses.divergence(whole(f)(tokens).logits[..., :512], taught(tokens).logits[..., :512]))
+            for f in (student, tmp_path / "out")
+        )
+    assert after < 0.95 * before
+    assert tensors(tmp_path / "out")["lm_head.weight"].shape[0] == (513 if side == "student" else 512)
+
+
+def test_a_token_more_that_the_text_has_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    plain, word = folders["llama"], with_a_token_more(tmp_path / "word", " the ", 544)
+    for student, teacher, why in (
+        (word, plain, "the text has a token beyond the 512 of both"),
+        (plain, word, "the text is other ids to it"),
+        (word, save_tiny("llama", tmp_path / "padded", vocab_size=544), "the text is other ids to it"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"other tokens than .*' the ', is one that differs\), and {why}"
+        ):
+            prepare(str(student), Recipe(steps=(Response(teacher=str(teacher), **FAST),), **QUICK))
+
+
+def test_an_id_of_two_tokens_is_refused_whatever_the_text(folders: dict[str, Path], tmp_path: Path) -> None:
+    one, other = (with_a_token_more(tmp_path / token, f"<{token}>", 513) for token in ("tool", "call"))
+    with pytest.raises(UserError, match=r"token 512, '<tool>', is one that differs\): a teacher"):
+        prepare(str(one), Recipe(steps=(Response(teacher=str(other), **FAST),), **QUICK))
 
 
 @pytest.mark.parametrize("name", ["features", "on-policy"])

@@ -127,11 +127,12 @@ class Distill(InsideFields, WholeStep):
         from llmslim.training.losses import apart
 
         student, teacher = pair
+        known: int = teacher.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
 
         def loss(model: nn.Module, tokens: Tensor) -> Tensor:
             own = self.on_policy > 0 and torch.is_grad_enabled() and float(torch.rand(())) < self.on_policy
             if own:
-                tokens = sampled(model, tokens[:, :prompt], tokens.shape[1] - prompt)
+                tokens = sampled(model, tokens[:, :prompt], tokens.shape[1] - prompt, known)
             mine = inside.views[0].of(student.body, tokens)
             with torch.no_grad():
                 its = inside.views[1].of(teacher.body, tokens)

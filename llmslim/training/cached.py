@@ -114,7 +114,10 @@ class TeacherCache:
             if path.exists():
                 continue
             logits = parted.logits(run(parted.body, self.tokens[index : index + 1].to(device)))[0]
-            found = [likeliest(some[:, :vocabulary], k, temperature) for some in in_parts(logits)]
+            found = [
+                likeliest(some[:, :vocabulary], min(k, some.shape[-1]), temperature)
+                for some in in_parts(logits)
+            ]
             ids, log_probs, tails = zip(*found, strict=True)
             tensors = {"ids": torch.cat(ids).int(), "log_probs": torch.cat(log_probs).half()}
             tensors |= {} if tails[0] is None else {"tail": torch.cat(tails)}

@@ -187,11 +187,14 @@ def _full(value: Any) -> Any:
 
 
 @torch.no_grad()
-def sampled(model: nn.Module, prompt: Tensor, length: int) -> Tensor:
+def sampled(model: nn.Module, prompt: Tensor, length: int, known: int | None = None) -> Tensor:
     """The prompt, int64 [batch, seq], and `length` tokens drawn from a causal model's own distribution.
 
     Temperature 1, nothing cut off, whatever the model's generation config says; an end-of-text token ends nothing, as
     in the windows of a text. Drawn by torch's own generator, in eval mode.
+
+    Args:
+        known: the first so many ids alone are drawn; all when None.
     """
     training = model.training
     model.eval()
@@ -200,7 +203,7 @@ def sampled(model: nn.Module, prompt: Tensor, length: int) -> Tensor:
     for _ in range(length):
         output = model(input_ids=asked, past_key_values=cache, use_cache=True, **last)
         cache = output.past_key_values
-        asked = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1)
+        asked = torch.multinomial(output.logits[:, -1, :known].float().softmax(-1), 1)
         text = torch.cat([text, asked], 1)
     model.train(training)
     return text
