@@ -13,8 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmslim.distillation.response import Response
 from llmslim.edit import put
+from llmslim.pipeline import prepare
 from llmslim.quantization.grid import Scheme, round_to_nearest
 from llmslim.quantization.packed import PackedEmbedding
+from llmslim.recipe import Calibration, Recipe
 from llmslim.recovery.full import Full
 from llmslim.training import logits, losses
 from llmslim.training.cached import TeacherCache
@@ -22,7 +24,7 @@ from llmslim.training.forward import products_in, run
 from llmslim.training.head import Parted
 from llmslim.training.logits import LazyLogits, in_parts
 from llmslim.training.objective import Masking
-from tests.tiny import _GROUPED, FAMILIES, randomize, tiny_model
+from tests.tiny import _GROUPED, FAMILIES, randomize, save_tiny, tiny_model
 
 ALL = [family for family in FAMILIES if family != "t5"]
 SCALED = {
@@ -278,3 +280,16 @@ def test_no_tensor_grows_with_tokens_and_vocabulary(what: str, tmp_path: Any) ->
         for name, p in model.named_parameters()
         if p.requires_grad and "norm" in name.lower()
     )
+
+
+def test_the_plan_counts_no_whole_logits(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What more windows at once take does not hang on the vocabulary."""
+    monkeypatch.setattr("llmslim.plan.resident_bytes", lambda: 0)
+    text = {"calibration": Calibration(num_samples=8, seq_len=64), "evaluation": None}
+
+    def peak(folder: Any, batch: int) -> int:
+        step = Full(objective="next_token", batch_size=batch)
+        return prepare(str(folder), Recipe(steps=(step,), **text)).plan.peak_memory
+
+    small, large = (save_tiny("llama", tmp_path / str(n), vocab_size=n) for n in (512, 8192))
+    assert peak(large, 8) - peak(large, 4) == peak(small, 8) - peak(small, 4) > 0
