@@ -283,6 +283,8 @@ def prepare(
         recipe.steps[0].check_source(files)
         reader = CheckpointReader(named, fresh_head=fresh)
         streams = reader.streams and not fresh
+        if reader.made_up and not fresh:
+            chosen += (f"at random, as the files lack it: {', '.join(reader.made_up)}",)
         if unread := reader.unread_blocks:
             chosen += (f"left out, beyond the blocks that config.json counts: {', '.join(unread)}",)
     plan = make_plan(files, fronts, recipe, options, form, outlook, streams, chosen, fresh, others)

@@ -17,7 +17,7 @@ from llmslim.pipeline import prepare
 from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Recipe
 from tests.checkpoints import logits_of, make
-from tests.tiny import FAMILIES, save_tiny, tiny_model
+from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -112,6 +112,18 @@ def test_a_fresh_head_may_be_missing_but_no_block(tmp_path):
     without(folder, "bert.encoder.layer.1.output.dense.weight")
     with pytest.raises(UserError, match="such as bert.encoder.layer.1.output.dense.weight"):
         CheckpointReader(find(str(folder)), fresh_head=True)
+
+
+def test_an_encoder_saved_without_a_pooler_is_one_all_the_same(tmp_path):
+    """As from a model with a head that has none; the plan says that the pooler is at random."""
+    tiny_model("bert").bert.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert not any("pooler" in name for name in load_file(tmp_path / "model.safetensors"))
+    load(str(tmp_path))
+    plan = prepare(str(tmp_path), Recipe(steps=(RTN(bits=4, group_size=32),))).plan
+    assert plan.chosen == ("at random, as the files lack it: pooler.dense.weight, pooler.dense.bias",)
+    without(tmp_path, "encoder.layer.1.output.dense.weight")
+    assert "such as encoder.layer.1.output.dense.weight, that" in refusal(tmp_path)
 
 
 def test_blocks_beyond_those_of_the_config_are_noted(tmp_path):

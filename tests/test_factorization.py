@@ -323,7 +323,7 @@ EIGHT_BIT: dict[str, Any] = {"rtn": {"bits": 8, "group_size": 32}}
         ([{"wanda": {}}, {"svd": {}}], r"q_proj has pruned single weights, .*: factorize first\."),
         ([{"svd": {}}, {"asvd": {}}], r"q_proj is factored already"),
         (
-            [{"svd": {"embeddings_rank": 8}}, {"svd": {"embeddings_rank": 8, "include": ["x"]}}],
+            [{"svd": {"embeddings_rank": 8}}, {"svd": {"embeddings_rank": 8, "exclude": ["*"]}}],
             r"factored already",
         ),
         ([{"svd": {}}, EIGHT_BIT], r"group_size 32 does not divide the 24 inputs of .*q_proj\.u; 8, 24 do "),

@@ -289,14 +289,14 @@ def test_the_head_comes_from_the_seed(folders: dict[str, Path], data: str, tmp_p
 
 def test_a_head_of_other_labels_is_replaced_and_the_plan_says_so(teacher: Path, data: str) -> None:
     plan = prepare(str(teacher), Recipe(steps=(Finetune(glue="stsb", data=data),), **QUICK)).plan
-    assert plan.chosen == (
-        "a fresh classification head (score) in the place of one of 2 labels (negative, positive)",
-    )
+    wanted = "a fresh classification head (score) in the place of one of 2 labels (negative, positive)"
+    assert wanted in plan.chosen
     plan = prepare(str(teacher), Recipe(steps=(Finetune(glue="mrpc", data=data),), **QUICK)).plan
     assert (
         "(not_equivalent, equivalent) in the place of one of 2 labels (negative, positive)" in plan.chosen[0]
     )
-    assert prepare(str(teacher), Recipe(steps=(Finetune(glue="sst2", data=data),), **QUICK)).plan.chosen == ()
+    plan = prepare(str(teacher), Recipe(steps=(Finetune(glue="sst2", data=data),), **QUICK)).plan
+    assert not any("head" in chosen for chosen in plan.chosen)
     with pytest.raises(
         UserError, match=r"2 labels \(not_equivalent, equivalent\), and that of .* tells negative, pos"
     ):

@@ -11,7 +11,7 @@ import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -28,7 +28,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from llmslim.anatomy import Attention
+if TYPE_CHECKING:  # a child that must not have llmslim imports this
+    from llmslim.anatomy import Attention
 
 SPECIAL = {
     "pad_token": "<pad>",

@@ -13,6 +13,7 @@ from llmslim.checkpoint.formats import formats
 from llmslim.checkpoint.names import relative
 from llmslim.checkpoint.reader import (
     CheckpointReader,
+    may_lack,
     plain_config,
     read_edits,
     refuse_missing,
@@ -87,7 +88,8 @@ def load_model(files: ModelFiles, dtype: torch.dtype | str | None, device: torch
         raise UserError(
             f"{files.spec}: some tensors have other shapes than config.json says, as told above; the folder is damaged."
         ) from error
-    refuse_missing(files, told["missing_keys"])  # of what only transformers reads
+    # of what only transformers reads
+    refuse_missing(files, [name for name in told["missing_keys"] if not may_lack(model, name)])
     settle(model)
     if method == "bitsandbytes":  # of which transformers leaves what is dense in the stored type
         for parameter in model.parameters():

@@ -38,6 +38,7 @@ class CheckpointReader:
         streams: whether parts are read from the files when asked for. False when the files need transformers'
             own conversion (experts stored one by one): then the first `fill` loads the whole model.
         stored_bytes: of all tensors in the files.
+        made_up: names of what the files may lack, do lack, and transformers fills with random numbers.
 
     Args:
         fresh_head: the files may lack the head, which will be made anew.
@@ -50,6 +51,7 @@ class CheckpointReader:
         self.files, self.fresh_head = files, fresh_head
         self.form, self.edits = read_edits(files)
         self.weights = files.weights
+        self.made_up: list[str] = []
         self._binding = self._bind()
         self.streams = self._binding is not None
         self._whole: dict[str, Tensor] | None = None
@@ -171,7 +173,9 @@ class CheckpointReader:
         form = self.form or formats()["llmslim"]
         binding = {name: self._found(name) for name in stored_tensors(self._reference, form)}
         if open_ := [name for name, found in binding.items() if found is None]:
-            refuse_missing(self.files, self._lost(open_))
+            lost = [name for name in self._lost(open_) if not (self.fresh_head and self._is_head(name))]
+            refuse_missing(self.files, [name for name in lost if not may_lack(self._reference, name)])
+            self.made_up = lost
             return None
         return cast(dict[str, str], binding)
 
@@ -193,7 +197,7 @@ class CheckpointReader:
                 continue
             saved = revert_weight_conversion(model, {name: own[name]}) if name in own else {name: None}
             lost += [part for part in saved if self._found(part) is None]
-        return [name for name in lost if not (self.fresh_head and self._is_head(name))]
+        return lost
 
     def _is_head(self, name: str) -> bool:
         """Whether a tensor is what classifiers have beside blocks and embeddings."""
@@ -241,6 +245,14 @@ class CheckpointReader:
     @staticmethod
     def _is_tied(model: nn.Module, name: str) -> bool:
         return name in (getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def may_lack(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor is of the pooler of an encoder without a head, whose hidden states do without it.
+
+    Many are saved without one, from models with a head that has none.
+    """
+    return model.base_model is model and "pooler" in name.split(".")
 
 
 def refuse_missing(files: ModelFiles, names: Collection[str]) -> None:

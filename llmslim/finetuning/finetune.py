@@ -93,7 +93,7 @@ class Finetune(InsideFields, WholeStep):
         0.0, ge=0, description="weight of how far two passes with dropout lie apart; at twice the time"
     )
     lr: float = Field(5e-5, gt=0, description="peak learning rate of AdamW; cosine to 0 at the end")
-    epochs: float = Field(3.0, gt=0, le=1e6, description="passes over the training sentences")
+    epochs: float = Field(3.0, gt=0, le=1e9, description="passes over the training sentences")
     batch_size: int = Field(32, ge=1, description="sentences that are held in memory at once")
     weight_decay: float = Field(0.01, ge=0, description="of AdamW")
     precision: Literal["auto", "float32", "bfloat16"] = Field(

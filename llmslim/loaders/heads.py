@@ -64,7 +64,8 @@ def require_head(config: transformers.PreTrainedConfig, task: Task, spec: str) -
     name = model_class(config).__name__
     has = f"{name} has one of {config.num_labels}" if "Classification" in name else f"{name} has none"
     labels = f"{task.num_labels} label{'s' * (task.num_labels > 1)}"
-    if other := _other_task(config, task):
+    other = _other_task(config, task)
+    if other and config.num_labels == task.num_labels:
         has, labels = f"that of {name} tells {other}", f"{labels} ({', '.join(task.labels)})"
     raise UserError(
         f"{spec} cannot be scored on {task.name}: that needs a classification head of {labels}, and {has}; "

@@ -69,7 +69,7 @@ class QAT(Reconstruction):
         description="that of zero points, in steps, and of step sizes, norms and biases, as a share of them; this for "
         "2 bits, of shares less with more codes",
     )
-    epochs: float = Field(8.0, gt=0, le=1e6, description="passes over the calibration windows")
+    epochs: float = Field(8.0, gt=0, le=1e9, description="passes over the calibration windows")
     activation_scale: Literal["token", "learned"] = Field(
         "token",
         description="step of the inputs with activation_bits: by each token's largest, or one for each Linear, learned",

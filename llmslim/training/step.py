@@ -102,7 +102,7 @@ class TrainStep(PlacingStep):
     )
     temperature: float = Field(1.0, gt=0, description="divides the logits of both sides when distilling")
     lr: float = Field(1e-4, gt=0, description="peak learning rate of AdamW; cosine to 0 at the end")
-    epochs: float = Field(1.0, gt=0, le=1e6, description="passes over the calibration windows")
+    epochs: float = Field(1.0, gt=0, le=1e9, description="passes over the calibration windows")
     max_steps: int | None = Field(None, ge=1, le=10**9, description="optimizer steps; instead of epochs")
     max_minutes: float | None = Field(None, gt=0, description="stop training after so long")
     batch_size: int = Field(4, ge=1, description="windows that are held in memory at once")
