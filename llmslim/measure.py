@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +22,7 @@ from llmslim.loaders.heads import require_head, require_positions
 from llmslim.loaders.models import ModelFiles, compute_dtype
 from llmslim.loaders.texts import TextSample, sample
 from llmslim.memory import available_memory
+from llmslim.process import ProcessFailed, run_module
 from llmslim.recipe import Evaluation, Recipe
 from llmslim.size import size_of
 from llmslim.work import Progress, WorkFolder
@@ -274,9 +272,7 @@ def _speed(
 def _in_fresh_process(files: ModelFiles, device: torch.device) -> dict[str, Any]:
     # the type that is quick here is chosen by this process, for both
     how = [str(device), str(compute_dtype(device, files.dtype)).removeprefix("torch.")]
-    command = [sys.executable, "-m", "llmslim.evaluation.benchmark", str(files.folder), *how]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **threads})
-    if done.returncode != 0:
-        return {"skipped": (done.stderr.strip() or "the process died").splitlines()[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    try:
+        return json.loads(run_module("llmslim.evaluation.benchmark", str(files.folder), *how))
+    except ProcessFailed as error:
+        return {"skipped": str(error)}

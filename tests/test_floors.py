@@ -49,7 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("lineage", "step", "linear_step", "edit", "experts", "sparse", "masks", "lowrank", "ties", "metrics"),
     ("calibration",),
     ("anatomy", "loaders", "history"),
-    ("errors", "files", "memory", "cpu"),
+    ("errors", "files", "memory", "process", "cpu"),
 )
 """From the roof down, each a set of rooms (packages) and single modules of DESIGN.md and their like."""
 

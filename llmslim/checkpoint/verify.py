@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +20,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import llmslim
 from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.checkpoint.formats import formats
 from llmslim.checkpoint.inventory import stored_tensors
@@ -31,6 +28,7 @@ from llmslim.checkpoint.walk import walk_blocks
 from llmslim.errors import UserError
 from llmslim.loaders.models import ModelFiles, find, read_tokenizer
 from llmslim.memory import available_memory
+from llmslim.process import ProcessFailed, run_module
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Largest difference allowed, in units of the root mean square of what is compared. The code is the same on
@@ -47,22 +45,15 @@ MEMORY_SHARE = 0.4
 Check = dict[str, Any]
 
 
-def verify_in_fresh_process(
-    folder: Path | str, probe_folder: Path | str, threads: int | None = None
-) -> dict[str, Any]:
-    """`verify` in a process of its own, with the same number of threads as here."""
-    root = str(Path(llmslim.__file__).parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    count = str(threads or torch.get_num_threads())
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+def verify_in_fresh_process(folder: Path | str, probe_folder: Path | str) -> dict[str, Any]:
+    """`verify` in a process of its own."""
     torch.cuda.empty_cache()  # room for the other process; without a GPU nothing
-    command = [sys.executable, "-m", "llmslim.checkpoint.verify", str(folder), str(probe_folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode != 0:
-        lines = (done.stderr.strip() or f"it ended with code {done.returncode}").splitlines()
-        failed = {"check": "process", "ok": False, "detail": f"verification died: {lines[-1]}"}
+    try:
+        found = run_module("llmslim.checkpoint.verify", str(folder), str(probe_folder))
+    except ProcessFailed as error:
+        failed = {"check": "process", "ok": False, "detail": f"verification died: {error}"}
         return {"ok": False, "checks": [failed], "max_error": None}
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(found)
 
 
 def verify(folder: Path | str, probe_folder: Path | str) -> dict[str, Any]:

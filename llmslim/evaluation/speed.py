@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from llmslim.evaluation.benchmark import generate_once, peak_memory_mb, read_onc
 from llmslim.loaders.heads import positions
 from llmslim.loaders.models import ModelFiles, compute_dtype, default_device, find
 from llmslim.loaders.texts import sample
+from llmslim.process import ProcessFailed, run_module
 
 RAPL = Path("/sys/class/powercap")
 FLOOR = 0.02  # of a figure: smaller differences are called noise whatever the rounds say
@@ -123,13 +123,10 @@ def _in_fresh_process(files: ModelFiles, settings: Settings) -> dict[str, Any]:
         default_device(), files.dtype
     )  # chosen by this process, for all rounds and both sides
     asked = {**asdict(settings), "dtype": settings.dtype or str(quick).removeprefix("torch.")}
-    command = [sys.executable, "-m", "llmslim.evaluation.speed", str(files.folder), json.dumps(asked)]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **threads})
-    if done.returncode != 0:
-        reason = (done.stderr.strip() or "it was killed, perhaps for want of memory").splitlines()[-1]
-        raise UserError(f"{files.spec} could not be measured: {reason}")
-    return json.loads(done.stdout.splitlines()[-1])
+    try:
+        return json.loads(run_module("llmslim.evaluation.speed", str(files.folder), json.dumps(asked)))
+    except ProcessFailed as error:
+        raise UserError(f"{files.spec} could not be measured: {error}") from error
 
 
 def measured(folder: str, settings: Settings) -> dict[str, Any]:

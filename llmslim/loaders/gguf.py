@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 
 from llmslim.errors import UserError
 from llmslim.loaders.safetensors_io import write_in_order
+from llmslim.process import ProcessFailed, run_module
 
 # Weights of a GGUF with fewer parameters than this are kept in float32, exactly as dequantized; above it the
 # bfloat16 rounding (0.4%) is far below the file's own quantization error and halves the disk space.
@@ -46,13 +46,11 @@ def converted(gguf_file: Path) -> Path:
     if not folder.exists():
         if importlib.util.find_spec("gguf") is None:
             raise UserError(f"The GGUF file {gguf_file} needs gguf: pip install 'llmslim[gguf]'.")
-        command = [sys.executable, "-m", "llmslim.loaders.gguf", str(gguf_file), str(folder)]
         print(f"converting {gguf_file.name} to safetensors, once", file=sys.stderr, flush=True)
-        # what it tells of its progress goes to this process's stderr
-        done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
-        if done.returncode != 0:
-            last_line = (done.stderr.strip() or "no message").splitlines()[-1]
-            raise UserError(f"The GGUF file {gguf_file} cannot be converted: {last_line}")
+        try:  # what it tells of its progress goes to this process's stderr
+            run_module("llmslim.loaders.gguf", str(gguf_file), str(folder), told=2)
+        except ProcessFailed as error:
+            raise UserError(f"The GGUF file {gguf_file} cannot be converted: {error}") from error
     return folder
 
 
