@@ -174,14 +174,14 @@ def killed_at_training_step(step: int, monkeypatch: Any) -> Iterator[None]:
     """Training that runs inside is interrupted behind that optimizer step, and must be."""
     import pytest
 
-    from llmslim.training import loop
+    from llmslim.training.watch import Watch
 
     def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == step:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Watch, "on_step_end", die)
+        patch.setattr(Watch, "on_step_end", die)
         with pytest.raises(KeyboardInterrupt):
             yield
 

@@ -28,8 +28,9 @@ from llmslim.pipeline import compress, prepare
 from llmslim.recipe import Recipe
 from llmslim.survey import Look
 from llmslim.training import losses
+from llmslim.training.batches import ByLength
 from llmslim.training.forward import label_logits
-from llmslim.training.loop import _ByLength, _Watch
+from llmslim.training.watch import Watch
 from tests.checkpoints import killed_at_training_step
 from tests.glue_data import write_glue
 from tests.tiny import randomize, save_tiny, tiny_config, tiny_tokenizer
@@ -268,7 +269,7 @@ def test_padding_is_no_part_of_what_is_compared() -> None:
 
 def test_batches_are_of_like_length_and_told_by_seed_and_epoch() -> None:
     lengths = [1 + (7 * index) % 31 for index in range(403)]
-    sampler = _ByLength(lengths, 4, 0)
+    sampler = ByLength(lengths, 4, 0)
     first = list(sampler)
     assert sorted(first) == list(range(403)) and first == list(sampler)
     spread = [max(b) - min(b) for b in ([lengths[i] for i in first[s : s + 4]] for s in range(0, 400, 4))]
@@ -399,7 +400,7 @@ def test_two_tasks_are_no_recipe(folders: dict[str, Path], data: str) -> None:
     ],
 )
 def test_validations_are_told_with_their_sign(best_by: str, found: list[float], told: str) -> None:
-    watch = object.__new__(_Watch)
+    watch = object.__new__(Watch)
     watch.best_by = best_by
     assert watch._judged(SimpleNamespace(log_history=[{best_by: value} for value in found])) == told
 

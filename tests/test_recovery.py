@@ -29,8 +29,9 @@ from llmslim.recovery.full import Full
 from llmslim.recovery.lora import LoRA
 from llmslim.recovery.scales import ScaledLinear, Scales
 from llmslim.sharing.share import ShareBlocks
-from llmslim.training.loop import Schedule, _Watch, train
+from llmslim.training.loop import train
 from llmslim.training.losses import divergence, next_token
+from llmslim.training.watch import Schedule, Watch
 from tests.checkpoints import killed_at_training_step
 from tests.tiny import save_tiny
 
@@ -379,9 +380,9 @@ def test_the_learning_rate_rises_and_falls_with_the_time_when_that_ends_training
     }  # fmt: skip
     (tmp_path / "elapsed.json").write_text("30.0")  # of 60 seconds, 3 of a million steps
     nothing: Any = lambda *told: None  # noqa: E731
-    timed = _Watch(Schedule(**fields, max_minutes=1), 10**6, 8, tmp_path, tmp_path / "log", nothing)
+    timed = Watch(Schedule(**fields, max_minutes=1), 10**6, 8, tmp_path, tmp_path / "log", nothing)
     assert timed.rate(3) == pytest.approx(0.5, abs=0.01)
-    endless = _Watch(Schedule(**fields, max_minutes=None), 10**6, 8, tmp_path, tmp_path / "log", nothing)
+    endless = Watch(Schedule(**fields, max_minutes=None), 10**6, 8, tmp_path, tmp_path / "log", nothing)
     assert endless.rate(3) < 1e-4 and endless.rate(10**5) == pytest.approx(0.976, abs=0.01)
 
 

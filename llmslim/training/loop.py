@@ -6,69 +6,27 @@ what is frozen (packed weights) never passes through its saving.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from llmslim.errors import UserError
-from llmslim.files import load_tensors, save_tensors, write_atomically
-from llmslim.history import CURVES, curves, rewrite
-from llmslim.memory import freed_memory_kept, resident_bytes
+from llmslim.files import load_tensors, save_tensors
+from llmslim.history import CURVES, curves
+from llmslim.memory import freed_memory_kept
+from llmslim.training.batches import ByLength, Examples, Windows
 from llmslim.training.forward import products_in
 from llmslim.training.step import CHECKPOINTS
+from llmslim.training.watch import Schedule, Watch, last_whole
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch) -> scalar; it runs the model itself. A batch is tokens int64 [batch, seq], or of `Examples`."""
-
-GROUP = 50  # batches among which examples are sorted by length
-
-
-class Examples(Protocol):
-    """What is trained on, when it is no windows of one length."""
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        """Tokens of each example: batches are of like ones, so that little is padding."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """The batch that the loss gets."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast to train; the fields of `llmslim.training.step.TrainStep` tell more."""
-
-    name: str
-    lr: float
-    epochs: float
-    max_steps: int | None
-    batch_size: int
-    warmup: float
-    weight_decay: float
-    save_steps: int
-    held: int
-    """Examples that are for validation, the last ones."""
-    max_minutes: float | None
-    seed: int
-    dtype: torch.dtype
-    """What products are computed in (autocast); weights and their updates are float32."""
-    patience: int | None = None
-    gradient_accumulation_steps: int = 1
 
 
 class Judge(NamedTuple):
@@ -136,7 +94,7 @@ def train(
         parameter.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-    windows = _Windows(data) if isinstance(data, Tensor) else None
+    windows = Windows(data) if isinstance(data, Tensor) else None
     examples: Any = windows or data
     held, lengths = schedule.held, examples.lengths
     kept = len(data) - held
@@ -148,10 +106,10 @@ def train(
     if held:  # a small data set is over before many steps
         schedule = replace(schedule, save_steps=min(schedule.save_steps, epoch))
     folder = scratch / CHECKPOINTS
-    last = _last_whole(folder)
+    last = last_whole(folder)
     tokens = round(sum(lengths) / len(lengths) * batch)
     best_by = "" if not held else "eval_loss" if judge is None else "eval_score"
-    watch = _Watch(schedule, steps, tokens, scratch, log, progress, best_by)
+    watch = Watch(schedule, steps, tokens, scratch, log, progress, best_by)
     held_ones = sorted(range(kept, len(data)), key=lambda index: lengths[index])
     trainer = _Trainer(
         model=Trainee(model, trained, dropout),
@@ -167,7 +125,7 @@ def train(
     trainer.loss = loss if windows is None else lambda model, batch: loss(model, batch["input_ids"])
     trainer.watch, trainer.judge = watch, judge
     trainer.sampler = (
-        _ByLength(lengths[:kept], schedule.batch_size, schedule.seed) if windows is None else None
+        ByLength(lengths[:kept], schedule.batch_size, schedule.seed) if windows is None else None
     )
     trainer.remove_callback(PrinterCallback)
     begun = scratch / "begun.safetensors"
@@ -190,17 +148,6 @@ def _curves(folder: Path) -> list[TrainerCallback]:
 
     writer = curves(folder)
     return [] if writer is None else [TensorBoardCallback(writer)]
-
-
-def _last_whole(folder: Path) -> str | None:
-    """The newest checkpoint to go on from; one that a kill left half written is removed."""
-    while folder.is_dir() and (last := get_last_checkpoint(str(folder))):
-        try:  # what Trainer writes last
-            json.loads((Path(last) / TRAINER_STATE_NAME).read_text())
-            return str(last)
-        except (OSError, ValueError):
-            shutil.rmtree(last)
-    return None
 
 
 def _arguments(
@@ -240,55 +187,10 @@ def _arguments(
     return arguments
 
 
-class _Windows(torch.utils.data.Dataset):
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens, self.lengths = tokens, [tokens.shape[1]] * len(tokens)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.tokens[index]}
-
-    def collate(self, examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {"input_ids": torch.stack([example["input_ids"] for example in examples])}
-
-
-class _ByLength(torch.utils.data.Sampler[int]):
-    """Batches of like length, in random order; a function of seed and epoch alone, so that a resumed run has the same.
-
-    Trainer's own grouping ("group_by_length") draws from the global generator.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator)
-        group = GROUP * self.batch_size
-        ranked = [
-            index
-            for some in order.split(group)
-            for index in sorted(some.tolist(), key=self.lengths.__getitem__)
-        ]
-        whole = (
-            len(ranked) // self.batch_size
-        )  # what is left over stays at the end, so that batches stay whole
-        for batch in [*torch.randperm(whole, generator=generator).tolist(), whole]:
-            yield from ranked[batch * self.batch_size : (batch + 1) * self.batch_size]
-
-
 class _Trainer(Trainer):
     loss: Loss
-    watch: _Watch
-    sampler: _ByLength | None
+    watch: Watch
+    sampler: ByLength | None
     judge: Judge | None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -328,123 +230,3 @@ class _Trainer(Trainer):
             assert chosen is not None
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, self.watch.rate)
         return self.lr_scheduler
-
-
-class _Watch(TrainerCallback):
-    """Stops by time, refuses what is not finite, tells how far it is, and keeps the log."""
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        steps: int,
-        tokens: int,
-        scratch: Path,
-        log: Path,
-        progress: Callable[[int, int, str], None],
-        best_by: str = "",
-    ) -> None:
-        self.schedule, self.steps, self.tokens, self.log, self.progress = (
-            schedule,
-            steps,
-            tokens,
-            log,
-            progress,
-        )
-        self.best_by = best_by
-        self._place, self._clock = scratch.name, scratch / "elapsed.json"
-        self._before = json.loads(self._clock.read_text()) if self._clock.exists() else 0.0
-        self._begun, self._first = time.monotonic(), 0
-        self.loss = torch.tensor(float("nan"))  # the last one
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of training, those of an earlier run up to its last checkpoint included."""
-        return self._before + time.monotonic() - self._begun
-
-    def rate(self, step: int) -> float:
-        """Learning rate as a share of its peak: linear warm-up, cosine to 0 at the end, or when time is up."""
-        done, begun = step / self.steps, (step + 1) / (self.schedule.warmup * self.steps + 1)
-        if self.schedule.max_minutes is not None:  # time may be up long before the last step
-            spent = self.elapsed / (60 * self.schedule.max_minutes)
-            done, begun = max(done, spent), max(begun, spent / max(self.schedule.warmup, 1e-9))
-        return min(1.0, begun) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-    def refuse(self, what: str, step: int) -> None:
-        kept = _last_whole(self._clock.parent / CHECKPOINTS)
-        where = f"; the last good checkpoint is kept as {kept}" if kept else ", before its first checkpoint"
-        raise UserError(
-            f"{self.schedule.name}: the {what} of training step {step + 1} is not finite, so training stopped{where}. "
-            f"Try a lower lr than {self.schedule.lr:g}, into another --output."
-        )
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begun, self._first = time.monotonic(), state.global_step
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        if self.schedule.dtype == torch.float16:
-            return  # its loss scaling finds its size by overflows, and leaves such steps out
-        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):  # cheaper than to ask each element
-            self.refuse("gradient", state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        pace, left = self._pace(state.global_step)
-        total = self.steps if self.schedule.max_minutes is None else round(state.global_step + left * pace)
-        told = f"loss {self.loss:.4g}, {pace * self.tokens:.0f} tokens/s, {resident_bytes() / 1e6:,.0f} MB"
-        self.progress(state.global_step, total, told + self._judged(state))
-        limit = self.schedule.max_minutes
-        if limit is not None and self.elapsed > 60 * limit:
-            control.should_training_stop = True
-            control.should_evaluate = control.should_save = bool(self.best_by)  # the end may be the best
-        if self._stalled(state):  # a run that was killed after it had stopped
-            control.should_training_stop, control.should_evaluate, control.should_save = True, False, False
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._stalled(state):
-            control.should_training_stop = True
-
-    @property
-    def _sign(self) -> int:
-        """Of a score, the higher the better; of a loss the other way round."""
-        return 1 if self.best_by == "eval_score" else -1
-
-    def _validations(self, state: Any) -> list[float]:
-        """What they found so far, the higher the better; from the history, which a resumed run has, too."""
-        return [self._sign * entry[self.best_by] for entry in state.log_history if self.best_by in entry]
-
-    def gained_nothing(self, state: Any) -> bool:
-        """Whether no validation found anything better than the first, at the start."""
-        found = self._validations(state)
-        return bool(found) and max(found) == found[0]
-
-    def _stalled(self, state: Any) -> bool:
-        """Whether the last `patience` validations in training gained nothing."""
-        found = self._validations(state)[1:]
-        return bool(found) and len(found) - 1 - found.index(max(found)) >= (
-            self.schedule.patience or math.inf
-        )
-
-    def _judged(self, state: Any) -> str:
-        found, sign = self._validations(state), self._sign
-        what = self.best_by.removeprefix("eval_")
-        return f", validation {what} {sign * found[-1]:.4g}, best {sign * max(found):.4g}" if found else ""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        write_atomically(self._clock, json.dumps(self.elapsed))
-
-    def _pace(self, step: int) -> tuple[float, float]:
-        """Steps per second in this run, at least one of which is done, and the seconds that are left."""
-        pace = (step - self._first) / max(time.monotonic() - self._begun, 1e-9)
-        left = (self.steps - step) / pace
-        if self.schedule.max_minutes is not None:
-            left = min(left, 60 * self.schedule.max_minutes - self.elapsed)
-        return pace, max(left, 0.0)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The trainer's history, which its checkpoints keep, is the log: a resumed run repeats no line."""
-        if state.global_step > self._first and state.log_history:
-            pace, left = self._pace(state.global_step)
-            told = {"tokens_per_second": round(pace * self.tokens, 1), "seconds_left": round(left, 1)}
-            state.log_history[-1].update(told, memory_mb=round(resident_bytes() / 1e6))
-        own = ({"pass": self._place, "method": self.schedule.name, **entry} for entry in state.log_history)
-        rewrite(self.log, own, lambda entry: entry["pass"] == self._place)

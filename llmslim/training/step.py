@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from llmslim.calibration.stream import BlockStream
     from llmslim.loaders.models import ModelFiles
-    from llmslim.training.loop import Examples, Judge, Loss
+    from llmslim.training.batches import Examples
+    from llmslim.training.loop import Judge, Loss
 
 Finish = Callable[[], dict[str, Tensor]]
 """What training leaves: name of a parameter in the checkpoint -> its value."""
@@ -290,7 +291,8 @@ class TrainStep(PlacingStep):
         return look.other(self) if self.distills else None
 
     def survey(self, look: Survey) -> dict[str, Tensor]:
-        from llmslim.training.loop import Schedule, train
+        from llmslim.training.loop import train
+        from llmslim.training.watch import Schedule
 
         teacher = self.learned_from(look)
         torch.manual_seed(look.seed)  # of adapters' first weights

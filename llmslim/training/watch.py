@@ -1,0 +1,176 @@
+"""How long and how fast to train, and what watches that it goes well."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from llmslim.errors import UserError
+from llmslim.files import write_atomically
+from llmslim.history import rewrite
+from llmslim.memory import resident_bytes
+from llmslim.training.step import CHECKPOINTS
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train; the fields of `llmslim.training.step.TrainStep` tell more."""
+
+    name: str
+    lr: float
+    epochs: float
+    max_steps: int | None
+    batch_size: int
+    warmup: float
+    weight_decay: float
+    save_steps: int
+    held: int
+    """Examples that are for validation, the last ones."""
+    max_minutes: float | None
+    seed: int
+    dtype: torch.dtype
+    """What products are computed in (autocast); weights and their updates are float32."""
+    patience: int | None = None
+    gradient_accumulation_steps: int = 1
+
+
+def last_whole(folder: Path) -> str | None:
+    """The newest checkpoint to go on from; one that a kill left half written is removed."""
+    while folder.is_dir() and (last := get_last_checkpoint(str(folder))):
+        try:  # what Trainer writes last
+            json.loads((Path(last) / TRAINER_STATE_NAME).read_text())
+            return str(last)
+        except (OSError, ValueError):
+            shutil.rmtree(last)
+    return None
+
+
+class Watch(TrainerCallback):
+    """Stops by time, refuses what is not finite, tells how far it is, and keeps the log."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        steps: int,
+        tokens: int,
+        scratch: Path,
+        log: Path,
+        progress: Callable[[int, int, str], None],
+        best_by: str = "",
+    ) -> None:
+        self.schedule, self.steps, self.tokens, self.log, self.progress = (
+            schedule,
+            steps,
+            tokens,
+            log,
+            progress,
+        )
+        self.best_by = best_by
+        self._place, self._clock = scratch.name, scratch / "elapsed.json"
+        self._before = json.loads(self._clock.read_text()) if self._clock.exists() else 0.0
+        self._begun, self._first = time.monotonic(), 0
+        self.loss = torch.tensor(float("nan"))  # the last one
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, those of an earlier run up to its last checkpoint included."""
+        return self._before + time.monotonic() - self._begun
+
+    def rate(self, step: int) -> float:
+        """Learning rate as a share of its peak: linear warm-up, cosine to 0 at the end, or when time is up."""
+        done, begun = step / self.steps, (step + 1) / (self.schedule.warmup * self.steps + 1)
+        if self.schedule.max_minutes is not None:  # time may be up long before the last step
+            spent = self.elapsed / (60 * self.schedule.max_minutes)
+            done, begun = max(done, spent), max(begun, spent / max(self.schedule.warmup, 1e-9))
+        return min(1.0, begun) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    def refuse(self, what: str, step: int) -> None:
+        kept = last_whole(self._clock.parent / CHECKPOINTS)
+        where = f"; the last good checkpoint is kept as {kept}" if kept else ", before its first checkpoint"
+        raise UserError(
+            f"{self.schedule.name}: the {what} of training step {step + 1} is not finite, so training stopped{where}. "
+            f"Try a lower lr than {self.schedule.lr:g}, into another --output."
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begun, self._first = time.monotonic(), state.global_step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        if self.schedule.dtype == torch.float16:
+            return  # its loss scaling finds its size by overflows, and leaves such steps out
+        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):  # cheaper than to ask each element
+            self.refuse("gradient", state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        pace, left = self._pace(state.global_step)
+        total = self.steps if self.schedule.max_minutes is None else round(state.global_step + left * pace)
+        told = f"loss {self.loss:.4g}, {pace * self.tokens:.0f} tokens/s, {resident_bytes() / 1e6:,.0f} MB"
+        self.progress(state.global_step, total, told + self._judged(state))
+        limit = self.schedule.max_minutes
+        if limit is not None and self.elapsed > 60 * limit:
+            control.should_training_stop = True
+            control.should_evaluate = control.should_save = bool(self.best_by)  # the end may be the best
+        if self._stalled(state):  # a run that was killed after it had stopped
+            control.should_training_stop, control.should_evaluate, control.should_save = True, False, False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._stalled(state):
+            control.should_training_stop = True
+
+    @property
+    def _sign(self) -> int:
+        """Of a score, the higher the better; of a loss the other way round."""
+        return 1 if self.best_by == "eval_score" else -1
+
+    def _validations(self, state: Any) -> list[float]:
+        """What they found so far, the higher the better; from the history, which a resumed run has, too."""
+        return [self._sign * entry[self.best_by] for entry in state.log_history if self.best_by in entry]
+
+    def gained_nothing(self, state: Any) -> bool:
+        """Whether no validation found anything better than the first, at the start."""
+        found = self._validations(state)
+        return bool(found) and max(found) == found[0]
+
+    def _stalled(self, state: Any) -> bool:
+        """Whether the last `patience` validations in training gained nothing."""
+        found = self._validations(state)[1:]
+        return bool(found) and len(found) - 1 - found.index(max(found)) >= (
+            self.schedule.patience or math.inf
+        )
+
+    def _judged(self, state: Any) -> str:
+        found, sign = self._validations(state), self._sign
+        what = self.best_by.removeprefix("eval_")
+        return f", validation {what} {sign * found[-1]:.4g}, best {sign * max(found):.4g}" if found else ""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        write_atomically(self._clock, json.dumps(self.elapsed))
+
+    def _pace(self, step: int) -> tuple[float, float]:
+        """Steps per second in this run, at least one of which is done, and the seconds that are left."""
+        pace = (step - self._first) / max(time.monotonic() - self._begun, 1e-9)
+        left = (self.steps - step) / pace
+        if self.schedule.max_minutes is not None:
+            left = min(left, 60 * self.schedule.max_minutes - self.elapsed)
+        return pace, max(left, 0.0)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The trainer's history, which its checkpoints keep, is the log: a resumed run repeats no line."""
+        if state.global_step > self._first and state.log_history:
+            pace, left = self._pace(state.global_step)
+            told = {"tokens_per_second": round(pace * self.tokens, 1), "seconds_left": round(left, 1)}
+            state.log_history[-1].update(told, memory_mb=round(resident_bytes() / 1e6))
+        own = ({"pass": self._place, "method": self.schedule.name, **entry} for entry in state.log_history)
+        rewrite(self.log, own, lambda entry: entry["pass"] == self._place)
