@@ -8,7 +8,7 @@ Calibration: 32 x 512 tokens of WikiText-2 valid; nothing is trained. See varian
 from __future__ import annotations
 
 import record
-import render
+import tables
 import variants
 from variants import Steps
 
@@ -36,4 +36,4 @@ def recipes() -> dict[str, Steps]:
 
 if __name__ == "__main__":
     options = record.parse(variants.parser(__doc__ or "", "factorization"))
-    variants.run(options, recipes(), render.by_share)
+    variants.run(options, recipes(), tables.by_share)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import record
-import render
+import tables
 import variants
 from pruning_encoder import TASKS, minilm, sentences
 
@@ -52,12 +52,7 @@ BESIDE: dict[str, dict[str, float]] = {  # what more the teacher shows
     "tokens": {"token_distance": 1.0, "token_angle": 2.0},
 }
 ALONE = ("sst2/decoder", "sst2/by-decoder", "sst2/r-drop", "mrpc/r-drop", "sst2/chosen")
-MINUTES = (
-    "mrpc",
-    "rte",
-    "cola",
-    "stsb",
-)  # tasks whose models are trained within minutes: from more seeds than one
+MINUTES = ("mrpc", "rte", "cola", "stsb")  # trained within minutes: from more seeds than one
 KINDS = ("teacher", "labels", "taught", *BESIDE, "8bit", "4bit")
 
 
@@ -137,7 +132,7 @@ def main() -> None:
     options = record.parse(parser)
     names = [*(f"{task}/{kind}" for task in TRAINING for kind in KINDS), *ALONE]
     repeated = [name for name in names if name.split("/")[0] in MINUTES and name.split("/")[1] not in BESIDE]
-    variants.each(options, names + variants.again(repeated), measure, render.glue)
+    variants.each(options, names + variants.again(repeated), measure, tables.glue)
 
 
 if __name__ == "__main__":

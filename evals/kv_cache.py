@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import record
-import render
+import tables_cost
 import variants
 from kv_kinds import CHUNK, cache_of, demo, wikitext
 from kv_needle import needle
@@ -340,7 +340,7 @@ def main() -> None:
         curves(result, options.output.with_name("kv_cache.svg"))
         heat_maps(result, options.output.with_name("kv_needle.svg"))
         return
-    variants.each(options, NAMES, measure, render.kv_cache)
+    variants.each(options, NAMES, measure, tables_cost.kv_cache)
 
 
 if __name__ == "__main__":

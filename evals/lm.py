@@ -16,7 +16,7 @@ from typing import Any
 
 import recipes
 import record
-import render
+import tables
 import variants
 from variants import Steps
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser = variants.parser(__doc__ or "", "lm")
     parser.add_argument("--limit", type=int, default=500, help="questions of each task")
     options = record.parse(parser)
-    variants.each(options, list(chosen()), measure, render.lm, settings)
+    variants.each(options, list(chosen()), measure, tables.lm, settings)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import record
-import render
+import tables_cost
 
 SHAPE = ("hidden", "intermediate", "heads", "kv_heads", "vocabulary")
 
@@ -69,7 +69,7 @@ def main() -> None:
         record.put(result, measure(blocks, options), options.output)
     result["rows"].sort(key=lambda row: row["blocks"])
     record.write(result, options.output)
-    print(render.memory(result))
+    print(tables_cost.memory(result))
 
 
 if __name__ == "__main__":

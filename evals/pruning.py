@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import record
-import render
+import tables
 import variants
 from variants import Steps
 
@@ -169,7 +169,7 @@ def main() -> None:
     if options.plot:
         curves(json.loads(options.output.read_text()), options.output.with_suffix(".svg"))
         return
-    variants.run(options, recipes(), render.pruning)
+    variants.run(options, recipes(), tables.pruning)
 
 
 if __name__ == "__main__":

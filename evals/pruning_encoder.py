@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import record
-import render
+import tables
 import yaml
 
 TASKS = {
@@ -174,7 +174,7 @@ def main() -> None:
     for name in variants():
         if any(fnmatch(name, pattern) for pattern in options.variants):
             record.put(result, measure(name, options, text), options.output)
-    print(render.pruning_encoder(result))
+    print(tables.pruning_encoder(result))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import record
-import render
+import tables
 
 SCHEMES = {
     "4-bit-asym": ["--bits", "4", "--no-symmetric"],
@@ -144,7 +144,7 @@ def main() -> None:
     order = list(variants())
     result["rows"].sort(key=lambda row: order.index(row["name"]))
     record.write(result, options.output)
-    print(render.quantization(result))
+    print(tables.quantization(result))
     for line in worse_than_simpler(result["rows"]):
         print(f"WORSE THAN A SIMPLER METHOD: {line}")
 

@@ -10,7 +10,7 @@ variants.py for how a recipe is judged.
 from __future__ import annotations
 
 import record
-import render
+import tables
 import variants
 import yaml
 from variants import Steps
@@ -27,4 +27,4 @@ def recipes() -> dict[str, Steps]:
 
 if __name__ == "__main__":
     options = record.parse(variants.parser(__doc__ or "", "recipes"))
-    variants.run(options, recipes(), render.by_bytes)
+    variants.run(options, recipes(), tables.by_bytes)

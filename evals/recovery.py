@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 import record
-import render
+import tables
 import variants
 from quantization import texts
 from variants import Steps
@@ -136,7 +136,7 @@ def measure(name: str, options: Namespace) -> dict[str, Any]:
 
 def main() -> None:
     options = record.parse(variants.parser(__doc__ or "", "recovery"))
-    variants.each(options, names(), measure, render.recovery)
+    variants.each(options, names(), measure, tables.recovery)
 
 
 if __name__ == "__main__":

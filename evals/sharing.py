@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import record
-import render
+import tables
 import variants
 from variants import Steps
 
@@ -37,4 +37,4 @@ def recipes() -> dict[str, Steps]:
 
 if __name__ == "__main__":
     options = record.parse(variants.parser(__doc__ or "", "sharing"))
-    variants.run(options, recipes(), render.by_bytes)
+    variants.run(options, recipes(), tables.by_bytes)

@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 import record
-import render
+import tables_cost
 
 BASE = {"bf16": "bfloat16", "fp32": "float32"}
 PACKED = {"4-bit-e4": "4", "4-bit-e8": "8"}
@@ -127,7 +127,7 @@ def main() -> None:
     if not options.keep:
         for folder, _ in made_ones.values():
             shutil.rmtree(folder)
-    print(render.speed(result))
+    print(tables_cost.speed(result))
 
 
 if __name__ == "__main__":

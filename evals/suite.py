@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import record
-import render
+import tables
 import yaml
 
 SUITES = sorted(path.stem for path in Path(__file__).with_name("suites").glob("*.yaml"))
@@ -76,7 +76,7 @@ def main() -> None:
     options = record.parse(made)
     result = record.opened(options)
     record.put(result, measure(options), options.output)
-    print(render.suite(result))
+    print(tables.suite(result))
 
 
 if __name__ == "__main__":

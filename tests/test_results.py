@@ -14,6 +14,8 @@ import kv_cache  # noqa: E402
 import kv_plots  # noqa: E402
 import pareto  # noqa: E402
 import render  # noqa: E402
+import tables  # noqa: E402
+import tables_cost  # noqa: E402
 import variants  # noqa: E402
 
 MARKED = f"# Title\n\nbefore\n{render.BEGIN}\nold\n{render.END}\nafter\n"
@@ -70,7 +72,7 @@ def test_every_committed_result_is_rendered_and_placed():
             "rows"
         ]:  # in a line of its own, in the column of its share, or of its task (the heading)
             name, _ = variants.seeded(row["name"])
-            parts = [part for part in name.split("/") if part not in render.CURVE]
+            parts = [part for part in name.split("/") if part not in tables.CURVE]
             if path.stem == "glue":
                 assert parts[0] in lines[0] and any(parts[1] in line for line in lines[1:])
                 continue
@@ -138,14 +140,14 @@ def test_seeds_are_a_mean_and_its_spread():
         for kind, values in (("teacher", (60.0, 64.0, 68.0)), ("taught", (50.0, 50.0, 56.0)))
         for seed, value in zip(("", "/seed-1", "/seed-2"), values, strict=True)
     ]
-    table = render.glue({"rows": [*rows, row("sst2/teacher", 90.0, kind="teacher", task="sst2")]})
+    table = tables.glue({"rows": [*rows, row("sst2/teacher", 90.0, kind="teacher", task="sst2")]})
     assert "| teacher | 64.0 ± 4.0 | 90.0 | 77.0 | 100.0 % | 2.0 | 15400 |" in table
     assert "| taught | 52.0 ± 3.5 |  | 52.0 | 81.2 % | 2.0 | 5200 |" in table and "three seeds" in table
-    assert "±" not in render.glue({"rows": rows[:1]})
+    assert "±" not in tables.glue({"rows": rows[:1]})
 
     lost = [row("base", 30.0), row("cut/untrained", 50.0), row("cut/untrained/seed-1", 54.0)]
     won = [row(name, value, minutes=7) for name, value in (("cut/a", 40.0), ("cut/a/seed-1", 42.0))]
-    table = render.recovery({"rows": lost + won})
+    table = tables.recovery({"rows": lost + won})
     assert "| cut/untrained | 2.0 |  | 52.00 ± 2.83 |  |  |  | 5200 | 5 |" in table
     assert "| cut/a | 2.0 | 7 | 41.00 ± 1.41 | 50 % |  |  | 4100 | 5 |" in table
 
@@ -233,7 +235,7 @@ def test_kv_caches_along_the_text_and_by_length(tmp_path: Path, project):
     }
     rows["tokenwise/k-4"] = {"kl": 0.5}
     result = {**header, "rows": [{"name": name, **row} for name, row in rows.items()]}
-    text = render.kv_cache(result)
+    text = tables_cost.kv_cache(result)
     assert "k-4 0.5000 (0.2500)." in text and "k-4 3 of 4." in text and "k-4 2.00x, 3.00x." in text
 
     folder = tmp_path / "kv"

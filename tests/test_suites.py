@@ -9,8 +9,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evals"))
 
 import lm
-import render
 import suite
+import tables
 
 from llmslim import cli
 from llmslim.recipe import Recipe
@@ -41,7 +41,7 @@ def test_a_suite_is_rendered() -> None:
             "verdict": "within noise",
         },
     }
-    told = render.suite({"rows": [row]})
+    told = tables.suite({"rows": [row]})
     assert "| quick/demo | 39.00 (base 36.00) | piqa 41.2 (-1.9 ± 0.8) |" in told and "within noise" in told
 
 
@@ -58,7 +58,7 @@ def test_the_questions_are_rendered() -> None:
         "size": {"bytes_on_disk": 5e6},
         "lm": {"tasks": {"piqa": TASK}, "average": FOUND},
     }
-    told = render.lm({"rows": [base, row]})
+    told = tables.lm({"rows": [base, row]})
     assert "| base |  | 36.10 | 50.0 ± 2.0 |  |" in told
     assert (
         "| configs/x | 5.0 | 36.10 | 41.2 (-1.9 ± 0.8) | -1.9 ± 0.8 |" in told
