@@ -13,7 +13,7 @@ from llmslim.checkpoint.load import load
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.errors import UserError
 from llmslim.loaders.models import find
-from llmslim.pipeline import prepare
+from llmslim.prepare import prepare
 from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Recipe
 from tests.checkpoints import logits_of, make

@@ -13,7 +13,8 @@ import llmslim
 from llmslim import measure
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.errors import UserError
-from llmslim.pipeline import compress, prepare
+from llmslim.pipeline import compress
+from llmslim.prepare import prepare
 from llmslim.recipe import Evaluation, Recipe
 from tests.tiny import example_inputs, save_tiny
 

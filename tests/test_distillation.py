@@ -18,7 +18,8 @@ from llmslim.distillation.relations import Relations
 from llmslim.distillation.response import Response
 from llmslim.errors import UserError
 from llmslim.loaders.texts import sample
-from llmslim.pipeline import compress, prepare
+from llmslim.pipeline import compress
+from llmslim.prepare import prepare
 from llmslim.pruning.layers import PruneLayers
 from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration, Recipe

@@ -23,7 +23,8 @@ from llmslim.factorization.ranks import spend
 from llmslim.factorization.svd import SVD
 from llmslim.factorization.svd_llm import SVDLLM
 from llmslim.lowrank import LowRankLinear, decompose, refit_second, worthwhile
-from llmslim.pipeline import compress, prepare
+from llmslim.pipeline import compress
+from llmslim.prepare import prepare
 from llmslim.recipe import Recipe
 from tests import reference
 from tests.checkpoints import Made, compress_many, logits_of

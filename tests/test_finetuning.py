@@ -24,7 +24,8 @@ from llmslim.loaders.heads import reading
 from llmslim.loaders.models import find
 from llmslim.metrics import scores
 from llmslim.passes import PassOptions
-from llmslim.pipeline import compress, prepare
+from llmslim.pipeline import compress
+from llmslim.prepare import prepare
 from llmslim.recipe import Recipe
 from llmslim.survey import Look
 from llmslim.training import losses

@@ -22,6 +22,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__", "cli", "commands", "flags", "generation", "inspection", "progress"),
     (
         "pipeline",
+        "identity",
+        "prepare",
         "plan",
         "recipe",
         "report",
@@ -58,6 +60,8 @@ ORDERED = {
     "cli": ("__main__", "cli", "commands", "inspection", "generation", "flags", "progress"),
     "pipeline": (
         "pipeline",
+        "identity",
+        "prepare",
         "measure",
         "hub",
         "report",

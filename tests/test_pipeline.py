@@ -22,8 +22,9 @@ from llmslim import pipeline
 from llmslim.checkpoint.load import load
 from llmslim.distillation.response import Response
 from llmslim.errors import UserError
-from llmslim.pipeline import compress, prepare
+from llmslim.pipeline import compress
 from llmslim.plan import SMALL_FILES
+from llmslim.prepare import prepare
 from llmslim.quantization.gptq import GPTQ
 from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration, Evaluation, Recipe

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from llmslim import cli, pipeline
 from llmslim.errors import UserError
-from llmslim.pipeline import compress, prepare
+from llmslim.pipeline import compress
+from llmslim.prepare import prepare
 from llmslim.quantization.gptq import GPTQ
 from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration, Evaluation, Recipe

@@ -19,7 +19,7 @@ from llmslim.calibration.objectives import objective_of
 from llmslim.calibration.statistics import output_error
 from llmslim.errors import UserError
 from llmslim.masks import choose, per_layer, per_row
-from llmslim.pipeline import prepare
+from llmslim.prepare import prepare
 from llmslim.pruning.allocation import Histogram, least_error, within
 from llmslim.pruning.gradients import SNIP, GradientPruner, GraSP, Taylor
 from llmslim.pruning.layer_sparsity import error_curves

@@ -10,7 +10,8 @@ import pytest
 from llmslim.anatomy import Anatomy
 from llmslim.errors import UserError
 from llmslim.outlook import Foresight
-from llmslim.pipeline import compress, prepare
+from llmslim.pipeline import compress
+from llmslim.prepare import prepare
 from llmslim.pruning.amount import Amount, parse_bytes
 from llmslim.recipe import Calibration, Recipe
 from llmslim.step import Step, build_step

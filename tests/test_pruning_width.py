@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmslim import pipeline
 from llmslim.anatomy import Anatomy
 from llmslim.errors import UserError
 from llmslim.pipeline import compress
+from llmslim.prepare import prepare
 from llmslim.pruning import width as room
 from llmslim.pruning.importance import least_squares
 from llmslim.pruning.residual import narrow_block, narrow_outer, stream_norms, untie
@@ -325,7 +325,7 @@ def test_refit_follows_the_uncompressed_model(
 ) -> None:
     """Logits on the text that it was fitted on come nearer; qwen2 has biases, phi3 fused matrices."""
     text = {"calibration": Calibration(num_samples=32, seq_len=64), "evaluation": None}
-    tokens = pipeline.prepare(str(folders[family]), Recipe(steps=(PruneWidth(),), **text)).options.tokens
+    tokens = prepare(str(folders[family]), Recipe(steps=(PruneWidth(),), **text)).options.tokens
     assert tokens is not None
     with torch.no_grad():
         base = tiny_model(family)(input_ids=tokens[:8]).logits

@@ -19,7 +19,8 @@ from llmslim.errors import UserError
 from llmslim.files import load_tensors
 from llmslim.loaders.models import find
 from llmslim.loaders.texts import sample
-from llmslim.pipeline import compress, prepare
+from llmslim.pipeline import compress
+from llmslim.prepare import prepare
 from llmslim.pruning.weights import Magnitude
 from llmslim.quantization.gptq import GPTQ
 from llmslim.quantization.rtn import RTN

@@ -16,7 +16,8 @@ from llmslim.checkpoint.load import load_model
 from llmslim.errors import UserError
 from llmslim.evaluation.run import evaluate
 from llmslim.loaders.models import find
-from llmslim.pipeline import compress, prepare
+from llmslim.pipeline import compress
+from llmslim.prepare import prepare
 from llmslim.pruning.weights import Magnitude
 from llmslim.quantization.bnb import BitsAndBytes
 from llmslim.quantization.rtn import RTN

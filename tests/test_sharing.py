@@ -20,7 +20,8 @@ from llmslim.anatomy import Anatomy
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.edit import replay
 from llmslim.errors import UserError
-from llmslim.pipeline import compress, prepare
+from llmslim.pipeline import compress
+from llmslim.prepare import prepare
 from llmslim.recipe import Recipe
 from llmslim.sharing.edits import ShareLinear
 from llmslim.sharing.groups import cheapest, cyclic, sequential

@@ -11,7 +11,8 @@ import torch
 
 from llmslim.distillation.response import Response
 from llmslim.errors import UserError
-from llmslim.pipeline import compress, prepare
+from llmslim.pipeline import compress
+from llmslim.prepare import prepare
 from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration, Recipe
 from llmslim.recovery.scales import Scales

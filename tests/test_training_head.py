@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmslim.distillation.response import Response
 from llmslim.edit import put
-from llmslim.pipeline import prepare
+from llmslim.prepare import prepare
 from llmslim.quantization.grid import Scheme, round_to_nearest
 from llmslim.quantization.packed import PackedEmbedding
 from llmslim.recipe import Calibration, Recipe

@@ -178,6 +178,7 @@ def _recipe_fields(options: dict[str, Any]) -> dict[str, Any]:
 
 def _compress(recipe: Recipe, options: dict[str, Any]) -> None:
     from llmslim import pipeline
+    from llmslim.prepare import prepare
     from llmslim.progress import progress_for
     from llmslim.report import plan_table, summary_table
     from llmslim.work import check_output
@@ -189,7 +190,7 @@ def _compress(recipe: Recipe, options: dict[str, Any]) -> None:
         output = Path(options["output"]) if "output" in options else None
         if output is not None:
             check_output(output, options.get("overwrite", False))
-        prepared = pipeline.prepare(model, recipe, revision=revision, device=device, plan_only=True)
+        prepared = prepare(model, recipe, revision=revision, device=device, plan_only=True)
         if output is not None:
             prepared.plan.require_disk(output)
         show(plan_table(prepared.plan))
