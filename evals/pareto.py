@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import record
+import variants
 
 RESULTS = record.ROOT / "evals" / "results"
 PROTOCOL = {
@@ -39,13 +40,13 @@ class Point(NamedTuple):
 
 
 def points(folder: Path) -> list[Point]:
-    """All rows of the results in a folder that can be compared, and the base itself."""
+    """All rows of the results in a folder that can be compared, and the base itself; of several seeds the first."""
     found: list[Point] = []
     parameters, base = 0, None
     for path in sorted(folder.glob("*.json")):
         for row in json.loads(path.read_text("utf-8"))["rows"]:
             perplexity = comparable(row)
-            if perplexity is None:
+            if perplexity is None or variants.seeded(row["name"])[1] is not None:
                 continue
             if row["name"] == "base":
                 base = perplexity

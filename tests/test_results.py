@@ -190,6 +190,13 @@ def test_the_front_is_a_front():
     assert all(any(one[2:] == other[2:] or beats(one, other) for one in best) for other in found)
 
 
+def test_one_seed_is_drawn(tmp_path: Path):
+    row = {"quality": {**pareto.PROTOCOL, "perplexity": 40.0}, "size": {"bytes_on_disk": 5, "parameters": 2}}
+    rows = [{"name": name, **row} for name in ("a", "a/seed-1", "b")]
+    (tmp_path / "r.json").write_text(json.dumps({"rows": rows}))
+    assert [point.name for point in pareto.points(tmp_path)] == ["a", "b"]
+
+
 def test_only_rows_of_one_protocol_are_compared():
     quality = {**pareto.PROTOCOL, "perplexity": 40.0}
     assert pareto.comparable({"quality": quality}) == 40.0
