@@ -50,7 +50,7 @@ def check_evaluation(recipe: Recipe, files: ModelFiles, model: PreTrainedModel) 
 
 def _check_glue(recipe: Recipe, evaluation: Evaluation, files: ModelFiles) -> None:
     """The same of GLUE's tasks; of one that is measured unasked the report will say so."""
-    tasks = glue_tasks(recipe)
+    tasks = recipe.glue_tasks
     beside = [name for name in ("glue_subset", "glue_data") if getattr(evaluation, name)]
     if beside and not tasks:
         raise UserError(
@@ -58,7 +58,7 @@ def _check_glue(recipe: Recipe, evaluation: Evaluation, files: ModelFiles) -> No
             "sst2), or leave it out."
         )
     if evaluation.glue or evaluation.glue_data:
-        for task in chosen_tasks(tasks, glue_data(recipe), flag="--eval-glue-data"):
+        for task in chosen_tasks(tasks, recipe.glue_data, flag="--eval-glue-data"):
             require_head(files.config, task, files.spec)
 
 
@@ -119,7 +119,7 @@ def measure(
         ]
     measured["quality"] = quality("quality", result)  # last, so that the details are the result's
     measured["details"] = kept["details"]
-    if glue_tasks(recipe):
+    if recipe.glue_tasks:
         scored = None if fresh_head else base
         measured["glue"] = once("glue", lambda: _glue(scored, result, recipe, device, sizes, progress))
     if evaluation.tasks:
@@ -127,22 +127,6 @@ def measure(
     if evaluation.speed:
         measured["speed"] = once("speed", lambda: _speed(base, result, sizes, device, progress))
     return measured
-
-
-def glue_tasks(recipe: Recipe) -> tuple[str, ...]:
-    """Tasks of GLUE to be scored on: those that are asked for, else the one that was trained last."""
-    trained = tuple(step.glue for step in _trained(recipe)[-1:])
-    return (recipe.evaluation.glue or trained) if recipe.evaluation is not None else ()
-
-
-def glue_data(recipe: Recipe) -> str:
-    """The folder of their data; the Hub when ""."""
-    folders = [step.data for step in _trained(recipe)[-1:]]
-    return next(filter(None, [recipe.evaluation.glue_data if recipe.evaluation else "", *folders]), "")
-
-
-def _trained(recipe: Recipe) -> list[Any]:
-    return [step for step in recipe.steps if step.kind == "finetune"]
 
 
 def _glue(
@@ -159,9 +143,9 @@ def _glue(
         _require_memory(sizes)
         found = evaluate_glue(
             str(result.folder),
-            glue_tasks(recipe),
+            recipe.glue_tasks,
             base=str(base.folder) if base is not None else None,
-            data=glue_data(recipe),
+            data=recipe.glue_data,
             subset=recipe.evaluation.glue_subset,
             dtype="float32",
             device=device,
@@ -170,7 +154,7 @@ def _glue(
     except UserError as error:
         return {"skipped": str(error)}
     return found | {
-        "chosen_by_it": sorted({step.glue for step in _trained(recipe) if step.choose_on_validation})
+        "chosen_by_it": sorted({step.glue for step in recipe.fine_tunings if step.choose_on_validation})
     }
 
 

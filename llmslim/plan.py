@@ -32,6 +32,8 @@ TOUCHED = 2
 """Elementwise products that take as long as what is done beside matrix products (norms, activations, attention) to each
 value that goes into a Linear or comes out of one: so many for each FLOP per weight, 12 in training. Measured on SmolLM2
 and MiniLM, in float32 and bfloat16."""
+SCORED = 32 * 128
+"""Tokens of a batch in which a classifier is scored."""
 SMALL_FILES = 20 * 2**20
 """Bytes for tokenizer, logs, reports and what else is no weight."""
 
@@ -201,6 +203,10 @@ def _peak_memory(
         windows = recipe.evaluation.windows * recipe.evaluation.seq_len * shape.hidden * shape.compute
         logits = recipe.evaluation.seq_len * shape.vocabulary * shape.compute
         evaluating = 2 * windows + 4 * logits + weights + 2 * shape.outer * shape.compute
+    if recipe.evaluation is not None and (recipe.glue_tasks or recipe.evaluation.tasks):
+        # one whole model in float32 after the other, read from its files, and a batch that passes a block
+        passing = SCORED * (3 * shape.widest + 4 * shape.hidden) * 4
+        evaluating = max(evaluating, shape.total * (4 + shape.stored) + passing)
     return resident_bytes() + max(surveying, working, entering, evaluating)
 
 

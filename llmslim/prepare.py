@@ -17,7 +17,7 @@ from llmslim.kvcache.store import check_lasts, read_setting
 from llmslim.loaders.heads import replaced_head, require_positions
 from llmslim.loaders.models import ModelFiles, compute_dtype, find, find_device, skeleton
 from llmslim.loaders.texts import TextSample, sample
-from llmslim.measure import check_evaluation, glue_data
+from llmslim.measure import check_evaluation
 from llmslim.outlook import Foresight
 from llmslim.passes import PassOptions
 from llmslim.plan import Plan, make_plan
@@ -156,7 +156,7 @@ def read_from(prepared: Prepared) -> list[Path]:
     if prepared.text is not None:
         named.append(recipe.calibration.text)
     if recipe.evaluation is not None:
-        named += [recipe.evaluation.text, recipe.evaluation.tasks_data, glue_data(recipe)]
+        named += [recipe.evaluation.text, recipe.evaluation.tasks_data, recipe.glue_data]
     paths = [Path(name.partition(":")[0]).expanduser() for name in named if name]
     paths += [path for step in recipe.steps for path in step.reads()]
     return [one.folder for one in (prepared.files, *prepared.others)] + [

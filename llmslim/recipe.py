@@ -116,6 +116,23 @@ class Recipe(BaseModel):
         """Whether what each step leaves is measured, not the result alone."""
         return self.evaluation is not None and self.evaluation.steps
 
+    @property
+    def fine_tunings(self) -> list[Any]:
+        """The steps that train a classifier on a task of GLUE."""
+        return [step for step in self.steps if step.kind == "finetune"]
+
+    @property
+    def glue_tasks(self) -> tuple[str, ...]:
+        """Tasks of GLUE to be scored on: those that are asked for, else the one that is trained last."""
+        trained = tuple(step.glue for step in self.fine_tunings[-1:])
+        return (self.evaluation.glue or trained) if self.evaluation is not None else ()
+
+    @property
+    def glue_data(self) -> str:
+        """The folder of their data; the Hub when ""."""
+        folders = [step.data for step in self.fine_tunings[-1:]]
+        return next(filter(None, [self.evaluation.glue_data if self.evaluation else "", *folders]), "")
+
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON that `Recipe.parse` reads back."""
         record = self.model_dump(mode="json", exclude={"steps"})

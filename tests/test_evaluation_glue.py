@@ -22,7 +22,9 @@ from llmslim.evaluation.paired import shift
 from llmslim.loaders.glue import TASKS, Sentences, task_rows
 from llmslim.loaders.heads import reading
 from llmslim.metrics import score
+from llmslim.prepare import prepare
 from llmslim.pruning.weights import Magnitude
+from llmslim.recipe import Recipe
 from llmslim.report.answers import answers
 from llmslim.report.compare import compare
 from llmslim.report.schema import read_report
@@ -141,6 +143,16 @@ def test_labels_are_matched_by_name(bert: Path, data: str, tmp_path: Path) -> No
     tiny_tokenizer().save_pretrained(tmp_path)
     named = evaluate_glue(str(tmp_path), ["sst2"], data=data, subset=9)["tasks"]["sst2"]["score"]
     assert named == pytest.approx(1 - plain) and named != plain
+
+
+def test_the_plan_counts_the_scoring(bert: Path, data: str) -> None:
+    """A whole model in float32, and a batch; of a small one that is more than what the run holds of a block."""
+
+    def planned(**evaluation: Any) -> int:
+        asked = {"steps": (Magnitude(sparsity=0.5),), "evaluation": {"speed": False, **evaluation}}
+        return prepare(str(bert), Recipe.checked(**asked)).plan.peak_memory
+
+    assert planned(glue=["sst2"], glue_data=data) > planned() + 4 * 32 * 128 * 3 * 64
 
 
 def test_labels_with_names_of_no_task_are_taken_in_their_order(bert: Path, data: str, tmp_path: Path) -> None:
