@@ -34,10 +34,9 @@ TRAINING: dict[str, dict[str, Any]] = {  # of the teacher; a student has twice t
     "cola": {"lr": 5e-5, "epochs": 3, "batch_size": 32, "max_length": 64},
     "stsb": {"lr": 5e-5, "epochs": 3, "batch_size": 16},
 }
-SCHOOLING: dict[str, dict[str, Any]] = {  # where it is not what the kind has on other tasks
+SCHOOLING: dict[str, dict[str, Any]] = {  # of students, where it is not the teacher's
     "sst2/labels": {"epochs": 1},
     "sst2/taught": {"epochs": 0.5},  # which takes as long: the teacher runs beside
-    "mrpc/r-drop": {"epochs": 5},
 }
 DECODER = {"lr": 6e-5, "epochs": 1, "batch_size": 96, "max_length": 64, "warmup": 0.06, "save_steps": 200}
 BY_DECODER = {"lr": 2e-5, "epochs": 3, "alpha": 0.9, "temperature": 2.0, "hidden": 0.0, "attention": 0.0}
@@ -51,7 +50,7 @@ BESIDE: dict[str, dict[str, float]] = {  # what more the teacher shows
     "maps": {"attention_maps": 1.0},
     "tokens": {"token_distance": 1.0, "token_angle": 2.0},
 }
-ALONE = ("sst2/decoder", "sst2/by-decoder", "sst2/r-drop", "mrpc/r-drop", "sst2/chosen")
+ALONE = ("sst2/decoder", "sst2/by-decoder", "sst2/r-drop", "sst2/chosen")
 MINUTES = ("mrpc", "rte", "cola", "stsb")  # trained within minutes: from more seeds than one
 KINDS = ("teacher", "labels", "taught", *BESIDE, "8bit", "4bit")
 
@@ -61,7 +60,7 @@ def steps_of(name: str, options: Namespace) -> tuple[str, list[dict[str, Any]]]:
     task, kind = name.split("/")
     learn = {**TRAINING[task], "glue": task, "data": options.data, "precision": record.fast_type()}
     if kind in WHOLE:
-        return minilm(), [{"finetune": {**learn, **WHOLE[kind], **SCHOOLING.get(name, {})}}]
+        return minilm(), [{"finetune": {**learn, **WHOLE[kind]}}]
     if kind == "decoder":
         return "demo", [{"finetune": {**learn, **DECODER}}]
     if kind == "by-decoder":
