@@ -76,12 +76,9 @@ TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> na
     "w8a8-qat-learned": {},
     "2-bit-qat": {"scales": (10, {"scales": SCALES})},
 }
-REPEATED = (
-    "3-bit/qlora-next-token",
-    "shared-half*/*",
-    "2-bit-qat/*",
-    "pruned-20%/*labels@c4",
-    "pruned-20%/*token@c4",
+REPEATED = (  # with where their training began
+    *("3-bit/untrained", "3-bit/qlora-next-token", "shared-half*/*", "2-bit-qat/*"),
+    *("pruned-20%/untrained", "pruned-20%/*labels@c4", "pruned-20%/*token@c4"),
 )
 CORRECTION = "float/next-token"  # makes the teacher of the rows `-corrected`
 
@@ -89,8 +86,7 @@ CORRECTION = "float/next-token"  # makes the teacher of the rows `-corrected`
 def names() -> list[str]:
     rows = [f"{start}/{name}" for start in STARTS for name in ("untrained", *TRAININGS[start])]
     repeated = [row for row in rows if any(fnmatch(row, pattern) for pattern in REPEATED)]
-    repeated += [f"{start}/untrained" for start in dict.fromkeys(row.split("/")[0] for row in repeated)]
-    rows += variants.again(sorted(set(repeated), key=rows.index))
+    rows += variants.again(repeated)
     return ["base", *(row for row in rows if row != "float/untrained")]  # which is the base
 
 

@@ -36,8 +36,7 @@ def run_module(module: str, *words: str, told: int | None = None) -> str:
     kept = subprocess.PIPE if told is None else told
     done = subprocess.run(command, stdout=kept, stderr=subprocess.PIPE, text=True, env=environment)
     if done.returncode != 0:
-        died = f"it ended with code {done.returncode}" + (
-            ", perhaps for want of memory" if done.returncode == -9 else ""
-        )
+        killed = ", perhaps for want of memory" if done.returncode == -9 else ""
+        died = f"it ended with code {done.returncode}{killed}"
         raise ProcessFailed((done.stderr.strip() or died).splitlines()[-1])
     return (done.stdout or "").strip().rpartition("\n")[2]

@@ -50,14 +50,9 @@ class Look:
     def mask_token(self) -> int | None:
         return self.tokenizer().mask_token_id
 
-    @property
-    def notes(self) -> list[dict[str, str]]:
-        """What was told for the report, by an earlier run of the same survey, too."""
-        path = self.scratch / NOTES
-        return json.loads(path.read_text()) if path.exists() else []
-
     def note(self, where: str, what: str) -> None:
-        write_atomically(self.scratch / NOTES, json.dumps([*self.notes, {"where": where, "what": what}]))
+        told = [*_notes(self.scratch), {"where": where, "what": what}]
+        write_atomically(self.scratch / NOTES, json.dumps(told))
 
     def progressed(self, done: int, total: int) -> None:
         self.progress("survey", done, total)
@@ -92,6 +87,12 @@ class Look:
         return files
 
 
+def _notes(scratch: Path) -> list[dict[str, str]]:
+    """What a survey told for the report, that of an earlier run, too."""
+    path = scratch / NOTES
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def run_survey(
     step: BlockStep, files: ModelFiles, options: PassOptions, scratch: Path, progress: Progress
 ) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
@@ -99,9 +100,8 @@ def run_survey(
     if not step.needs_survey:
         return {}, []
     path = scratch / "survey.safetensors"
-    look = Look(files, options, progress, scratch)
     if not path.exists():
         (scratch / NOTES).unlink(missing_ok=True)  # of a run that was killed
-        save_tensors(path, step.survey(look))
+        save_tensors(path, step.survey(Look(files, options, progress, scratch)))
     shutil.rmtree(scratch / CHECKPOINTS, ignore_errors=True)  # also those of a run that was killed here
-    return load_tensors(path), look.notes
+    return load_tensors(path), _notes(scratch)

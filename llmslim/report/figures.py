@@ -6,6 +6,8 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from llmslim.report.schema import measured
+
 SAME = 0.05  # a speed within 5% of the base's is called no faster
 
 
@@ -370,7 +372,7 @@ def _figure(speed: dict[str, Any] | None, side: str, name: str) -> Any:
 
 def _measured(record: dict[str, Any] | None) -> dict[str, Any]:
     """The record, or nothing if it says that it was skipped."""
-    return {} if record is None or "skipped" in record else record
+    return measured(record) or {}
 
 
 def _speed_word(ratio: float) -> str:

@@ -22,12 +22,12 @@ class _Part(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
-def _measured(record: Any) -> Any:
+def measured(record: Any) -> Any:
     """None of a record that is empty or says that it was skipped."""
     return None if not record or (isinstance(record, dict) and "skipped" in record) else record
 
 
-_IfMeasured = BeforeValidator(_measured)
+_IfMeasured = BeforeValidator(measured)
 
 
 class _Estimate(_Part):

@@ -43,11 +43,13 @@ class LazyLogits:
 
     def __getitem__(self, positions: Any) -> LazyLogits:
         """Those of some tokens."""
-        return LazyLogits(self.hidden[positions], self.head, self.vocabulary, self.parameters)
+        return self._of(self.hidden[positions])
 
     def rows(self) -> LazyLogits:
         """One token after the other: [tokens, vocabulary]."""
-        hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
+        return self._of(self.hidden.reshape(-1, self.hidden.shape[-1]))
+
+    def _of(self, hidden: Tensor) -> LazyLogits:
         return LazyLogits(hidden, self.head, self.vocabulary, self.parameters)
 
     @property
