@@ -8,8 +8,8 @@ the same time; `maps` and `tokens` are taught by attention maps, or by how token
 (rtn) and `4bit` (gptq, calibrated on 256 x 32 tokens of the task's own sentences) are the taught student, quantized.
 `decoder` is SmolLM2-135M fine-tuned, once over the sentences, and `by-decoder` all of MiniLM fine-tuned by its classes:
 a teacher of another family with other tokens. `r-drop` is all of MiniLM, each sentence read twice with its own dropout,
-and `chosen` the one of its checkpoints, of every 100 steps, that does best on the validation data it is then judged on,
-as most published figures are made. Four tasks are done from three seeds, students from their seed's teacher.
+and `chosen` the one of its checkpoints, of every 50 or 100 steps, that does best on the validation data it is then
+judged on, as most published figures are made. Four tasks are done from three seeds, students from their seed's teacher.
 Judged on GLUE's validation data in float32. Models stay in --work, from where later variants take them; one that is not
 there is made. Matrix products of the training are bfloat16 where the CPU is fast at them, weights float32.
 """
@@ -43,14 +43,18 @@ BY_DECODER = {"lr": 2e-5, "epochs": 3, "alpha": 0.9, "temperature": 2.0, "hidden
 WHOLE: dict[str, dict[str, Any]] = {  # all of MiniLM by the labels: what is not as for the teacher
     "teacher": {},
     "r-drop": {"lr": 5e-5, "epochs": 2, "warmup": 0.1, "r_drop": 1.0},
-    "chosen": {"lr": 5e-5, "epochs": 1, "warmup": 0.1, "choose_on_validation": True, "save_steps": 100},
+    "chosen": {"lr": 5e-5, "warmup": 0.1, "choose_on_validation": True},
+}
+CHOICE: dict[str, dict[str, Any]] = {  # the checkpoints that are chosen from
+    "sst2": {"epochs": 1, "save_steps": 100},
+    "mrpc": {"epochs": 5, "save_steps": 50},
 }
 STUDENT = [0, 2, 4]  # the blocks that go; those that stay learn from their own place in the teacher
 BESIDE: dict[str, dict[str, float]] = {  # what more the teacher shows
     "maps": {"attention_maps": 1.0},
     "tokens": {"token_distance": 1.0, "token_angle": 2.0},
 }
-ALONE = ("sst2/decoder", "sst2/by-decoder", "sst2/r-drop", "sst2/chosen")
+ALONE = ("sst2/decoder", "sst2/by-decoder", "sst2/r-drop", "sst2/chosen", "mrpc/chosen")
 MINUTES = ("mrpc", "rte", "cola", "stsb")  # trained within minutes: from more seeds than one
 KINDS = ("teacher", "labels", "taught", *BESIDE, "8bit", "4bit")
 
@@ -60,7 +64,8 @@ def steps_of(name: str, options: Namespace) -> tuple[str, list[dict[str, Any]]]:
     task, kind = name.split("/")
     learn = {**TRAINING[task], "glue": task, "data": options.data, "precision": record.fast_type()}
     if kind in WHOLE:
-        return minilm(), [{"finetune": {**learn, **WHOLE[kind]}}]
+        choice = CHOICE[task] if kind == "chosen" else {}
+        return minilm(), [{"finetune": {**learn, **WHOLE[kind], **choice}}]
     if kind == "decoder":
         return "demo", [{"finetune": {**learn, **DECODER}}]
     if kind == "by-decoder":

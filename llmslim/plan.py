@@ -130,7 +130,7 @@ class _Shape:
 
     def __init__(self, anatomy: Anatomy, options: PassOptions, stored: torch.dtype) -> None:
         model = anatomy.model
-        self.dtype = options.dtype
+        self.device, self.dtype = options.device, options.dtype
         self.compute, self.stored = options.dtype.itemsize, stored.itemsize
         stacks = tuple(f"{stack.name}." for stack in anatomy.stacks)
         self.total = sum(p.numel() for p in model.parameters())
@@ -217,7 +217,14 @@ def _surveying(step: BlockStep, shape: _Shape, anatomy: Anatomy) -> int:
     predicted = step.survey_predicted(shape.vocabulary, shape.window) if anatomy.head is not None else 0
     backward = step.survey_span(shape.window) * shape.widths + 3 * predicted * shape.vocabulary
     further = step.survey_bytes(anatomy, shape.window)
-    return 4 * (step.survey_copies * shape.total + shape.block + backward) + further
+    own = 4 * (step.survey_copies * shape.total + shape.block + backward) + further
+    return own if shape.device.type == "cuda" else _together(step, own)
+
+
+def _together(step: BlockStep, own: int) -> int:
+    """Bytes that all processes of a survey hold beside this one, of what each needs for itself."""
+    count = step.survey_processes
+    return own if count == 1 else count * (own + resident_bytes())
 
 
 def _training(step: BlockStep, shape: _Shape, blocks: int) -> int:

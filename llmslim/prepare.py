@@ -24,6 +24,7 @@ from llmslim.plan import Plan, make_plan
 from llmslim.recipe import Calibration, Recipe
 from llmslim.step import BlockStep, Step
 from llmslim.teacher import check_others
+from llmslim.together import check_processes
 from llmslim.work import require_one_process
 
 
@@ -80,6 +81,7 @@ def prepare(
         return choose(recipe.format, [*before, *edits], origin, stored)
 
     steps, fronts, outlook, chosen = _resolved(recipe.steps, Foresight(whole, (), form_of, stored))
+    check_processes(steps, place)
     check_lasts(read_setting(files.folder), steps, [*fronts, outlook.anatomy])
     chosen += (heads,) if heads else ()
     recipe = recipe.model_copy(update={"steps": steps})

@@ -230,6 +230,11 @@ class BlockStep(Step):
         return []
 
     @property
+    def survey_processes(self) -> int:
+        """How many processes, of this machine, make the survey together."""
+        return 1
+
+    @property
     def survey_copies(self) -> int:
         """How often the survey holds all weights in float32 (itself loaded, gradients, sums); for the plan."""
         return 0

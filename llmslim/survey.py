@@ -21,10 +21,11 @@ from llmslim.files import load_tensors, save_tensors, write_atomically
 from llmslim.loaders.models import ModelFiles
 from llmslim.passes import PassOptions
 from llmslim.step import BlockStep
+from llmslim.together import first, survey_together
 from llmslim.training.step import CHECKPOINTS
 from llmslim.work import Progress
 
-NOTES = "notes.json"  # in the scratch folder
+NOTES, SURVEY = "notes.json", "survey.safetensors"  # in the scratch folder
 
 
 class Look:
@@ -51,8 +52,9 @@ class Look:
         return self.tokenizer().mask_token_id
 
     def note(self, where: str, what: str) -> None:
-        told = [*_notes(self.scratch), {"where": where, "what": what}]
-        write_atomically(self.scratch / NOTES, json.dumps(told))
+        if first():
+            told = [*_notes(self.scratch), {"where": where, "what": what}]
+            write_atomically(self.scratch / NOTES, json.dumps(told))
 
     def progressed(self, done: int, total: int) -> None:
         self.progress("survey", done, total)
@@ -99,9 +101,16 @@ def run_survey(
     """The step's survey and its notes, from the scratch folder if an earlier run finished it."""
     if not step.needs_survey:
         return {}, []
-    path = scratch / "survey.safetensors"
+    path, count = scratch / SURVEY, step.survey_processes
     if not path.exists():
         (scratch / NOTES).unlink(missing_ok=True)  # of a run that was killed
-        save_tensors(path, step.survey(Look(files, options, progress, scratch)))
+        look = Look(files, options, progress, scratch)
+        if count == 1:
+            save_tensors(path, step.survey(look))
+        else:
+            held = survey_together(step, files, options, scratch, progress)
+            look.note(
+                step.kind, f"{count} processes trained together, each of which held {held:,.0f} MB or less"
+            )
     shutil.rmtree(scratch / CHECKPOINTS, ignore_errors=True)  # also those of a run that was killed here
     return load_tensors(path), _notes(scratch)

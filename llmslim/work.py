@@ -160,8 +160,8 @@ def require_one_process() -> None:
     size = os.environ.get("WORLD_SIZE", "1")
     if size not in ("", "1"):
         raise UserError(
-            f"WORLD_SIZE is {size}, as torchrun and accelerate set it for each of several processes, and llmslim runs "
-            "in one: start it by itself (python -m llmslim), or unset WORLD_SIZE."
+            f"WORLD_SIZE is {size}, as torchrun and accelerate set it for each of several processes, and llmslim "
+            "starts its own: start it by itself (python -m llmslim), with --processes N to train on several GPUs."
         )
 
 

@@ -123,7 +123,7 @@ def find(spec: str, revision: str | None = None) -> ModelFiles:
         revision = folder.name  # the commit, by which it can be had again
     if not (folder / "config.json").is_file():
         raise UserError(f"The folder {folder} has no config.json, so it is not a Hugging Face model.")
-    return ModelFiles(spec, folder, _read_config(folder), base, revision, hub)
+    return ModelFiles(spec, folder, read_config(folder), base, revision, hub)
 
 
 def _demo_file() -> Path:
@@ -166,7 +166,8 @@ def _reason(error: Exception) -> str:
     return first_line(error)
 
 
-def _read_config(folder: Path) -> transformers.PreTrainedConfig:
+def read_config(folder: Path) -> transformers.PreTrainedConfig:
+    """The configuration in a folder, of transformers' own classes."""
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # unknown model types, damaged JSON and remote code all end here

@@ -20,6 +20,7 @@ from llmslim.errors import UserError
 from llmslim.files import load_tensors, save_tensors
 from llmslim.history import CURVES, curves
 from llmslim.memory import freed_memory_kept
+from llmslim.together import first, first_alone, processes
 from llmslim.training.batches import ByLength, Examples, Windows
 from llmslim.training.forward import products_in
 from llmslim.training.step import CHECKPOINTS
@@ -48,17 +49,27 @@ class Trainee(nn.Module):
     Args:
         model: on its device; not a child, so that its frozen part is no part of the state.
         dropout: whether the model drops out while it trains.
+        dtype: what matrix products are computed in.
     """
 
-    def __init__(self, model: nn.Module, trained: Sequence[nn.Parameter], dropout: bool) -> None:
+    def __init__(
+        self, model: nn.Module, trained: Sequence[nn.Parameter], dropout: bool, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.dtype = dropout, dtype
         self.__dict__["model"] = model
         self.trained = nn.ParameterList(trained)
 
     def train(self, mode: bool = True) -> Trainee:
         self.__dict__["model"].train(mode and self.dropout)
         return super().train(mode)
+
+    def forward(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
+        """What a function makes of the model and a batch; gradients of several processes meet behind it."""
+        model = self.__dict__["model"]
+        with products_in(self.dtype, next(model.parameters()).device.type):
+            found: Tensor = function(model, batch)
+        return found
 
 
 def train(
@@ -100,19 +111,20 @@ def train(
     kept = len(data) - held
     if kept < 1:
         raise UserError(f"Validation holds out all of {len(data)} examples: hold out fewer.")
-    batch = schedule.batch_size * schedule.gradient_accumulation_steps
+    batch = schedule.batch_size * schedule.gradient_accumulation_steps * processes()
     epoch = math.ceil(kept / batch)
     steps = schedule.max_steps or math.ceil(epoch * schedule.epochs)
     if held:  # a small data set is over before many steps
         schedule = replace(schedule, save_steps=min(schedule.save_steps, epoch))
     folder = scratch / CHECKPOINTS
-    last = last_whole(folder)
+    with first_alone():  # which may have to remove one
+        last = last_whole(folder)
     tokens = round(sum(lengths) / len(lengths) * batch)
     best_by = "" if not held else "eval_loss" if judge is None else "eval_score"
     watch = Watch(schedule, steps, tokens, scratch, log, progress, best_by)
     held_ones = sorted(range(kept, len(data)), key=lambda index: lengths[index])
     trainer = _Trainer(
-        model=Trainee(model, trained, dropout),
+        model=Trainee(model, trained, dropout, schedule.dtype),
         args=_arguments(schedule, steps, folder, best_by, next(model.parameters()).device, last is None),
         data_collator=examples.collate,
         train_dataset=torch.utils.data.Subset(examples, range(kept)),
@@ -124,12 +136,12 @@ def train(
     )
     trainer.loss = loss if windows is None else lambda model, batch: loss(model, batch["input_ids"])
     trainer.watch, trainer.judge = watch, judge
-    trainer.sampler = (
+    trainer.sampler = watch.sampler = (
         ByLength(lengths[:kept], schedule.batch_size, schedule.seed) if windows is None else None
     )
     trainer.remove_callback(PrinterCallback)
     begun = scratch / "begun.safetensors"
-    if held and last is None:
+    if held and last is None and first():
         save_tensors(begun, {str(number): value.detach().cpu() for number, value in enumerate(trained)})
     with freed_memory_kept():
         trainer.train(resume_from_checkpoint=last)
@@ -146,7 +158,7 @@ def _curves(folder: Path) -> list[TrainerCallback]:
     """The history for TensorBoard; Trainer would put it beside its checkpoints, which go."""
     from transformers.integrations import TensorBoardCallback
 
-    writer = curves(folder)
+    writer = curves(folder) if first() else None
     return [] if writer is None else [TensorBoardCallback(writer)]
 
 
@@ -182,7 +194,7 @@ def _arguments(
         eval_on_start=bool(best_by) and fresh,
         **when,
     )
-    # one card: DataParallel would take batches of a multiple of batch_size, and losses call what it wraps
+    # one card a process: DataParallel would take batches of a multiple of batch_size, and losses call what it wraps
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
@@ -199,7 +211,7 @@ class _Trainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        value = self._run(self.loss, model, inputs)
+        value = model(self.loss, inputs)
         if not torch.isfinite(value):
             self.watch.refuse("loss", self.state.global_step)
         self.watch.loss = value.detach()
@@ -213,16 +225,8 @@ class _Trainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():  # Trainer's own looks for labels
             if self.judge is not None:
-                return None, self._run(self.judge.predict, model, inputs), inputs["labels"]
+                return None, model(self.judge.predict, inputs), inputs["labels"]
             return self.compute_loss(model, inputs).detach(), None, None
-
-    def _run(self, function: Callable[[nn.Module, Any], Tensor], model: Any, inputs: Any) -> Tensor:
-        """What a function makes of the trained model and a batch, in the type of the products."""
-        unwrapped = self.accelerator.unwrap_model(model)
-        dtype, device = self.watch.schedule.dtype, self.args.device.type
-        # accelerate casts in the forward of the module that it wraps, which a loss does not call
-        with products_in(dtype, device):
-            return function(unwrapped.__dict__["model"], inputs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:

@@ -16,6 +16,7 @@ from llmslim.anatomy import Anatomy, Block
 from llmslim.errors import UserError
 from llmslim.history import TRAINING
 from llmslim.step import BlockStep, StepRecord, Survey
+from llmslim.together import first_alone
 from llmslim.training.logits import tokens_at_once
 
 if TYPE_CHECKING:
@@ -112,6 +113,11 @@ class TrainStep(PlacingStep):
         ge=1,
         description="batches per optimizer step, whose gradients add up: of a large batch's memory a part",
     )
+    processes: int = Field(
+        1,
+        ge=1,
+        description="processes that train together, with batch_size windows each: on a GPU each, or a share of the CPU",
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which lr rises from 0")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     save_steps: int = Field(50, ge=1, description="optimizer steps between checkpoints to resume from")
@@ -147,6 +153,10 @@ class TrainStep(PlacingStep):
         return True
 
     @property
+    def survey_processes(self) -> int:
+        return self.processes
+
+    @property
     def survey_copies(self) -> int:
         return 2
 
@@ -165,7 +175,7 @@ class TrainStep(PlacingStep):
 
     def _trained(self, tokens: int, window: int) -> float:
         """Tokens that are trained on, of a text of so many."""
-        batch = self.batch_size * self.gradient_accumulation_steps
+        batch = self.batch_size * self.gradient_accumulation_steps * self.processes
         return self.max_steps * batch * window if self.max_steps else self.epochs * tokens
 
     def survey_span(self, window: int) -> int:
@@ -294,7 +304,8 @@ class TrainStep(PlacingStep):
         from llmslim.training.loop import train
         from llmslim.training.watch import Schedule
 
-        teacher = self.learned_from(look)
+        with first_alone():  # what is written of a teacher is written once
+            teacher = self.learned_from(look)
         torch.manual_seed(look.seed)  # of adapters' first weights
         model = look.loaded()
         fields = {

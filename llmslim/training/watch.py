@@ -20,6 +20,8 @@ from llmslim.errors import UserError
 from llmslim.files import write_atomically
 from llmslim.history import rewrite
 from llmslim.memory import resident_bytes
+from llmslim.together import agreed, first
+from llmslim.training.batches import ByLength
 from llmslim.training.step import CHECKPOINTS
 
 
@@ -77,6 +79,7 @@ class Watch(TrainerCallback):
             progress,
         )
         self.best_by = best_by
+        self.sampler: ByLength | None = None
         self._place, self._clock = scratch.name, scratch / "elapsed.json"
         self._before = json.loads(self._clock.read_text()) if self._clock.exists() else 0.0
         self._begun, self._first = time.monotonic(), 0
@@ -91,7 +94,7 @@ class Watch(TrainerCallback):
         """Learning rate as a share of its peak: linear warm-up, cosine to 0 at the end, or when time is up."""
         done, begun = step / self.steps, (step + 1) / (self.schedule.warmup * self.steps + 1)
         if self.schedule.max_minutes is not None:  # time may be up long before the last step
-            spent = self.elapsed / (60 * self.schedule.max_minutes)
+            spent = agreed(self.elapsed) / (60 * self.schedule.max_minutes)
             done, begun = max(done, spent), max(begun, spent / max(self.schedule.warmup, 1e-9))
         return min(1.0, begun) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
@@ -106,6 +109,10 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begun, self._first = time.monotonic(), state.global_step
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.sampler is not None:  # Trainer does not reach it where batches are shared out
+            self.sampler.set_epoch(int(state.epoch or 0))
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
         if self.schedule.dtype == torch.float16:
@@ -119,7 +126,7 @@ class Watch(TrainerCallback):
         told = f"loss {self.loss:.4g}, {pace * self.tokens:.0f} tokens/s, {resident_bytes() / 1e6:,.0f} MB"
         self.progress(state.global_step, total, told + self._judged(state))
         limit = self.schedule.max_minutes
-        if limit is not None and self.elapsed > 60 * limit:
+        if limit is not None and agreed(self.elapsed) > 60 * limit:
             control.should_training_stop = True
             control.should_evaluate = control.should_save = bool(self.best_by)  # the end may be the best
         if self._stalled(state):  # a run that was killed after it had stopped
@@ -156,7 +163,8 @@ class Watch(TrainerCallback):
         return f", validation {what} {sign * found[-1]:.4g}, best {sign * max(found):.4g}" if found else ""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        write_atomically(self._clock, json.dumps(self.elapsed))
+        if first():
+            write_atomically(self._clock, json.dumps(self.elapsed))
 
     def _pace(self, step: int) -> tuple[float, float]:
         """Steps per second in this run, at least one of which is done, and the seconds that are left."""
@@ -172,5 +180,7 @@ class Watch(TrainerCallback):
             pace, left = self._pace(state.global_step)
             told = {"tokens_per_second": round(pace * self.tokens, 1), "seconds_left": round(left, 1)}
             state.log_history[-1].update(told, memory_mb=round(resident_bytes() / 1e6))
+        if not first():
+            return
         own = ({"pass": self._place, "method": self.schedule.name, **entry} for entry in state.log_history)
         rewrite(self.log, own, lambda entry: entry["pass"] == self._place)

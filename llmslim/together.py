@@ -1,0 +1,225 @@
+"""A survey in several processes at once, which train one model together: a GPU each, or a share of the CPU's cores.
+
+    python -m llmslim.together SCRATCH      one of them; `survey_together` starts them
+
+Each loads the model and takes its own batches, and after each batch gradients are averaged over all (data parallel
+training; torch's DistributedDataParallel, by way of Trainer and accelerate). What is written the first process writes.
+SCRATCH is the step's folder of the run's work folder, with what to do in together.json and text.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from llmslim.errors import UserError
+from llmslim.files import load_tensors, save_tensors, write_atomically
+from llmslim.process import ProcessFailed, end_with_starter, run_together
+
+if TYPE_CHECKING:
+    from llmslim.loaders.models import ModelFiles
+    from llmslim.passes import PassOptions
+    from llmslim.step import BlockStep, Step
+    from llmslim.work import Progress
+
+JOB, TEXT, MEETING = "together.json", "text.safetensors", "meeting"
+
+
+# --- inside a process, of several or the only one ---
+
+
+def first() -> bool:
+    """Whether this process is the only one, or the first of several."""
+    return processes() == 1 or dist.get_rank() == 0
+
+
+def processes() -> int:
+    """How many processes train together; 1 outside of training in several."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """Inside is the first process alone; others follow when it is through, and find what it wrote."""
+    if not first():
+        dist.barrier()
+    yield
+    if processes() > 1 and first():
+        dist.barrier()
+
+
+def agreed(value: float) -> float:
+    """What the first process has for a value, so that all decide alike; all must ask."""
+    if processes() == 1:
+        return value
+    said = [value]
+    dist.broadcast_object_list(said)
+    return said[0]
+
+
+# --- the process that starts them ---
+
+
+def check_processes(steps: Sequence[Step], device: torch.device) -> None:
+    """Refuse more processes than there are GPUs for, or cores.
+
+    Raises:
+        UserError: in one sentence.
+    """
+    for step in steps:
+        asked = getattr(step, "processes", 1)
+        if asked == 1:
+            continue
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"processes {asked} work on CUDA GPUs or a CPU, not on {device.type}: give 1.")
+        there = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1
+        if asked > there:
+            what = "GPUs" if device.type == "cuda" else "CPU cores"
+            raise UserError(
+                f"processes {asked} is more than the {there} {what} of this machine: give {there} at most."
+            )
+
+
+def survey_together(
+    step: BlockStep, files: ModelFiles, options: PassOptions, scratch: Path, progress: Progress
+) -> float:
+    """Run the step's survey in as many processes as it asks for; the first leaves its result in `scratch`.
+
+    Returns:
+        The most memory that one of them held, in MB.
+
+    Raises:
+        UserError: a process refused something, or died.
+    """
+    assert options.base is not None
+    for leftover in scratch.glob(f"{MEETING}*"):  # of a run that was killed
+        leftover.unlink()
+    job = {
+        "kind": step.kind,
+        "fields": step.model_dump(mode="json", exclude_unset=True),
+        "files": _told(files),
+        "base": _told(options.base),
+        "seed": options.seed,
+        "device": options.device.type,
+        "dtype": _name(options.dtype),
+        "stored": _name(options.stored),
+        "meeting": str((scratch / f"{MEETING}-{os.getpid()}").resolve()),
+    }
+    write_atomically(scratch / JOB, json.dumps(job))
+    save_tensors(scratch / TEXT, {} if options.tokens is None else {"tokens": options.tokens})
+    held = [0.0]
+
+    def told(message: dict[str, Any]) -> None:
+        if "refused" in message:
+            raise UserError(message["refused"])
+        if "held" in message:
+            held.append(message["held"])
+        else:
+            progress(*message["progress"])
+
+    try:
+        run_together("llmslim.together", str(scratch), processes=step.survey_processes, told=told)
+    except ProcessFailed as error:
+        raise UserError(
+            f"{step.kind}: one of {step.survey_processes} processes died ({error}); run the same command again to go "
+            "on at the last checkpoint, with fewer processes into another --output."
+        ) from error
+    return max(held)
+
+
+def _told(files: ModelFiles) -> dict[str, Any]:
+    return {name: str(getattr(files, name)) for name in ("spec", "folder", "base")}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- one of them ---
+
+
+def main(scratch: Path) -> None:
+    from llmslim.evaluation.benchmark import peak_memory_mb
+    from llmslim.memory import return_freed_memory
+    from llmslim.step import build_step
+    from llmslim.survey import SURVEY, Look
+
+    end_with_starter()
+    told = os.fdopen(os.dup(1), "w")  # what libraries print goes to stderr
+    os.dup2(2, 1)
+
+    def tell(**message: Any) -> None:
+        print(json.dumps(message), file=told, flush=True)
+
+    job = json.loads((scratch / JOB).read_text())
+    return_freed_memory()
+    device = _meet(job)
+    step = build_step(job["kind"], job["fields"])
+    look = Look(
+        _files(job["files"]),
+        _options(job, device, scratch),
+        (lambda *news: tell(progress=news)) if first() else (lambda *news: None),
+        scratch,
+    )
+    assert hasattr(step, "survey")
+    try:
+        found = step.survey(look)
+    except UserError as error:
+        tell(refused=str(error))
+        sys.exit(2)
+    if first():
+        save_tensors(scratch / SURVEY, found)
+    tell(held=peak_memory_mb())
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _meet(job: dict[str, Any]) -> torch.device:
+    """Find the others; the device of this process."""
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cpu") if job["device"] == "cpu" else torch.device(job["device"], rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif Path("/sys/class/net/lo").exists():  # the machine's own name may lead nowhere
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"file://{job['meeting']}",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(days=365),  # of one that dies the starter knows, and ends the others
+    )
+    return device
+
+
+def _files(told: dict[str, Any]) -> ModelFiles:
+    from llmslim.loaders.models import ModelFiles, read_config
+
+    folder = Path(told["folder"])
+    return ModelFiles(told["spec"], folder, read_config(folder), told["base"])
+
+
+def _options(job: dict[str, Any], device: torch.device, scratch: Path) -> PassOptions:
+    from llmslim.passes import PassOptions
+
+    return PassOptions(
+        tokens=load_tensors(scratch / TEXT).get("tokens"),
+        seed=job["seed"],
+        device=device,
+        dtype=getattr(torch, job["dtype"]),
+        stored=getattr(torch, job["stored"]),
+        base=_files(job["base"]),
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

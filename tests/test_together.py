@@ -1,0 +1,128 @@
+"""Training in several processes: as in one with the batches joined, killed or not; errors reach the user."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from llmslim.errors import UserError
+from llmslim.finetuning.finetune import Finetune
+from llmslim.loaders.models import find
+from llmslim.pipeline import compress
+from llmslim.prepare import prepare
+from llmslim.recipe import Calibration, Recipe
+from llmslim.recovery.full import Full
+from llmslim.recovery.lora import LoRA
+from llmslim.report.schema import read_report
+from llmslim.together import check_processes
+from tests.glue_data import write_glue
+from tests.tiny import save_tiny
+
+pytestmark = pytest.mark.usefixtures("verified_here")
+QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=16, seq_len=32), "evaluation": None}
+PLAIN: dict[str, Any] = {"objective": "next_token", "max_steps": 6, "lr": 1e-3, "save_steps": 2}
+TWO = Full(**PLAIN, batch_size=2, processes=2)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny("llama", tmp_path_factory.mktemp("models") / "llama"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def children() -> list[str]:
+    """Processes that this one started and that have not ended."""
+    return [str(child.pid) for child in psutil.Process().children()]
+
+
+@pytest.fixture(scope="module")
+def both(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained in two processes."""
+    torch.set_num_threads(1)
+    return compress(llama, [TWO], tmp_path_factory.mktemp("runs") / "two", **QUICK).folder
+
+
+def test_two_processes_train_as_one_with_the_batches_joined(llama: str, both: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    compress(llama, [Full(**PLAIN, batch_size=4)], tmp_path / "one", **QUICK)
+    start, one, two = (weights(folder) for folder in (find(llama).folder, tmp_path / "one", both))
+    for name, value in one.items():
+        moved = (value - start[name]).norm()
+        assert (two[name] - value).norm() < 0.02 * moved, name
+    (note,) = (note["what"] for note in read_report(both)["notes"] if note["where"] == "full")
+    assert note.startswith("2 processes trained together")
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(llama: str, both: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+
+    def kill(what: str, done: int, total: int, note: str = "") -> None:
+        if (what, done) == ("full", 5):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(llama, [TWO], tmp_path / "killed", progress=kill, **QUICK)
+    assert not children()
+    report = compress(llama, [TWO], tmp_path / "killed", **QUICK).report
+    assert report["run"]["resumed"]
+    assert (tmp_path / "killed/model.safetensors").read_bytes() == (both / "model.safetensors").read_bytes()
+
+
+def test_classifiers_learn_from_a_teacher_with_validation_and_by_time(tmp_path: Path) -> None:
+    """The teacher's words are written once, scores are of all that is held out, and all stop at the same step."""
+    torch.set_num_threads(1)
+    data = str(write_glue(tmp_path, ["sst2"], validation=33))
+    bert = str(save_tiny("bert", tmp_path / "bert"))
+    fields: dict[str, Any] = {"glue": "sst2", "data": data, "lr": 2e-3, "max_length": 32, "batch_size": 8}
+    compress(bert, [Finetune(**fields, max_steps=2)], tmp_path / "teacher", evaluation=None)
+    step = Finetune(
+        **fields,
+        teacher=str(tmp_path / "teacher"),
+        hidden=0,
+        attention=0,
+        choose_on_validation=True,
+        processes=2,
+        epochs=1e6,
+        max_minutes=0.08,
+        save_steps=5,
+    )
+    result = compress(bert, [step], tmp_path / "student")
+    history = [json.loads(line) for line in (result.folder / "training.jsonl").read_text().splitlines()]
+    scores = [line["eval_score"] for line in history if "eval_score" in line]
+    assert len(scores) > 2 and all(abs(33 * score - round(33 * score)) < 1e-6 for score in scores)
+    found = result.report["glue"]["tasks"]["sst2"]["score"]
+    assert found == pytest.approx(max(scores)) and len(set(scores)) > 1
+
+
+def test_what_one_process_refuses_reaches_the_user(llama: str, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    step = Full(**{**PLAIN, "lr": 1e30}, batch_size=2, processes=2)
+    with pytest.raises(UserError, match="of training step . is not finite, so training stopped"):
+        compress(llama, [step], tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_processes_than_there_is_room_for_are_refused(llama: str) -> None:
+    recipe = Recipe(steps=(LoRA(processes=4096),), calibration=QUICK["calibration"])
+    with pytest.raises(UserError, match="processes 4096 is more than the .* CPU cores of this machine"):
+        prepare(llama, recipe, device="cpu")
+    with pytest.raises(UserError, match="work on CUDA GPUs or a CPU, not on mps"):
+        check_processes([LoRA(processes=2)], torch.device("mps"))
+    check_processes([LoRA()], torch.device("mps"))
+
+
+def test_plans_count_what_each_process_holds(llama: str) -> None:
+    one, two = (
+        prepare(llama, Recipe(steps=(step,), **QUICK), device="cpu").plan for step in (Full(**PLAIN), TWO)
+    )
+    assert two.peak_memory > 2.5 * one.peak_memory
