@@ -35,8 +35,21 @@ def where(result: Result) -> str:
         if "machine" in row:
             others.setdefault(named(row["machine"]), []).append(row["name"])
     for machine, names in others.items():
-        told += f"\n\nOn {machine}, which is faster or slower: {', '.join(names)}."
+        told += f"\n\nOn {machine}, which is faster or slower: {', '.join(_gathered(names, result))}."
     return told
+
+
+def _gathered(names: list[str], result: Result) -> list[str]:
+    """Names of rows, `task/*` for all of a task's (and of a seed's, `task/*/seed-1`)."""
+
+    def kin(name: str) -> str:
+        task, _, rest = name.partition("/")
+        return f"{task}/*{rest[rest.find('/') :] if '/' in rest else ''}"
+
+    rows = [row["name"] for row in result["rows"]]
+    families = {kin(name): {row for row in rows if kin(row) == kin(name)} for name in names}
+    whole = {one for one, members in families.items() if len(members) > 2 and members.issubset(names)}
+    return list(dict.fromkeys(kin(name) if kin(name) in whole else name for name in names))
 
 
 def named(machine: dict[str, Any]) -> str:
