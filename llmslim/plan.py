@@ -192,9 +192,9 @@ def _peak_memory(
     working = models * weights + int(lanes * shape.lane_bytes) + max(paused + max(chunk, step), training)
     surveying = max((_surveying(step, shape, anatomy) for step in blocks), default=0)
     for other in others:
-        own = _surveying(other.step, shape, anatomy)
         if other.step.keeps_other:
-            surveying = max(surveying, own + other.values * shape.compute)
+            beside = other.values * shape.compute
+            surveying = max(surveying, _surveying(other.step, shape, anatomy, beside))
         else:  # asked before, in the type of the products
             surveying = max(surveying, other.values * _products(other.step, shape.dtype).itemsize)
     entering = weights + shape.outer * 2 * shape.stored + shape.lane_bytes * 2
@@ -210,21 +210,20 @@ def _peak_memory(
     return resident_bytes() + max(surveying, working, entering, evaluating)
 
 
-def _surveying(step: BlockStep, shape: _Shape, anatomy: Anatomy) -> int:
-    """Bytes of a survey with gradients, float32: weights and what is as large, one gradient, one backward."""
+def _surveying(step: BlockStep, shape: _Shape, anatomy: Anatomy, beside: int = 0) -> int:
+    """Bytes of a survey with gradients, float32: weights and what is as large, one gradient, one backward.
+
+    Args:
+        beside: bytes of another model that it keeps in memory.
+    """
     if not step.survey_copies:
-        return 0
+        return beside
     predicted = step.survey_predicted(shape.vocabulary, shape.window) if anatomy.head is not None else 0
     backward = step.survey_span(shape.window) * shape.widths + 3 * predicted * shape.vocabulary
     further = step.survey_bytes(anatomy, shape.window)
-    own = 4 * (step.survey_copies * shape.total + shape.block + backward) + further
-    return own if shape.device.type == "cuda" else _together(step, own)
-
-
-def _together(step: BlockStep, own: int) -> int:
-    """Bytes that all processes of a survey hold beside this one, of what each needs for itself."""
+    own = 4 * (step.survey_copies * shape.total + shape.block + backward) + further + beside
     count = step.survey_processes
-    return own if count == 1 else count * (own + resident_bytes())
+    return own if count == 1 or shape.device.type == "cuda" else count * (own + resident_bytes())
 
 
 def _training(step: BlockStep, shape: _Shape, blocks: int) -> int:
@@ -261,6 +260,7 @@ def _seconds(
                 asking = 2.0 * step.asked(shape.tokens, shape.window) * beside[id(step)] / own
                 seconds += asking if step.keeps_other else 0.0
                 surveys += 0.0 if step.keeps_other else asking  # before training, whose time alone is limited
+            seconds /= step.survey_processes if device.type == "cuda" else 1  # on a CPU they share its cores
             surveys += min(step.survey_limit, seconds)
         if step.needs_calibration and isinstance(step, BlockStep) and step.streams_calibration:
             tokens = min(shape.tokens, step.text_limit or shape.tokens)

@@ -150,7 +150,7 @@ def _name(dtype: torch.dtype) -> str:
 def main(scratch: Path) -> None:
     from llmslim.evaluation.benchmark import peak_memory_mb
     from llmslim.memory import return_freed_memory
-    from llmslim.step import build_step
+    from llmslim.step import BlockStep, build_step
     from llmslim.survey import SURVEY, Look
 
     end_with_starter()
@@ -170,7 +170,7 @@ def main(scratch: Path) -> None:
         (lambda *news: tell(progress=news)) if first() else (lambda *news: None),
         scratch,
     )
-    assert hasattr(step, "survey")
+    assert isinstance(step, BlockStep)
     try:
         found = step.survey(look)
     except UserError as error:
