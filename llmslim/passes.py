@@ -67,7 +67,7 @@ class BlockPass:
         work: WorkFolder,
         number: int,
         survey: dict[str, Tensor],
-        notes: list[dict[str, str]],
+        notes: list[dict[str, Any]],
     ) -> None:
         self.step, self.options, self.work = step, options, work
         self.reader = CheckpointReader(files)

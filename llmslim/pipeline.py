@@ -183,7 +183,7 @@ def _report(prepared: Prepared, work: WorkFolder, record: StepRecord, started: f
         "run": {
             "cpu_seconds": {key: state["seconds"] for key, state in work.state["passes"].items()},
             "wall_seconds": time.time() - started,
-            "peak_memory_mb": peak_memory_mb(),
+            "peak_memory_mb": max([peak_memory_mb(), *(note.get("held_mb", 0.0) for note in record.notes)]),
             "resumed": work.resumed,
         },
         "linears": record.linears,

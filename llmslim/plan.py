@@ -34,6 +34,8 @@ value that goes into a Linear or comes out of one: so many for each FLOP per wei
 and MiniLM, in float32 and bfloat16."""
 SCORED = 32 * 128
 """Tokens of a batch in which a classifier is scored."""
+STARTED = 600 * 10**6
+"""Bytes that a process which trains takes before it has a model: torch, transformers, accelerate, peft; 590 MB seen."""
 SMALL_FILES = 20 * 2**20
 """Bytes for tokenizer, logs, reports and what else is no weight."""
 
@@ -223,7 +225,7 @@ def _surveying(step: BlockStep, shape: _Shape, anatomy: Anatomy, beside: int = 0
     further = step.survey_bytes(anatomy, shape.window)
     own = 4 * (step.survey_copies * shape.total + shape.block + backward) + further + beside
     count = step.survey_processes
-    return own if count == 1 or shape.device.type == "cuda" else count * (own + resident_bytes())
+    return own if count == 1 or shape.device.type == "cuda" else count * (own + STARTED)
 
 
 def _training(step: BlockStep, shape: _Shape, blocks: int) -> int:

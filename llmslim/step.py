@@ -209,7 +209,7 @@ class Survey(Protocol):
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """Tell how far some work is."""
 
-    def note(self, where: str, what: str) -> None:
+    def note(self, where: str, what: str, **figures: float) -> None:
         """Tell of a fallback or an anomaly, for the report."""
 
 

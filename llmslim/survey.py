@@ -19,6 +19,7 @@ from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.walk import walk_blocks
 from llmslim.files import load_tensors, save_tensors, write_atomically
 from llmslim.loaders.models import ModelFiles
+from llmslim.memory import resident_bytes
 from llmslim.passes import PassOptions
 from llmslim.step import BlockStep
 from llmslim.together import first, survey_together
@@ -51,9 +52,9 @@ class Look:
     def mask_token(self) -> int | None:
         return self.tokenizer().mask_token_id
 
-    def note(self, where: str, what: str) -> None:
+    def note(self, where: str, what: str, **figures: float) -> None:
         if first():
-            told = [*_notes(self.scratch), {"where": where, "what": what}]
+            told = [*_notes(self.scratch), {"where": where, "what": what, **figures}]
             write_atomically(self.scratch / NOTES, json.dumps(told))
 
     def progressed(self, done: int, total: int) -> None:
@@ -89,7 +90,7 @@ class Look:
         return files
 
 
-def _notes(scratch: Path) -> list[dict[str, str]]:
+def _notes(scratch: Path) -> list[dict[str, Any]]:
     """What a survey told for the report, that of an earlier run, too."""
     path = scratch / NOTES
     return json.loads(path.read_text()) if path.exists() else []
@@ -97,7 +98,7 @@ def _notes(scratch: Path) -> list[dict[str, str]]:
 
 def run_survey(
     step: BlockStep, files: ModelFiles, options: PassOptions, scratch: Path, progress: Progress
-) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """The step's survey and its notes, from the scratch folder if an earlier run finished it."""
     if not step.needs_survey:
         return {}, []
@@ -109,8 +110,9 @@ def run_survey(
             save_tensors(path, step.survey(look))
         else:
             held = survey_together(step, files, options, scratch, progress)
-            look.note(
-                step.kind, f"{count} processes trained together, each of which held {held:,.0f} MB or less"
-            )
+            told = f"{count} processes trained together, each of which held {max(held):,.0f} MB or less"
+            # GPUs are planned one by one
+            together = max(held) if options.device.type == "cuda" else resident_bytes() / 1e6 + sum(held)
+            look.note(step.kind, told, held_mb=together)
     shutil.rmtree(scratch / CHECKPOINTS, ignore_errors=True)  # also those of a run that was killed here
     return load_tensors(path), _notes(scratch)

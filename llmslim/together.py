@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from llmslim.errors import UserError
+from llmslim.errors import UserError, first_line
 from llmslim.files import load_tensors, save_tensors, write_atomically
 from llmslim.process import ProcessFailed, end_with_starter, run_together
 
@@ -81,6 +82,11 @@ def check_processes(steps: Sequence[Step], device: torch.device) -> None:
             continue
         if device.type not in ("cpu", "cuda"):
             raise UserError(f"processes {asked} work on CUDA GPUs or a CPU, not on {device.type}: give 1.")
+        if device.index:
+            raise UserError(
+                f"processes {asked} take the first GPUs there are, not {device}: give --device cuda, and choose those "
+                "that there are by CUDA_VISIBLE_DEVICES."
+            )
         there = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1
         if asked > there:
             what = "GPUs" if device.type == "cuda" else "CPU cores"
@@ -91,11 +97,11 @@ def check_processes(steps: Sequence[Step], device: torch.device) -> None:
 
 def survey_together(
     step: BlockStep, files: ModelFiles, options: PassOptions, scratch: Path, progress: Progress
-) -> float:
+) -> list[float]:
     """Run the step's survey in as many processes as it asks for; the first leaves its result in `scratch`.
 
     Returns:
-        The most memory that one of them held, in MB.
+        The most memory that each of them held, in MB.
 
     Raises:
         UserError: a process refused something, or died.
@@ -116,16 +122,19 @@ def survey_together(
     }
     write_atomically(scratch / JOB, json.dumps(job))
     save_tensors(scratch / TEXT, {} if options.tokens is None else {"tokens": options.tokens})
-    held = [0.0]
+    held: list[float] = []
 
     def told(message: dict[str, Any]) -> None:
         if "refused" in message:
             raise UserError(message["refused"])
+        if "died" in message:
+            raise ProcessFailed(message["died"])
         if "held" in message:
             held.append(message["held"])
         else:
             progress(*message["progress"])
 
+    torch.cuda.empty_cache()  # room for the first of them; without a GPU nothing
     try:
         run_together("llmslim.together", str(scratch), processes=step.survey_processes, told=told)
     except ProcessFailed as error:
@@ -133,7 +142,7 @@ def survey_together(
             f"{step.kind}: one of {step.survey_processes} processes died ({error}); run the same command again to go "
             "on at the last checkpoint, with fewer processes into another --output."
         ) from error
-    return max(held)
+    return held
 
 
 def _told(files: ModelFiles) -> dict[str, Any]:
@@ -162,24 +171,24 @@ def main(scratch: Path) -> None:
 
     job = json.loads((scratch / JOB).read_text())
     return_freed_memory()
-    device = _meet(job)
-    step = build_step(job["kind"], job["fields"])
-    look = Look(
-        _files(job["files"]),
-        _options(job, device, scratch),
-        (lambda *news: tell(progress=news)) if first() else (lambda *news: None),
-        scratch,
-    )
-    assert isinstance(step, BlockStep)
     try:
-        found = step.survey(look)
+        device = _meet(job)
+        step = build_step(job["kind"], job["fields"])
+        assert isinstance(step, BlockStep)
+        progress = (lambda *news: tell(progress=news)) if first() else (lambda *news: None)
+        found = step.survey(Look(_files(job["files"]), _options(job, device, scratch), progress, scratch))
+        if first():
+            save_tensors(scratch / SURVEY, found)
+        tell(held=peak_memory_mb())
+        dist.barrier()
     except UserError as error:
         tell(refused=str(error))
-        sys.exit(2)
-    if first():
-        save_tensors(scratch / SURVEY, found)
-    tell(held=peak_memory_mb())
-    dist.barrier()
+        os._exit(2)  # at once: taking leave of processes that are busy may take for ever
+    except Exception as error:
+        traceback.print_exc()
+        sys.stderr.flush()
+        tell(died=f"{type(error).__name__}: {first_line(error)}")
+        os._exit(1)
     dist.destroy_process_group()
 
 
@@ -193,7 +202,7 @@ def _meet(job: dict[str, Any]) -> torch.device:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"file://{job['meeting']}",
+        store=dist.FileStore(job["meeting"], count),
         rank=rank,
         world_size=count,
         timeout=timedelta(days=365),  # of one that dies the starter knows, and ends the others

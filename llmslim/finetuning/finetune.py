@@ -185,7 +185,7 @@ class Finetune(InsideFields, WholeStep):
         """How many of the sentences are taken: where a teacher is asked about them, as many as max_steps comes to."""
         if self.max_steps is None or not self.teacher or self.by_token:
             return rows
-        seen = self.max_steps * self.batch_size * self.gradient_accumulation_steps
+        seen = self.max_steps * self.batch
         return min(rows, math.ceil(seen / (1 - self.validation)))
 
     def survey_span(self, window: int) -> int:

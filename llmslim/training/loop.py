@@ -117,8 +117,8 @@ def train(
     if held:  # a small data set is over before many steps
         schedule = replace(schedule, save_steps=min(schedule.save_steps, epoch))
     folder = scratch / CHECKPOINTS
-    with first_alone():  # which may have to remove one
-        last = last_whole(folder)
+    with first_alone():
+        last = last_whole(folder, tidy=first())
     tokens = round(sum(lengths) / len(lengths) * batch)
     best_by = "" if not held else "eval_loss" if judge is None else "eval_score"
     watch = Watch(schedule, steps, tokens, scratch, log, progress, best_by)
@@ -137,7 +137,9 @@ def train(
     trainer.loss = loss if windows is None else lambda model, batch: loss(model, batch["input_ids"])
     trainer.watch, trainer.judge = watch, judge
     trainer.sampler = watch.sampler = (
-        ByLength(lengths[:kept], schedule.batch_size, schedule.seed) if windows is None else None
+        ByLength(lengths[:kept], schedule.batch_size * processes(), schedule.seed)
+        if windows is None
+        else None
     )
     trainer.remove_callback(PrinterCallback)
     begun = scratch / "begun.safetensors"
@@ -166,12 +168,14 @@ def _arguments(
     schedule: Schedule, steps: int, folder: Path, best_by: str, device: torch.device, fresh: bool
 ) -> TrainingArguments:
     when: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": schedule.save_steps} if best_by else {}
+    # the last batches of several processes are filled up; the mean loss of one example is nobody else's
+    judged = 1 if best_by == "eval_loss" and processes() > 1 else schedule.batch_size
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         learning_rate=schedule.lr,
         per_device_train_batch_size=schedule.batch_size,
-        per_device_eval_batch_size=schedule.batch_size,
+        per_device_eval_batch_size=judged,
         gradient_accumulation_steps=schedule.gradient_accumulation_steps,
         weight_decay=schedule.weight_decay,
         optim="adamw_torch_fused",  # on a CPU, too, 7 times as fast

@@ -16,7 +16,7 @@ from llmslim.anatomy import Anatomy, Block
 from llmslim.errors import UserError
 from llmslim.history import TRAINING
 from llmslim.step import BlockStep, StepRecord, Survey
-from llmslim.together import first_alone
+from llmslim.together import first, first_alone
 from llmslim.training.logits import tokens_at_once
 
 if TYPE_CHECKING:
@@ -173,10 +173,14 @@ class TrainStep(PlacingStep):
     def asked(self, tokens: int, window: int) -> float:
         return self._trained(tokens, window) if self.keeps_other else float(tokens)
 
+    @property
+    def batch(self) -> int:
+        """Windows, or examples, of an optimizer step: of all its batches in all processes."""
+        return self.batch_size * self.gradient_accumulation_steps * self.processes
+
     def _trained(self, tokens: int, window: int) -> float:
         """Tokens that are trained on, of a text of so many."""
-        batch = self.batch_size * self.gradient_accumulation_steps * self.processes
-        return self.max_steps * batch * window if self.max_steps else self.epochs * tokens
+        return self.max_steps * self.batch * window if self.max_steps else self.epochs * tokens
 
     def survey_span(self, window: int) -> int:
         return self.batch_size * window
@@ -268,12 +272,13 @@ class TrainStep(PlacingStep):
     def check_text(self, windows: int) -> None:
         """Refuse a text of so few windows that nothing is learned from it."""
         left = windows - self.held(windows)
-        if left < self.needed:
+        needed = max(self.needed, self.batch_size * (self.processes - 1) + 1)  # something for each process
+        if left < needed:
             raise UserError(
                 f"validation {self.validation:g} holds out {windows - left} of {windows} windows, and {left} are too "
-                f"few to train on: raise --num-samples, or lower it ({self.needed} are needed)."
+                f"few to train on: raise --num-samples, or lower it ({needed} are needed)."
                 if self.validation
-                else f"{self.kind} needs {self.needed} windows or more to train on, and the text gives {windows}: "
+                else f"{self.kind} needs {needed} windows or more to train on, and the text gives {windows}: "
                 "raise --num-samples."
             )
 
@@ -328,6 +333,8 @@ class TrainStep(PlacingStep):
                 look.note(
                     self.kind, "training changed nothing: no validation did better than the one at the start"
                 )
+            if not first():
+                return {}
             with torch.no_grad():
                 return {name: tensor.detach().cpu().clone() for name, tensor in finish().items()}
 

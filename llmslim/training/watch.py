@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llmslim.errors import UserError
 from llmslim.files import write_atomically
@@ -23,6 +24,8 @@ from llmslim.memory import resident_bytes
 from llmslim.together import agreed, first
 from llmslim.training.batches import ByLength
 from llmslim.training.step import CHECKPOINTS
+
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,20 @@ class Schedule:
     gradient_accumulation_steps: int = 1
 
 
-def last_whole(folder: Path) -> str | None:
-    """The newest checkpoint to go on from; one that a kill left half written is removed."""
-    while folder.is_dir() and (last := get_last_checkpoint(str(folder))):
+def last_whole(folder: Path, tidy: bool = False) -> str | None:
+    """The newest checkpoint to go on from, or None.
+
+    Args:
+        tidy: remove newer ones, which a kill left half written; not while one may be being written.
+    """
+    found = [(int(match[1]), place) for place in folder.glob("*") if (match := _CHECKPOINT.match(place.name))]
+    for _, place in sorted(found, reverse=True):
         try:  # what Trainer writes last
-            json.loads((Path(last) / TRAINER_STATE_NAME).read_text())
-            return str(last)
+            json.loads((place / TRAINER_STATE_NAME).read_text())
+            return str(place)
         except (OSError, ValueError):
-            shutil.rmtree(last)
+            if tidy:
+                shutil.rmtree(place)
     return None
 
 
@@ -108,6 +117,8 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begun, self._first = time.monotonic(), state.global_step
+        if not first():  # each drops out, and masks, in its own way; what resumes has its own state
+            torch.manual_seed(self.schedule.seed + int(args.process_index))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.sampler is not None:  # Trainer does not reach it where batches are shared out

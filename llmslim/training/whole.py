@@ -29,7 +29,8 @@ class WholeStep(TrainStep):
 
     @property
     def survey_copies(self) -> int:
-        return super().survey_copies + 3  # gradients and the two moments
+        apart = self.processes > 1  # gradients are averaged in memory of their own
+        return super().survey_copies + 3 + apart  # gradients and the two moments
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
