@@ -9,9 +9,7 @@ the same time; `maps` and `tokens` are taught by attention maps, or by how token
 `decoder` is SmolLM2-135M fine-tuned, once over the sentences, and `by-decoder` all of MiniLM fine-tuned by its classes:
 a teacher of another family with other tokens. `r-drop` is all of MiniLM, each sentence read twice with its own dropout,
 and `chosen` the one of its checkpoints, of every 50 or 100 steps, that does best on the validation data it is then
-judged on, as most published figures are made. `after-stsb` is MiniLM fine-tuned on STS-B first (an intermediate task,
-Phang et al. 2018), as `stsb/apart`: without pairs that have a sentence of MRPC's validation data, which is from the
-same news. Four tasks are done from three seeds, and with them all that a model is made from.
+judged on, as most published figures are made. Four tasks are done from three seeds, students from their seed's teacher.
 Judged on GLUE's validation data in float32. Models stay in --work, from where later variants take them; one that is not
 there is made. Matrix products of the training are bfloat16 where the CPU is fast at them, weights float32.
 """
@@ -27,8 +25,7 @@ from typing import Any
 import record
 import tables
 import variants
-import yaml
-from pruning_encoder import TASKS, glue, minilm, sentences
+from pruning_encoder import TASKS, minilm, sentences
 
 TRAINING: dict[str, dict[str, Any]] = {  # of the teacher; a student has twice the learning rate
     "sst2": {"lr": 3e-5, "epochs": 3, "batch_size": 32, "max_length": 64},
@@ -45,8 +42,6 @@ DECODER = {"lr": 6e-5, "epochs": 1, "batch_size": 96, "max_length": 64, "warmup"
 BY_DECODER = {"lr": 2e-5, "epochs": 3, "alpha": 0.9, "temperature": 2.0, "hidden": 0.0, "attention": 0.0}
 WHOLE: dict[str, dict[str, Any]] = {  # all of MiniLM by the labels: what is not as for the teacher
     "teacher": {},
-    "apart": {},
-    "after-stsb": {},
     "r-drop": {"lr": 5e-5, "epochs": 2, "warmup": 0.1, "r_drop": 1.0},
     "chosen": {"lr": 5e-5, "warmup": 0.1, "choose_on_validation": True},
 }
@@ -54,21 +49,12 @@ CHOICE: dict[str, dict[str, Any]] = {  # the checkpoints that are chosen from
     "sst2": {"epochs": 1, "save_steps": 100},
     "mrpc": {"epochs": 5, "save_steps": 50},
 }
-BEFORE = {"mrpc/after-stsb": "stsb/apart"}  # what is fine-tuned further
 STUDENT = [0, 2, 4]  # the blocks that go; those that stay learn from their own place in the teacher
 BESIDE: dict[str, dict[str, float]] = {  # what more the teacher shows
     "maps": {"attention_maps": 1.0},
     "tokens": {"token_distance": 1.0, "token_angle": 2.0},
 }
-ALONE = (
-    "sst2/decoder",
-    "sst2/by-decoder",
-    "sst2/r-drop",
-    "sst2/chosen",
-    "mrpc/chosen",
-    "stsb/apart",
-    "mrpc/after-stsb",
-)
+ALONE = ("sst2/decoder", "sst2/by-decoder", "sst2/r-drop", "sst2/chosen", "mrpc/chosen")
 MINUTES = ("mrpc", "rte", "cola", "stsb")  # trained within minutes: from more seeds than one
 KINDS = ("teacher", "labels", "taught", *BESIDE, "8bit", "4bit")
 
@@ -79,8 +65,7 @@ def steps_of(name: str, options: Namespace) -> tuple[str, list[dict[str, Any]]]:
     learn = {**TRAINING[task], "glue": task, "data": options.data, "precision": record.fast_type()}
     if kind in WHOLE:
         choice = CHOICE[task] if kind == "chosen" else {}
-        learn["data"] = apart(options) if kind == "apart" else options.data
-        return BEFORE.get(name, minilm()), [{"finetune": {**learn, **WHOLE[kind], **choice}}]
+        return minilm(), [{"finetune": {**learn, **WHOLE[kind], **choice}}]
     if kind == "decoder":
         return "demo", [{"finetune": {**learn, **DECODER}}]
     if kind == "by-decoder":
@@ -98,27 +83,6 @@ def steps_of(name: str, options: Namespace) -> tuple[str, list[dict[str, Any]]]:
 
 def place(name: str, options: Namespace) -> Path:
     return options.work / name.replace("/", "-")
-
-
-def apart(options: Namespace) -> str:
-    """A folder with STS-B's training pairs without those that have a sentence of MRPC's validation data."""
-    from datasets import load_dataset
-
-    def letters(sentence: str) -> str:
-        return "".join(filter(str.isalnum, sentence.lower()))
-
-    folder = options.work / "apart" / "nyu-mll" / "glue"
-    judged = load_dataset(glue(options.data), "mrpc", split="validation")
-    shared = {letters(row[column]) for row in judged for column in TASKS["mrpc"]}
-    for split in ("train", "validation"):
-        pairs = load_dataset(glue(options.data), "stsb", split=split)
-        if split == "train":
-            pairs = pairs.filter(lambda row: not shared & {letters(row[column]) for column in TASKS["stsb"]})
-        pairs.to_parquet(folder / "stsb" / f"{split}-00000-of-00001.parquet")
-    files = [{"split": split, "path": f"stsb/{split}-*"} for split in ("train", "validation")]
-    card = yaml.safe_dump({"configs": [{"config_name": "stsb", "data_files": files}]})
-    (folder / "README.md").write_text(f"---\n{card}---\n")
-    return str(options.work / "apart")
 
 
 def made(name: str, options: Namespace) -> dict[str, Any]:
