@@ -47,9 +47,9 @@ def children() -> list[str]:
 
 @pytest.fixture(scope="module")
 def both(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained in two processes."""
+    """Trained in two processes; its name means something in a URL."""
     torch.set_num_threads(1)
-    return compress(llama, [TWO], tmp_path_factory.mktemp("runs") / "two", **QUICK).folder
+    return compress(llama, [TWO], tmp_path_factory.mktemp("runs") / "two#?", **QUICK).folder
 
 
 def test_two_processes_train_as_one_with_the_batches_joined(llama: str, both: Path, tmp_path: Path) -> None:
