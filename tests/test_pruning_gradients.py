@@ -184,7 +184,7 @@ def test_a_text_that_is_not_there_is_refused_before_the_start(tmp_path: Path) ->
 def test_the_plan_counts_the_models_that_a_survey_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "resident_bytes", lambda: 0)
     anatomy = Anatomy.of(meta_model("llama", num_hidden_layers=60))
-    options = SimpleNamespace(tokens=torch.zeros(4, 32), dtype=torch.float32)
+    options = SimpleNamespace(tokens=torch.zeros(4, 32), dtype=torch.float32, device=torch.device("cpu"))
     shape = plan._Shape(anatomy, options, torch.float32)  # type: ignore[arg-type]
 
     def peak(step: Any) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
 from llmslim.errors import UserError
+from llmslim.together import agreed
 from llmslim.training.inside import Comparison, InsideFields
 from llmslim.training.losses import Divergence
 from llmslim.training.whole import WholeStep
@@ -130,7 +131,9 @@ class Distill(InsideFields, WholeStep):
         known: int = teacher.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
 
         def loss(model: nn.Module, tokens: Tensor) -> Tensor:
-            own = self.on_policy > 0 and torch.is_grad_enabled() and float(torch.rand(())) < self.on_policy
+            # writing takes long: of several processes all do, or none
+            may = self.on_policy > 0 and torch.is_grad_enabled()
+            own = may and agreed(float(torch.rand(()))) < self.on_policy
             if own:
                 tokens = sampled(model, tokens[:, :prompt], tokens.shape[1] - prompt, known)
             mine = inside.views[0].of(student.body, tokens)
