@@ -31,7 +31,7 @@ from llmslim.recipe import Recipe
 from llmslim.report import write_report
 from llmslim.report.schema import SCHEMA_VERSION, read_report
 from llmslim.step import BlockStep, Step, StepRecord
-from llmslim.survey import run_survey
+from llmslim.together import run_survey
 from llmslim.work import Progress, WorkFolder, check_apart, check_output, silent
 
 

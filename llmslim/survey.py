@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,11 @@ from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.checkpoint.load import load_model
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.checkpoint.walk import walk_blocks
-from llmslim.files import load_tensors, save_tensors, write_atomically
+from llmslim.files import write_atomically
 from llmslim.loaders.models import ModelFiles
-from llmslim.memory import resident_bytes
 from llmslim.passes import PassOptions
+from llmslim.ranks import first
 from llmslim.step import BlockStep
-from llmslim.together import first, survey_together
-from llmslim.training.step import CHECKPOINTS
 from llmslim.work import Progress
 
 NOTES, SURVEY = "notes.json", "survey.safetensors"  # in the scratch folder
@@ -54,7 +51,7 @@ class Look:
 
     def note(self, where: str, what: str, **figures: float) -> None:
         if first():
-            told = [*_notes(self.scratch), {"where": where, "what": what, **figures}]
+            told = [*notes_of(self.scratch), {"where": where, "what": what, **figures}]
             write_atomically(self.scratch / NOTES, json.dumps(told))
 
     def progressed(self, done: int, total: int) -> None:
@@ -90,29 +87,7 @@ class Look:
         return files
 
 
-def _notes(scratch: Path) -> list[dict[str, Any]]:
+def notes_of(scratch: Path) -> list[dict[str, Any]]:
     """What a survey told for the report, that of an earlier run, too."""
     path = scratch / NOTES
     return json.loads(path.read_text()) if path.exists() else []
-
-
-def run_survey(
-    step: BlockStep, files: ModelFiles, options: PassOptions, scratch: Path, progress: Progress
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The step's survey and its notes, from the scratch folder if an earlier run finished it."""
-    if not step.needs_survey:
-        return {}, []
-    path, count = scratch / SURVEY, step.survey_processes
-    if not path.exists():
-        (scratch / NOTES).unlink(missing_ok=True)  # of a run that was killed
-        look = Look(files, options, progress, scratch)
-        if count == 1:
-            save_tensors(path, step.survey(look))
-        else:
-            held = survey_together(step, files, options, scratch, progress)
-            told = f"{count} processes trained together, each of which held {max(held):,.0f} MB or less"
-            # GPUs are planned one by one
-            together = max(held) if options.device.type == "cuda" else resident_bytes() / 1e6 + sum(held)
-            look.note(step.kind, told, held_mb=together)
-    shutil.rmtree(scratch / CHECKPOINTS, ignore_errors=True)  # also those of a run that was killed here
-    return load_tensors(path), _notes(scratch)

@@ -1,6 +1,6 @@
-"""A survey in several processes at once, which train one model together: a GPU each, or a share of the CPU's cores.
+"""A step's survey: in this process, or in several that train one model together, with a GPU or some CPU cores each.
 
-    python -m llmslim.together SCRATCH      one of them; `survey_together` starts them
+    python -m llmslim.together SCRATCH      one of several; `run_survey` starts them
 
 Each loads the model and takes its own batches, and after each batch gradients are averaged over all (data parallel
 training; torch's DistributedDataParallel, by way of Trainer and accelerate). What is written the first process writes.
@@ -11,63 +11,56 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from llmslim.errors import UserError, first_line
 from llmslim.files import load_tensors, save_tensors, write_atomically
+from llmslim.loaders.models import ModelFiles, read_config
+from llmslim.memory import resident_bytes, return_freed_memory
+from llmslim.passes import PassOptions
 from llmslim.process import ProcessFailed, end_with_starter, run_together
-
-if TYPE_CHECKING:
-    from llmslim.loaders.models import ModelFiles
-    from llmslim.passes import PassOptions
-    from llmslim.step import BlockStep, Step
-    from llmslim.work import Progress
+from llmslim.ranks import first
+from llmslim.step import BlockStep, Step, build_step
+from llmslim.survey import NOTES, SURVEY, Look, notes_of
+from llmslim.training.step import CHECKPOINTS
+from llmslim.work import Progress
 
 JOB, TEXT, MEETING = "together.json", "text.safetensors", "meeting"
 
 
-# --- inside a process, of several or the only one ---
-
-
-def first() -> bool:
-    """Whether this process is the only one, or the first of several."""
-    return processes() == 1 or dist.get_rank() == 0
-
-
-def processes() -> int:
-    """How many processes train together; 1 outside of training in several."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-@contextmanager
-def first_alone() -> Iterator[None]:
-    """Inside is the first process alone; others follow when it is through, and find what it wrote."""
-    if not first():
-        dist.barrier()
-    yield
-    if processes() > 1 and first():
-        dist.barrier()
-
-
-def agreed(value: float) -> float:
-    """What the first process has for a value, so that all decide alike; all must ask."""
-    if processes() == 1:
-        return value
-    said = [value]
-    dist.broadcast_object_list(said)
-    return said[0]
-
-
 # --- the process that starts them ---
+
+
+def run_survey(
+    step: BlockStep, files: ModelFiles, options: PassOptions, scratch: Path, progress: Progress
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """The step's survey and its notes, from the scratch folder if an earlier run finished it."""
+    if not step.needs_survey:
+        return {}, []
+    path, count = scratch / SURVEY, step.survey_processes
+    if not path.exists():
+        (scratch / NOTES).unlink(missing_ok=True)  # of a run that was killed
+        look = Look(files, options, progress, scratch)
+        if count == 1:
+            save_tensors(path, step.survey(look))
+        else:
+            held = _survey_together(step, files, options, scratch, progress)
+            told = f"{count} processes trained together, each of which held {max(held):,.0f} MB or less"
+            # GPUs are planned one by one
+            together = max(held) if options.device.type == "cuda" else resident_bytes() / 1e6 + sum(held)
+            look.note(step.kind, told, held_mb=together)
+    shutil.rmtree(scratch / CHECKPOINTS, ignore_errors=True)  # also those of a run that was killed here
+    return load_tensors(path), notes_of(scratch)
 
 
 def check_processes(steps: Sequence[Step], device: torch.device) -> None:
@@ -95,7 +88,7 @@ def check_processes(steps: Sequence[Step], device: torch.device) -> None:
             )
 
 
-def survey_together(
+def _survey_together(
     step: BlockStep, files: ModelFiles, options: PassOptions, scratch: Path, progress: Progress
 ) -> list[float]:
     """Run the step's survey in as many processes as it asks for; the first leaves its result in `scratch`.
@@ -158,9 +151,6 @@ def _name(dtype: torch.dtype) -> str:
 
 def main(scratch: Path) -> None:
     from llmslim.evaluation.benchmark import peak_memory_mb
-    from llmslim.memory import return_freed_memory
-    from llmslim.step import BlockStep, build_step
-    from llmslim.survey import SURVEY, Look
 
     end_with_starter()
     told = os.fdopen(os.dup(1), "w")  # what libraries print goes to stderr
@@ -211,15 +201,11 @@ def _meet(job: dict[str, Any]) -> torch.device:
 
 
 def _files(told: dict[str, Any]) -> ModelFiles:
-    from llmslim.loaders.models import ModelFiles, read_config
-
     folder = Path(told["folder"])
     return ModelFiles(told["spec"], folder, read_config(folder), told["base"])
 
 
 def _options(job: dict[str, Any], device: torch.device, scratch: Path) -> PassOptions:
-    from llmslim.passes import PassOptions
-
     return PassOptions(
         tokens=load_tensors(scratch / TEXT).get("tokens"),
         seed=job["seed"],

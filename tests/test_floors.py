@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "report",
         "hub",
         "passes",
+        "together",
         "survey",
         "teacher",
         "work",
@@ -51,7 +52,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("lineage", "step", "linear_step", "edit", "experts", "sparse", "masks", "lowrank", "ties", "metrics"),
     ("calibration",),
     ("anatomy", "loaders", "history"),
-    ("errors", "files", "memory", "process", "cpu"),
+    ("errors", "files", "memory", "process", "ranks", "cpu"),
 )
 """From the roof down, each a set of rooms (packages) and single modules of DESIGN.md and their like."""
 
@@ -67,6 +68,7 @@ ORDERED = {
         "report",
         "plan",
         "outlook",
+        "together",
         "survey",
         "teacher",
         "passes",

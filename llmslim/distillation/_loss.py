@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
 from llmslim.errors import UserError
-from llmslim.together import agreed
+from llmslim.ranks import agreed
 from llmslim.training.inside import Comparison, InsideFields
 from llmslim.training.losses import Divergence
 from llmslim.training.whole import WholeStep

@@ -20,7 +20,7 @@ from llmslim.errors import UserError
 from llmslim.files import load_tensors, save_tensors
 from llmslim.history import CURVES, curves
 from llmslim.memory import freed_memory_kept
-from llmslim.together import first, first_alone, processes
+from llmslim.ranks import first, first_alone, processes
 from llmslim.training.batches import ByLength, Examples, Windows
 from llmslim.training.forward import products_in
 from llmslim.training.step import CHECKPOINTS

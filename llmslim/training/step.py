@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from llmslim.anatomy import Anatomy, Block
 from llmslim.errors import UserError
 from llmslim.history import TRAINING
+from llmslim.ranks import first, first_alone
 from llmslim.step import BlockStep, StepRecord, Survey
-from llmslim.together import first, first_alone
 from llmslim.training.logits import tokens_at_once
 
 if TYPE_CHECKING:

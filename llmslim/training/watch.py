@@ -21,7 +21,7 @@ from llmslim.errors import UserError
 from llmslim.files import write_atomically
 from llmslim.history import rewrite
 from llmslim.memory import resident_bytes
-from llmslim.together import agreed, first
+from llmslim.ranks import agreed, first
 from llmslim.training.batches import ByLength
 from llmslim.training.step import CHECKPOINTS
 
