@@ -163,7 +163,7 @@ def test_learned_steps_of_inputs_are_a_standard_checkpoint_that_plain_transforme
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = QAT(
-        bits=8, group_size="channel", activation_bits=8, activation_scale="learned", epochs=4, validation=0
+        bits=8, group_size="channel", activation_bits=8, activation_scale="learned", epochs=24, validation=0
     )
     report = compress(str(base), [step], tmp_path / "out", **QUICK).report
     assert report["format"] == "compressed-tensors" and report["verification"]["max_error"] == 0
