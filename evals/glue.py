@@ -34,9 +34,11 @@ TRAINING: dict[str, dict[str, Any]] = {  # of the teacher; a student has twice t
     "cola": {"lr": 5e-5, "epochs": 3, "batch_size": 32, "max_length": 64},
     "stsb": {"lr": 5e-5, "epochs": 3, "batch_size": 16},
 }
-SCHOOLING: dict[str, dict[str, Any]] = {  # of students, where it is not the teacher's
+SCHOOLING: dict[str, dict[str, Any]] = {  # of single models, where it is not the teacher's
     "sst2/labels": {"epochs": 1},
     "sst2/taught": {"epochs": 0.5},  # which takes as long: the teacher runs beside
+    "sst2/chosen": {"epochs": 1, "save_steps": 100},  # the checkpoints that are chosen from
+    "mrpc/chosen": {"epochs": 5, "save_steps": 50},
 }
 DECODER = {"lr": 6e-5, "epochs": 1, "batch_size": 96, "max_length": 64, "warmup": 0.06, "save_steps": 200}
 BY_DECODER = {"lr": 2e-5, "epochs": 3, "alpha": 0.9, "temperature": 2.0, "hidden": 0.0, "attention": 0.0}
@@ -44,10 +46,6 @@ WHOLE: dict[str, dict[str, Any]] = {  # all of MiniLM by the labels: what is not
     "teacher": {},
     "r-drop": {"lr": 5e-5, "epochs": 2, "warmup": 0.1, "r_drop": 1.0},
     "chosen": {"lr": 5e-5, "warmup": 0.1, "choose_on_validation": True},
-}
-CHOICE: dict[str, dict[str, Any]] = {  # the checkpoints that are chosen from
-    "sst2": {"epochs": 1, "save_steps": 100},
-    "mrpc": {"epochs": 5, "save_steps": 50},
 }
 STUDENT = [0, 2, 4]  # the blocks that go; those that stay learn from their own place in the teacher
 BESIDE: dict[str, dict[str, float]] = {  # what more the teacher shows
@@ -64,8 +62,7 @@ def steps_of(name: str, options: Namespace) -> tuple[str, list[dict[str, Any]]]:
     task, kind = name.split("/")
     learn = {**TRAINING[task], "glue": task, "data": options.data, "precision": record.fast_type()}
     if kind in WHOLE:
-        choice = CHOICE[task] if kind == "chosen" else {}
-        return minilm(), [{"finetune": {**learn, **WHOLE[kind], **choice}}]
+        return minilm(), [{"finetune": {**learn, **WHOLE[kind], **SCHOOLING.get(name, {})}}]
     if kind == "decoder":
         return "demo", [{"finetune": {**learn, **DECODER}}]
     if kind == "by-decoder":

@@ -114,7 +114,7 @@ def make_plan(
     return Plan(
         peak_memory=_peak_memory(shape, recipe, anatomy, streams, others),
         available_memory=available_memory(),
-        seconds=_seconds(shape, recipe, anatomy, options.device, others),
+        seconds=_seconds(shape, recipe, anatomy, others),
         input_bytes=_input_bytes(files, shape.total),
         output_bytes=output,
         disk_bytes=start + _disk(shape, recipe, fronts, [*between, output]) + SMALL_FILES,
@@ -240,14 +240,12 @@ def _products(step: BlockStep, dtype: torch.dtype) -> torch.dtype:
     return step.products(dtype) if isinstance(step, TrainStep) else dtype
 
 
-def _seconds(
-    shape: _Shape, recipe: Recipe, anatomy: Anatomy, device: torch.device, others: Sequence[Other]
-) -> float:
+def _seconds(shape: _Shape, recipe: Recipe, anatomy: Anatomy, others: Sequence[Other]) -> float:
     """Matrix products at the speed measured here for a moment, plus the search of scales per weight.
 
     In what trains, also what is done to each value between products: with fast ones most of the time.
     """
-    weights = sum(rows * width for rows, width in shape.matrices)
+    device, weights = shape.device, sum(rows * width for rows, width in shape.matrices)
     flops, surveys, pace = 0.0, 0.0, _flops_per_second(device, shape.dtype)
     beside = {id(other.step): other.weights for other in others}
     for step in recipe.steps:

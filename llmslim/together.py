@@ -50,7 +50,9 @@ def run_survey(
     path, count = scratch / SURVEY, step.survey_processes
     if not path.exists():
         (scratch / NOTES).unlink(missing_ok=True)  # of a run that was killed
-        look = Look(files, options, progress, scratch)
+        look = Look(
+            files, options, progress, scratch
+        )  # which fetches what is on the Hub, once for all processes
         if count == 1:
             save_tensors(path, step.survey(look))
         else:
@@ -70,7 +72,7 @@ def check_processes(steps: Sequence[Step], device: torch.device) -> None:
         UserError: in one sentence.
     """
     for step in steps:
-        asked = getattr(step, "processes", 1)
+        asked = step.survey_processes if isinstance(step, BlockStep) else 1
         if asked == 1:
             continue
         if device.type not in ("cpu", "cuda"):

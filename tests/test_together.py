@@ -40,11 +40,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def children() -> list[str]:
-    """Processes that this one started and that have not ended."""
-    return [str(child.pid) for child in psutil.Process().children()]
-
-
 @pytest.fixture(scope="module")
 def both(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained in two processes; its name means something in a URL."""
@@ -74,7 +69,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(llama: str, both: Path, tmp_path
 
     with pytest.raises(KeyboardInterrupt):
         compress(llama, [TWO], tmp_path / "killed", progress=kill, **QUICK)
-    assert not children()
+    assert not psutil.Process().children()
     report = compress(llama, [TWO], tmp_path / "killed", **QUICK).report
     assert report["run"]["resumed"]
     assert (tmp_path / "killed/model.safetensors").read_bytes() == (both / "model.safetensors").read_bytes()

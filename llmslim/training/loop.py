@@ -136,7 +136,7 @@ def train(
     )
     trainer.loss = loss if windows is None else lambda model, batch: loss(model, batch["input_ids"])
     trainer.watch, trainer.judge = watch, judge
-    trainer.sampler = watch.sampler = (
+    watch.sampler = (
         ByLength(lengths[:kept], schedule.batch_size * processes(), schedule.seed)
         if windows is None
         else None
@@ -206,11 +206,10 @@ def _arguments(
 class _Trainer(Trainer):
     loss: Loss
     watch: Watch
-    sampler: ByLength | None
     judge: Judge | None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return self.sampler or super()._get_train_sampler(train_dataset)
+        return self.watch.sampler or super()._get_train_sampler(train_dataset)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
