@@ -42,6 +42,10 @@ class Judge(NamedTuple):
     predict: Callable[[nn.Module, Any], Tensor]
     scores: Callable[[Any, Any], dict[str, float]]
 
+    def metrics(self, found: Any) -> dict[str, float]:
+        """`scores` as Trainer calls it."""
+        return self.scores(found.predictions, found.label_ids)
+
 
 class Trainee(nn.Module):
     """A model of which the optimizer, and the checkpoints, see the trained parameters alone.
@@ -105,43 +109,35 @@ def train(
         parameter.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-    windows = Windows(data) if isinstance(data, Tensor) else None
-    examples: Any = windows or data
-    held, lengths = schedule.held, examples.lengths
-    kept = len(data) - held
+    examples: Any = Windows(data) if isinstance(data, Tensor) else data
+    windows = isinstance(examples, Windows)
+    kept = len(examples) - schedule.held
     if kept < 1:
-        raise UserError(f"Validation holds out all of {len(data)} examples: hold out fewer.")
-    batch = schedule.batch_size * schedule.gradient_accumulation_steps * processes()
-    epoch = math.ceil(kept / batch)
-    steps = schedule.max_steps or math.ceil(epoch * schedule.epochs)
-    if held:  # a small data set is over before many steps
-        schedule = replace(schedule, save_steps=min(schedule.save_steps, epoch))
-    folder = scratch / CHECKPOINTS
+        raise UserError(f"Validation holds out all of {len(examples)} examples: hold out fewer.")
+    schedule, steps, batch = _counted(schedule, kept)
     with first_alone():
-        last = last_whole(folder, tidy=first())
-    tokens = round(sum(lengths) / len(lengths) * batch)
-    best_by = "" if not held else "eval_loss" if judge is None else "eval_score"
-    watch = Watch(schedule, steps, tokens, scratch, log, progress, best_by)
-    held_ones = sorted(range(kept, len(data)), key=lambda index: lengths[index])
+        last = last_whole(scratch / CHECKPOINTS, tidy=first())
+    best_by = "" if not schedule.held else "eval_loss" if judge is None else "eval_score"
+    lengths = examples.lengths
+    watch = Watch(
+        schedule, steps, round(sum(lengths) / len(lengths) * batch), scratch, log, progress, best_by
+    )
+    if not windows:
+        watch.sampler = ByLength(lengths[:kept], schedule.batch_size * processes(), schedule.seed)
+    held = sorted(range(kept, len(examples)), key=lambda index: lengths[index])
     trainer = _Trainer(
+        (lambda model, batch: loss(model, batch["input_ids"])) if windows else loss,
+        watch,
+        judge,
         model=Trainee(model, trained, dropout, schedule.dtype),
-        args=_arguments(schedule, steps, folder, best_by, next(model.parameters()).device, last is None),
+        args=_arguments(
+            schedule, steps, scratch / CHECKPOINTS, best_by, next(model.parameters()).device, last is None
+        ),
         data_collator=examples.collate,
         train_dataset=torch.utils.data.Subset(examples, range(kept)),
-        eval_dataset=torch.utils.data.Subset(examples, held_ones) if held else None,
-        compute_metrics=None
-        if judge is None
-        else lambda found: judge.scores(found.predictions, found.label_ids),
+        eval_dataset=torch.utils.data.Subset(examples, held) if held else None,
         callbacks=[watch, *_curves(log.parent / CURVES / scratch.name.lstrip("."))],
     )
-    trainer.loss = loss if windows is None else lambda model, batch: loss(model, batch["input_ids"])
-    trainer.watch, trainer.judge = watch, judge
-    watch.sampler = (
-        ByLength(lengths[:kept], schedule.batch_size * processes(), schedule.seed)
-        if windows is None
-        else None
-    )
-    trainer.remove_callback(PrinterCallback)
     begun = scratch / "begun.safetensors"
     if held and last is None and first():
         save_tensors(begun, {str(number): value.detach().cpu() for number, value in enumerate(trained)})
@@ -154,6 +150,15 @@ def train(
         for number, value in load_tensors(begun).items():
             trained[int(number)].copy_(value)
     return False
+
+
+def _counted(schedule: Schedule, kept: int) -> tuple[Schedule, int, int]:
+    """The schedule for so many examples, its steps, and the examples of a step."""
+    batch = schedule.batch_size * schedule.gradient_accumulation_steps * processes()
+    epoch = math.ceil(kept / batch)
+    if schedule.held:  # a small data set is over before many steps
+        schedule = replace(schedule, save_steps=min(schedule.save_steps, epoch))
+    return schedule, schedule.max_steps or math.ceil(epoch * schedule.epochs), batch
 
 
 def _curves(folder: Path) -> list[TrainerCallback]:
@@ -204,9 +209,10 @@ def _arguments(
 
 
 class _Trainer(Trainer):
-    loss: Loss
-    watch: Watch
-    judge: Judge | None
+    def __init__(self, loss: Loss, watch: Watch, judge: Judge | None, **kwargs: Any) -> None:
+        self.loss, self.watch, self.judge = loss, watch, judge
+        super().__init__(compute_metrics=judge.metrics if judge is not None else None, **kwargs)
+        self.remove_callback(PrinterCallback)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.watch.sampler or super()._get_train_sampler(train_dataset)
