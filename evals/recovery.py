@@ -74,7 +74,7 @@ TRAININGS: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {  # start -> na
     "w8a8-rtn": {},
     "w8a8-qat-token": {},
     "w8a8-qat-learned": {},
-    "2-bit-qat": {"scales": (10, {"scales": SCALES})},
+    "2-bit-qat": {"scales": (12, {"scales": SCALES})},
 }
 REPEATED = (  # with where their training began
     *("3-bit/untrained", "3-bit/qlora-next-token", "shared-half*/*", "2-bit-qat/*"),

@@ -48,7 +48,7 @@ def _gathered(names: list[str], result: Result) -> list[str]:
 
     rows = [row["name"] for row in result["rows"]]
     families = {kin(name): {row for row in rows if kin(row) == kin(name)} for name in names}
-    whole = {one for one, members in families.items() if len(members) > 2 and members.issubset(names)}
+    whole = {one for one, members in families.items() if len(members) > 1 and members.issubset(names)}
     return list(dict.fromkeys(kin(name) if kin(name) in whole else name for name in names))
 
 

@@ -17,6 +17,8 @@ from llmslim.anatomy.parts import matrix_shapes
 from llmslim.checkpoint.formats import Format, formats
 from llmslim.checkpoint.writer import weight_bytes
 from llmslim.errors import UserError
+from llmslim.evaluation.damage import DOMAIN_WINDOWS, DOMAINS
+from llmslim.evaluation.scores import CHUNK_ELEMENTS
 from llmslim.loaders.models import ModelFiles
 from llmslim.loaders.safetensors_io import SafetensorsFolder
 from llmslim.memory import available_memory, resident_bytes
@@ -34,6 +36,10 @@ value that goes into a Linear or comes out of one: so many for each FLOP per wei
 and MiniLM, in float32 and bfloat16."""
 SCORED = 32 * 128
 """Tokens of a batch in which a classifier is scored."""
+SCORE_COPIES = 6
+"""How often scoring holds a slice of the logits in float32: five in the divergence, and what it is made from."""
+IMPORTED = 40 * 10**6
+"""Bytes of modules that are imported, and of records that are kept, after the plan; 38 MB seen."""
 STARTED = 600 * 10**6
 """Bytes that a process which trains takes before it has a model: torch, transformers, accelerate, peft; 590 MB seen."""
 SMALL_FILES = 20 * 2**20
@@ -202,9 +208,12 @@ def _peak_memory(
     entering = weights + shape.outer * 2 * shape.stored + shape.lane_bytes * 2
     evaluating = 0
     if recipe.evaluation is not None and anatomy.head is not None:
-        windows = recipe.evaluation.windows * recipe.evaluation.seq_len * shape.hidden * shape.compute
-        logits = recipe.evaluation.seq_len * shape.vocabulary * shape.compute
-        evaluating = 2 * windows + 4 * logits + weights + 2 * shape.outer * shape.compute
+        seq_len = recipe.evaluation.seq_len
+        windows = recipe.evaluation.windows + DOMAIN_WINDOWS * len(DOMAINS)
+        logits = seq_len * shape.vocabulary
+        both = windows * seq_len * shape.hidden + logits + shape.outer  # of base and result
+        scoring = SCORE_COPIES * min(logits, CHUNK_ELEMENTS) * 4
+        evaluating = 2 * both * shape.compute + scoring + weights + IMPORTED
     if recipe.evaluation is not None and (recipe.glue_tasks or recipe.evaluation.tasks):
         # one whole model in float32 after the other, read from its files, and a batch that passes a block
         passing = SCORED * (3 * shape.widest + 4 * shape.hidden) * 4
