@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from llmslim.errors import UserError
 from llmslim.loaders.models import ModelFiles, find
@@ -24,14 +25,14 @@ def uncompressed(base: ModelFiles, otherwise: str = "") -> ModelFiles:
     Raises:
         UserError: it is not there.
     """
-    model, seen = base, {base.folder}
+    model, seen = base, {base.folder.resolve()}
     whole: ModelFiles | None = None  # since which, seen from above, nothing was compressed
     while (made := _making(model)) is not None:
         origin, revision, compressed = made
         whole = None if compressed else whole or model
         try:
             above = find(origin, revision)
-            if above.folder in seen:
+            if above.folder.resolve() in seen:
                 raise UserError(f"{origin} was overwritten by what was made from it")
         except UserError as error:
             if whole is not None:  # as far as is known
@@ -41,7 +42,7 @@ def uncompressed(base: ModelFiles, otherwise: str = "") -> ModelFiles:
                 f"--teacher{otherwise}."
             ) from error
         model = above
-        seen.add(model.folder)
+        seen.add(model.folder.resolve())
     return whole or model
 
 
@@ -56,7 +57,7 @@ def line(files: ModelFiles) -> set[str]:
         seen.add(folder)
         try:
             base = json.loads((folder / "report.json").read_text("utf-8"))["base"]
-            above = {str(base["spec"]), str(base["model"])}
+            above = {_origin(base), str(base["model"])}
         except (OSError, ValueError, KeyError, TypeError):
             continue
         names |= above
@@ -69,9 +70,18 @@ def _making(files: ModelFiles) -> tuple[str, str | None, bool] | None:
     try:
         report = json.loads((files.folder / "report.json").read_text("utf-8"))
         base, steps = report["base"], report["recipe"]["steps"]
-        origin, revision = str(base["spec"]), base.get("revision")
+        origin, revision = _origin(base), base.get("revision")
         kinds = [next(iter(step)) for step in steps]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
         return None
     load_steps()
     return origin, revision, any(kind not in STEPS or STEPS[kind].verb not in TRAINS for kind in kinds)
+
+
+def _origin(base: dict[str, Any]) -> str:
+    """What can be asked for, of a report's record of the base: its place on this machine, or its name.
+
+    Names below the folder that the run was started in would mean another model in another folder.
+    """
+    path = base.get("path")
+    return path if isinstance(path, str) and Path(path).is_absolute() else str(base["spec"])

@@ -175,7 +175,7 @@ def _report(prepared: Prepared, work: WorkFolder, record: StepRecord, started: f
     return {
         "schema_version": SCHEMA_VERSION,
         "llmslim": llmslim.__version__,
-        "base": {"model": files.base, "spec": files.spec, "revision": files.revision},
+        "base": {"model": files.base, "spec": files.spec, "path": files.path, "revision": files.revision},
         "recipe": prepared.recipe.to_json(),
         "format": prepared.format.name,
         "calibration": _text_record(prepared.text),

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from llmslim.errors import UserError, nearest
-from llmslim.step import Step, build_step, checked, explain
+from llmslim.step import Step, build_step, checked, explain, listed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -70,12 +70,8 @@ class Evaluation(BaseModel):
 
     @field_validator("tasks", "glue", mode="before")
     @classmethod
-    def _split(cls, names: Any) -> Any:
-        """Names with commas between count as several, as on the command line."""
-        listed = [names] if isinstance(names, str) else names
-        if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
-            return names
-        return tuple(part.strip() for name in listed for part in name.split(",") if part.strip())
+    def _several(cls, names: Any) -> Any:
+        return listed(names)
 
     @model_validator(mode="after")
     def _tasks_to_limit(self) -> Self:
@@ -109,7 +105,7 @@ class Recipe(BaseModel):
     @property
     def reads_text(self) -> bool:
         """Whether a step looks at the calibration text."""
-        return any(step.needs_calibration for step in self.steps)
+        return any(one.needs_calibration for step in self.steps for one in (step, *step.beside()))
 
     @property
     def measures_steps(self) -> bool:

@@ -144,6 +144,10 @@ class Step(BaseModel):
         """
         return [self], ""
 
+    def beside(self) -> list[Step]:
+        """Steps of other kinds that its options ask for, which `resolve` puts around it."""
+        return []
+
     def check(self, anatomy: Anatomy) -> None:
         """Refuse what cannot work on this model; runs on meta, before a weight is read.
 
@@ -343,6 +347,14 @@ class BlockStep(Step):
 def block_of(stream: BlockStream, block: Block) -> Block:
     """The block of another stream's model that stands at the same place."""
     return next(other for other in stream.anatomy.blocks if other.name == block.name)
+
+
+def listed(names: Any) -> Any:
+    """Names of which one may be several with commas between, as on the command line, as a tuple; of a validator."""
+    some = [names] if isinstance(names, str) else names
+    if not isinstance(some, list | tuple) or not all(isinstance(name, str) for name in some):
+        return names
+    return tuple(part.strip() for name in some for part in name.split(",") if part.strip())
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -11,6 +11,7 @@ from llmslim.anatomy.parts import features, matrix_shapes
 from llmslim.checkpoint.reader import plain_config, read_edits
 from llmslim.edit import replay
 from llmslim.errors import UserError
+from llmslim.loaders.heads import require_positions
 from llmslim.loaders.models import ModelFiles, skeleton
 from llmslim.loaders.texts import TextSample, sample
 from llmslim.step import Step
@@ -51,7 +52,7 @@ def check_others(
         other = step.other(files)
         if other is None:
             continue
-        if number == 0 and other.folder == files.folder:
+        if number == 0 and other.folder.resolve() == files.folder.resolve():
             raise UserError(step.of_itself(files.spec))
         if isinstance(step, TrainStep):
             step.check_teacher(other.config, other.spec)
@@ -59,6 +60,8 @@ def check_others(
                 check_tokens(other, files, step.otherwise, text if step.needs_calibration else None)
         model = skeleton(plain_config(other))
         replay(model, read_edits(other)[1])
+        if isinstance(step, TrainStep) and text is not None and step.needs_calibration:
+            require_positions("seq_len", text.tokens.shape[1], model, f"the teacher {other.spec}")
         anatomy = Anatomy(model)
         if isinstance(step, TrainStep) and step.predicts:
             check_predictions(anatomy, fronts[number], step.kind)
@@ -110,7 +113,7 @@ def check_tokens(
     Raises:
         UserError: in one sentence, with a token that differs.
     """
-    if teacher.folder == student.folder:
+    if teacher.folder.resolve() == student.folder.resolve():
         return
     sizes = [files.config.get_text_config().vocab_size for files in (teacher, student)]
     its, own = _tokens(teacher), _tokens(student)

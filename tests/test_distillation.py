@@ -611,6 +611,11 @@ def test_bad_input_is_refused_before_weights_are_read(
         (Response, {"relation_heads": 3}, "relation_heads splits what attention compares"),
         (Response, {"attention": 1, "layer_map": "last"}, "layer_map last pairs blocks for hidden"),
         (Relations, {"batch_size": 2}, "a batch_size of 2 makes no such relation; 3 does"),
+        (
+            Relations,
+            {"processes": 2, "validation": 0.2},
+            "several processes validate by one sample at a time",
+        ),
     ],
 )
 def test_fields_that_cannot_be(cls: Any, fields: dict[str, Any], message: str) -> None:
@@ -642,6 +647,14 @@ def test_what_only_the_teacher_shows_is_refused_before_weights_are_read(
         step = Relations(teacher=student, validation=0.7, **FAST)
         of_four = {**QUICK, "calibration": Calibration(num_samples=4, seq_len=32)}
         prepare(teacher, Recipe(steps=(step,), **of_four))
+    with pytest.raises(UserError, match="holds out 1 of 8 windows, and relations compares 3 with each other"):
+        prepare(teacher, Recipe(steps=(Relations(teacher=student, validation=0.1, **FAST),), **QUICK))
+    save_tiny("llama", tmp_path / "short", max_position_embeddings=24)
+    with pytest.raises(UserError, match="seq_len 32 is more than the 24 positions of the teacher"):
+        prepare(student, Recipe(steps=(Response(teacher=str(tmp_path / "short"), **FAST),), **QUICK))
+    with pytest.raises(UserError, match="distilled from itself"):
+        named = str(Path(student).parent / "x" / ".." / Path(student).name)
+        prepare(student, Recipe(steps=(Response(teacher=named, **FAST),), **QUICK))
     few = {**QUICK, "calibration": Calibration(num_samples=2, seq_len=32)}
     with pytest.raises(
         UserError, match="relations needs 3 windows or more to train on, and the text gives 2"

@@ -21,6 +21,7 @@ from llmslim.evaluation.glue import compared, evaluate_glue, interval, overall, 
 from llmslim.evaluation.paired import shift
 from llmslim.loaders.glue import TASKS, Sentences, task_rows
 from llmslim.loaders.heads import reading
+from llmslim.loaders.models import find
 from llmslim.metrics import score
 from llmslim.prepare import prepare
 from llmslim.pruning.weights import Magnitude
@@ -164,20 +165,42 @@ def test_labels_with_names_of_no_task_are_taken_in_their_order(bert: Path, data:
     assert evaluate_glue(str(tmp_path), ["sst2"], data=data, subset=9)["tasks"]["sst2"]["score"] == plain
 
 
-@pytest.mark.parametrize("label", [-1, 2])
-def test_labels_that_the_task_has_not(label: int, bert: Path, tmp_path: Path) -> None:
-    """GLUE's test parts, whose labels are kept, have -1."""
+def changed(root: Path, task: str, column: str, last: Any) -> None:
+    """Data of a task whose last validation row has another value."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = next((write_glue(tmp_path, ["sst2"], 2, 4) / "nyu-mll/glue/sst2").glob("validation*"))
+    path = next((write_glue(root, [task], 2, 4) / "nyu-mll/glue" / task).glob("validation*"))
     table = pq.read_table(path)
-    labels = [*table["label"].to_pylist()[:-1], label]
-    pq.write_table(table.set_column(table.column_names.index("label"), "label", pa.array(labels)), path)
-    with pytest.raises(
-        UserError, match=rf"has a label {label}, and those of sst2 are 0 to 1 \(negative, positive"
-    ):
-        evaluate_glue(str(bert), ["sst2"], data=str(tmp_path))
+    values = table[column].to_pylist()
+    column_of = pa.array([*values[:-1], last])
+    pq.write_table(table.set_column(table.column_names.index(column), column, column_of), path)
+
+
+@pytest.mark.parametrize(
+    ("task", "column", "value", "said"),
+    [  # GLUE's test parts, whose labels are kept, have -1
+        ("sst2", "label", -1, r"has the label -1, and those of sst2 are 0 to 1 \(negative, positive"),
+        ("sst2", "label", 2, "Row 4 of nyu-mll/glue:sst2:validation has the label 2"),
+        ("sst2", "sentence", None, "Row 4 .* has None in its column 'sentence', which is no text"),
+        ("stsb", "label", None, "has the label None, and its labels are numbers"),
+    ],
+)
+def test_rows_that_the_task_cannot_have(
+    task: str, column: str, value: Any, said: str, bert: Path, tmp_path: Path
+) -> None:
+    changed(tmp_path, task, column, value)
+    model = str(bert) if task == "sst2" else str(save_classifier("bert", tmp_path / "m", num_labels=1))
+    with pytest.raises(UserError, match=said):
+        evaluate_glue(model, [task], data=str(tmp_path))
+
+
+def test_a_sentence_without_a_token_is_scored(tmp_path: Path) -> None:
+    """Tokenizers that put nothing around a sentence make none of an empty one."""
+    changed(tmp_path, "sst2", "sentence", "")
+    model = save_classifier("llama", tmp_path / "m", num_labels=2)
+    assert find(str(model)).tokenizer()("")["input_ids"] == []
+    assert evaluate_glue(str(model), ["sst2"], data=str(tmp_path))["tasks"]["sst2"]["examples"] == 4
 
 
 @pytest.mark.parametrize(("without", "found"), [("train", True), ("validation", False)])

@@ -366,7 +366,8 @@ def test_the_report_has_the_scores_on_the_task(teacher: Path, data: str, tmp_pat
         ("bert", {"teacher": "bert"}, "The teacher .* cannot be scored|distilled from itself"),
         ("bert", {"teacher": "llama"}, "classification head of 2 labels, and LlamaForCausalLM has none"),
         ("bert", {"max_length": 1000}, "max_length 1000 is more than the 512 positions"),
-        ("t5", {}, "no class of 't5' that classifies a text"),
+        ("t5", {}, "'t5' is an encoder-decoder, which llmslim makes no classifier of"),
+        ("bert", {"glue": "stsb", "teacher": "bert", "temperature": 2.0}, "stsb is a score without any"),
     ],
 )
 def test_what_cannot_work_is_refused_before_weights_are_read(
@@ -382,6 +383,13 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
 def test_a_compressed_model_gets_no_head(folders: dict[str, Path], data: str, tmp_path: Path) -> None:
     compress(str(folders["bert"]), Recipe.parse({"steps": [{"rtn": {"bits": 8}}], **QUICK}), tmp_path / "q")
     with pytest.raises(UserError, match="fine-tune the uncompressed model, and compress that"):
+        prepare(str(tmp_path / "q"), Recipe(steps=(Finetune(glue="sst2", data=data),), **QUICK))
+
+
+def test_a_packed_classifier_is_sent_to_the_one_that_it_was_made_from(data: str, tmp_path: Path) -> None:
+    save_classifier("bert", tmp_path / "m", num_labels=2)
+    compress(str(tmp_path / "m"), Recipe.parse({"steps": [{"rtn": {"bits": 8}}], **QUICK}), tmp_path / "q")
+    with pytest.raises(UserError, match="fine-tune the model that it was made from, then quantize that"):
         prepare(str(tmp_path / "q"), Recipe(steps=(Finetune(glue="sst2", data=data),), **QUICK))
 
 

@@ -11,8 +11,12 @@ import pytest
 from llmslim.errors import UserError
 from llmslim.lineage import uncompressed
 from llmslim.loaders.models import find
+from llmslim.pipeline import compress
+from llmslim.pruning.weights import Magnitude
+from llmslim.recipe import Calibration
 from tests.tiny import save_tiny
 
+pytestmark = pytest.mark.usefixtures("verified_here")
 RTN, FULL, FINETUNE = {"rtn": {"bits": 4}}, {"full": {}}, {"finetune": {"glue": "sst2"}}
 
 
@@ -42,6 +46,21 @@ def test_the_teacher_is_the_last_model_that_nothing_has_compressed(tmp_path: Pat
     assert teacher(made(tmp_path / "of-packed", packed, FULL)) == base
     unknown = made(tmp_path / "unknown", base, {"method_of_another_version": {}})
     assert teacher(unknown) == base
+
+
+def test_the_folder_that_one_is_in_has_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two folders have a model of the same name; the one that it was made from teaches, or none."""
+    for place in ("here", "there"):
+        save_tiny("llama", tmp_path / place / "out/base")
+    monkeypatch.chdir(tmp_path / "here")
+    packed = tmp_path / "here/out/packed"
+    text = Calibration(num_samples=1, seq_len=16)
+    compress("out/base", [Magnitude()], "out/packed", calibration=text, evaluation=None)
+    monkeypatch.chdir(tmp_path / "there")
+    assert teacher(packed) == tmp_path / "here/out/base"
+    (tmp_path / "here/out/base").rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="which is not here to distill from"):
+        uncompressed(find(str(packed)))
 
 
 def test_a_model_that_is_gone_is_named(tmp_path: Path) -> None:

@@ -65,6 +65,12 @@ def test_a_rewound_model_has_the_first_weights_where_it_is_not_pruned(family: st
             assert torch.equal(parameter, first_ones[name]), name
 
 
+def test_its_training_reads_the_text() -> None:
+    """Which may be chosen, where the pruning itself looks at none."""
+    plain, trained = (Magnitude(sparsity=0.5, retrain=then) for then in ({}, {"full": TRAIN}))
+    assert [Recipe(steps=(step,)).reads_text for step in (plain, trained)] == [False, True]
+
+
 def test_training_between_rounds_wins_back_what_they_take(tmp_path: Path) -> None:
     base = save_tiny("llama", tmp_path / "base")
     fields: dict[str, Any] = {"sparsity": 0.7, "rounds": 2, "ramp": "cubic"}

@@ -34,7 +34,7 @@ from llmslim.training.loop import train
 from llmslim.training.losses import divergence, next_token
 from llmslim.training.watch import Schedule, Watch
 from tests.checkpoints import killed_at_training_step
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("verified_here")
 QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=8, seq_len=32), "evaluation": None}
@@ -249,7 +249,7 @@ def test_what_gptq_pruned_as_it_packed_stays_zero_or_is_told(
 
 def check_zeros_stay(folder: Path, lora: LoRA) -> None:
     report = compress(str(folder / "packed"), [lora], folder / "out", **QUICK).report
-    assert any("pruned weights stay zero" in note["what"] for note in report["notes"])
+    assert not any("left out" in note["what"] for note in report["notes"])  # it was masked while it trained
     before, after, changed = whole(folder / "packed"), whole(folder / "out"), 0
     for module, packed in before.named_modules():
         if hasattr(packed, "quantized"):
@@ -280,7 +280,7 @@ def test_a_run_that_was_killed_while_it_saved_goes_on_to_the_same_bytes(
         patch.setattr(Trainer, "_save_rng_state", die)
         with pytest.raises(KeyboardInterrupt):
             compress(str(folders["llama"]), steps, tmp_path / "killed", **QUICK)
-    assert Path(saved[1]).is_dir() and not (Path(saved[1]) / "trainer_state.json").exists()
+    assert Path(saved[1]).is_dir() and not (Path(saved[1]) / "sizes.json").exists()
     compress(str(folders["llama"]), steps, tmp_path / "killed", **QUICK)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("unbroken", "killed")]
     assert weights[0] == weights[1]
@@ -496,15 +496,53 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     monkeypatch.setattr(losses, "next_token", bad)
     step = Full(objective="next_token", save_steps=2, **FAST)
     with pytest.raises(
-        UserError, match="full: the loss of training step 6 is not finite.* kept as .*checkpoint-4"
+        UserError, match="full: the loss of training step 6 is not finite.* kept as .*checkpoint-4\\."
     ):
         compress(str(folders["llama"]), [step], tmp_path / "r", **QUICK)
     assert (tmp_path / "r.partial/.pass-0/trainer/checkpoint-4").is_dir()
     calls[:] = [1] * 5  # from the first on
-    with pytest.raises(
-        UserError, match="step 1 is not finite, so training stopped, before its first checkpoint"
-    ):
+    with pytest.raises(UserError, match="step 1 is not finite, so training stopped, before its first good"):
         compress(str(folders["llama"]), [step], tmp_path / "other", **QUICK)
+
+
+def test_a_checkpoint_of_ruined_weights_is_no_good_one(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The first step ruins them, and is saved."""
+    ruinous: dict[str, Any] = {"lr": 1e30, "warmup": 0.0, "save_steps": 1, "max_steps": 4, "batch_size": 4}
+    with pytest.raises(
+        UserError, match=r"of training step 2 is not finite.* before its first good checkpoint"
+    ):
+        compress(str(folders["llama"]), [Full(objective="next_token", **ruinous)], tmp_path / "r", **QUICK)
+    assert (tmp_path / "r.partial/.pass-0/trainer/checkpoint-1").is_dir()
+    with pytest.raises(UserError, match="the validation loss after step 1 is not finite"):
+        step = Full(objective="next_token", validation=0.5, **ruinous)
+        compress(str(folders["llama"]), [step], tmp_path / "v", **QUICK)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
+def test_a_damaged_checkpoint_is_not_gone_on_from(
+    name: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a machine that stops may leave it: the one before is whole."""
+    torch.set_num_threads(1)
+    step = Full(objective="next_token", save_steps=2, **{**FAST, "max_steps": 6})
+    compress(str(folders["llama"]), [step], tmp_path / "unbroken", **QUICK)
+    with killed_at_training_step(5, monkeypatch):
+        compress(str(folders["llama"]), [step], tmp_path / "killed", **QUICK)
+    file = tmp_path / "killed.partial/.pass-0/trainer/checkpoint-4" / name
+    file.write_bytes(file.read_bytes()[:-9])
+    compress(str(folders["llama"]), [step], tmp_path / "killed", **QUICK)
+    weights = [(tmp_path / made / "model.safetensors").read_bytes() for made in ("unbroken", "killed")]
+    assert weights[0] == weights[1]
+
+
+def test_experts_in_one_tensor_get_no_adapters_and_the_report_says_so(tmp_path: Path) -> None:
+    base = str(save_tiny("mixtral", tmp_path / "base"))
+    notes = []
+    for name, targets in (("all", ()), ("some", "q_proj, v_proj")):
+        step = LoRA(objective="next_token", target_modules=targets, save_adapter=True, max_steps=1)
+        notes.append(compress(base, [step], tmp_path / name, **QUICK).report["notes"])
+    said = [any("the experts of 3 blocks got no adapters" in note["what"] for note in some) for some in notes]
+    assert said == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -518,6 +556,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
         ),
         ("llama", [ShareBlocks(unique_blocks=1), LoRA()], "no Linear that one block has .* --save-adapter"),
         ("llama", [RTN3, Full()], "cannot train packed weights"),
+        ("encoder", [Full()], "BertModel does not; finetune trains classifiers"),
         ("bert", [Full(objective="next_token")], "needs a causal model"),
         ("llama", [Full(objective="masked_token")], "sees both sides"),
         ("llama", [RTN3, Scales(teacher="OTHER")], "vocabulary of 320 tokens"),
@@ -533,8 +572,11 @@ def test_bad_input_is_refused_before_weights_are_read(
 ) -> None:
     other = save_tiny("llama", tmp_path / "other", vocab_size=320)
     steps = [s.model_copy(update={"teacher": str(other)}) if getattr(s, "teacher", "") else s for s in steps]
+    if family == "encoder":
+        tiny_model("bert").bert.save_pretrained(tmp_path / family)
+        tiny_tokenizer().save_pretrained(tmp_path / family)
     with pytest.raises(UserError, match=message):
-        prepare(str(folders[family]), Recipe(steps=tuple(steps), **QUICK))
+        prepare(str(folders.get(family, tmp_path / family)), Recipe(steps=tuple(steps), **QUICK))
 
 
 @pytest.mark.parametrize(

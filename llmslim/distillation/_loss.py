@@ -72,6 +72,11 @@ class Distill(InsideFields, WholeStep):
                 "the weight is 0, and so is that of all that is inside: there is nothing to learn"
             )
         self.require_batch(self.batch_size)
+        if self.related > 1 and self.validation and self.processes > 1:
+            raise ValueError(
+                "several processes validate by one sample at a time, which distance and angle say nothing of: leave "
+                "out validation, or processes"
+            )
         return self
 
     @property

@@ -80,6 +80,7 @@ class Finetune(InsideFields, WholeStep):
     kind: ClassVar[str] = "finetune"
     verb: ClassVar[str] = "finetune"
     validating: ClassVar[str] = "--validation SHARE or --choose-on-validation"
+    of_packed: ClassVar[str] = "fine-tune the model that it was made from, then quantize that"
 
     glue: str = Field("", description=f"the task: {', '.join(TASKS)}")
     data: str = Field("", description="holds nyu-mll/glue in the Hub's layout; the Hub when not given")
@@ -124,6 +125,10 @@ class Finetune(InsideFields, WholeStep):
             raise ValueError(
                 "r_drop compares two passes of the student, of which the teacher's inside meets one: leave it out, or "
                 f"give {' and '.join(f'{name} 0' for name in self.inside)}"
+            )
+        if self.given("temperature") and self.glue in TASKS and not TASKS[self.glue].labels:
+            raise ValueError(
+                f"temperature divides the logits of classes, and {self.glue} is a score without any"
             )
         if self.choose_on_validation and self.validation:
             raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,12 +96,16 @@ def task_rows(task: Task, split: str, folder: str = "") -> list[dict[str, Any]]:
             f"{DATASET}:{task.name}:{split} has {there}, and {task.name} needs {', '.join(wanted)}."
         )
     classes = range(len(task.labels))
-    wrong = next((row["label"] for row in rows if classes and row["label"] not in classes), None)
-    if wrong is not None:
-        raise UserError(
-            f"{DATASET}:{task.name}:{split} has a label {wrong!r}, and those of {task.name} are 0 to "
-            f"{len(classes) - 1} ({', '.join(task.labels)})."
-        )
+    some = f"those of {task.name} are 0 to {len(classes) - 1} ({', '.join(task.labels)})"
+    for number, row in enumerate(rows, 1):
+        label, where = row["label"], f"Row {number} of {DATASET}:{task.name}:{split}"
+        if not (label in classes if classes else isinstance(label, int | float) and math.isfinite(label)):
+            raise UserError(
+                f"{where} has the label {label!r}, and {some if classes else 'its labels are numbers'}."
+            )
+        missing = next((column for column in task.columns if not isinstance(row[column], str)), None)
+        if missing:
+            raise UserError(f"{where} has {row[missing]!r} in its column {missing!r}, which is no text.")
     return rows
 
 
@@ -133,7 +139,9 @@ def _records(task: Task, split: str, folder: str, flag: str = "--data") -> Itera
     try:
         return records(f"{name}:{task.name}:{split}")
     except UserError as error:
-        reason = str(error).split(": give ")[0].rstrip(".")  # not what else could be given as a text
+        reason = re.split(": (?:give|write) ", str(error))[0].rstrip(
+            "."
+        )  # not what else could be given as a text
         raise UserError(
             f"No GLUE data for {task.name}: {reason}; with {flag} FOLDER they are read from FOLDER/{DATASET}."
         ) from error
@@ -156,13 +164,17 @@ class Reading(NamedTuple):
         """Each input of sentences, or of pairs."""
         segments = "token_type_ids" in self.inputs  # which a tokenizer may be silent about and yet know
         found = self.tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=segments)
-        return {name: rows for name, rows in found.items() if name in self.inputs}
+        columns = {name: rows for name, rows in found.items() if name in self.inputs}
+        of_none = {"input_ids": self.pad, "attention_mask": 1}  # a model reads one token at least
+        for name, rows in columns.items():
+            columns[name] = [row or [of_none.get(name, 0)] for row in rows]
+        return columns
 
     def padded(self, columns: Mapping[str, Sequence[list[int]]]) -> dict[str, Tensor]:
         """Inputs of some sentences, to their longest at the right: int64 [batch, seq] each."""
         return {
             name: torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(row) for row in rows],
+                [torch.tensor(row, dtype=torch.int64) for row in rows],
                 batch_first=True,
                 padding_value=self.pad if name == "input_ids" else 0,
             )

@@ -20,7 +20,12 @@ def classifier_class(config: transformers.PreTrainedConfig) -> type[transformers
     import transformers
 
     mapping = transformers.AutoModelForSequenceClassification._model_mapping
-    if type(config) not in mapping or config.is_encoder_decoder:
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{config.model_type!r} is an encoder-decoder, which llmslim makes no classifier of: use an encoder or a "
+            "decoder."
+        )
+    if type(config) not in mapping:
         raise UserError(
             f"transformers has no class of {config.model_type!r} that classifies a text: use a family that "
             "AutoModelForSequenceClassification knows, encoder or decoder."

@@ -67,6 +67,12 @@ class ModelFiles:
     _weights: SafetensorsFolder | None = field(default=None, repr=False)
 
     @property
+    def path(self) -> str | None:
+        """Of the folder or file that `spec` names, from the root, so that it is found from anywhere; else None."""
+        named = Path(self.spec).expanduser()
+        return None if self.hub or self.spec == "demo" or not named.exists() else str(named.resolve())
+
+    @property
     def weights(self) -> SafetensorsFolder:
         if self._weights is None:
             if self.hub:  # at the commit that the folder is named after

@@ -127,6 +127,9 @@ class Amount(BlockStep):
         told = f"{self.kind} with {' and '.join(asked)}: {first}{self.removes[0]} {chosen}; leaves {_extent(after)}"
         return [*before, *(step for one in steps for step in (one, *between))], told
 
+    def beside(self) -> list[Step]:
+        return [*self.before(), *self.between()]
+
     def before(self) -> list[Step]:
         """What comes in front of the first round."""
         return []

@@ -43,7 +43,7 @@ class MergingStep(BlockStep):
     """
 
     masked: ClassVar[bool]
-    """Whether what is added was trained under the masks of sparse weights, so that they leave nothing out."""
+    """Whether what is added was trained under the masks of pruned weights, so that they leave nothing out."""
 
     rounding: Literal["gptq", "nearest"] = Field(
         "gptq",
@@ -110,7 +110,7 @@ class MergingStep(BlockStep):
     def _kept(self, name: str, module: nn.Module, delta: Tensor, record: StepRecord) -> Tensor:
         """What is added where weights were not pruned; the rest, if it counted until now, is noted."""
         kept, lost = within(module, delta)
-        if lost and not (self.masked and isinstance(module, SparseLinear)):
+        if lost and not self.masked:
             what = f"{lost:.0%} of what the adapter adds is left out (root mean square)"
             record.note(name, f"pruned weights stay zero: {what}")
         return kept

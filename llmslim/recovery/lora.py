@@ -6,22 +6,22 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmslim.anatomy import Anatomy, Block
+from llmslim.anatomy import Anatomy, Block, Experts
 from llmslim.anatomy.parts import features, is_conv1d, is_linear, is_matrix, is_packed
 from llmslim.errors import UserError
 from llmslim.loaders.safetensors_io import SafetensorsFolder
 from llmslim.recovery._base import public_name, seal
 from llmslim.recovery._files import WEIGHTS, read_adapter
-from llmslim.recovery._merging import MergingStep, has_no_grid, linears_of, within
+from llmslim.recovery._merging import MergingStep, has_no_grid, linears_of, open_weights, within
 from llmslim.sparse import SparseLinear
-from llmslim.step import Outlook, Step, StepRecord, matches, require_matches
+from llmslim.step import Outlook, Step, StepRecord, listed, matches, require_matches
 from llmslim.training.objective import ObjectiveStep
 from llmslim.training.step import Finish
 
@@ -43,11 +43,12 @@ class LoRA(MergingStep, ObjectiveStep):
     """Train low-rank adapters beside frozen Linears, dense, sparse or packed, and merge them.
 
     y = W x + (alpha / rank) B A x (Hu et al. 2021, arXiv:2106.09685); over packed weights that is QLoRA (Dettmers
-    et al. 2023, arXiv:2305.14314). Merging into dense weights is exact, up to the type that they are stored in; of
-    sparse ones the adapter is masked while it trains, so that nothing is lost. Packed weights are quantized anew, to
-    the bits and groups that they have: `gptq` searches scales and codes on up to 32,768 tokens of the text, `nearest`
-    rounds to the grid that is there, which loses most of what is smaller than half a step. Each weight's row in the
-    report tells what that cost. Weights that blocks share get no adapters (their corrections do).
+    et al. 2023, arXiv:2305.14314). Merging into dense weights is exact, up to the type that they are stored in. Where
+    weights were pruned, packed since or not, the adapter is masked while it trains, so that zeros cost nothing. Packed
+    weights are quantized anew, to the bits and groups that they have: `gptq` searches scales and codes on up to 32,768
+    tokens of the text, `nearest` rounds to the grid that is there, which loses most of what is below half a step.
+    Each weight's row in the report tells what that cost. Weights that blocks share get no adapters (their corrections
+    do), nor do experts that lie in one tensor.
 
     With `save_adapter` the model stays as it is and the adapter lies in its folder `adapter`, as peft saves it:
     `PeftModel.from_pretrained(model, "OUTPUT/adapter")`, over packed weights `llmslim.recovery.lora.with_adapter`. That
@@ -76,6 +77,11 @@ class LoRA(MergingStep, ObjectiveStep):
     save_adapter: bool = Field(
         False, description="keep the adapter beside the model, in its folder adapter, instead of merging it"
     )
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _several(cls, names: Any) -> Any:
+        return listed(names)
 
     @model_validator(mode="after")
     def _drops_without_a_teacher(self) -> Self:
@@ -139,7 +145,10 @@ class LoRA(MergingStep, ObjectiveStep):
         targets = self._named(known, self.target_modules)
         turned = any(is_conv1d(known[name]) for name in targets)
         config = self._config(list(targets), turned)
-        _register(config, model, {} if self.save_adapter else {SparseLinear: _masked(lora.Linear)})
+        if self.save_adapter:
+            _register(config, model, lora.Linear)
+        else:
+            _register(config, model, _masked(lora.Linear), SparseLinear)
         inject_adapter_in_model(config, model)
         parameters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
 
@@ -167,7 +176,15 @@ class LoRA(MergingStep, ObjectiveStep):
         )
 
     def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
-        """What was trained is of the blocks."""
+        """What was trained is of the blocks, which have no adapters where experts lie in one tensor."""
+        mixed = [
+            block.name for block in stream.anatomy.blocks if isinstance(block.mlp, Experts) and block.mlp.down
+        ]
+        if mixed and not self.target_modules:
+            record.note(
+                self.kind,
+                f"the experts of {len(mixed)} blocks got no adapters: they lie in one tensor, no Linear each",
+            )
 
     def compress_block(
         self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
@@ -245,9 +262,10 @@ def with_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
     _installed()
     read_adapter(Path(folder))
     from peft import PeftConfig, PeftModel
+    from peft.tuners import lora
 
     config = PeftConfig.from_pretrained(str(folder))
-    _register(config, model, {})
+    _register(config, model, lora.Linear)
     try:
         return PeftModel.from_pretrained(model, str(folder), config=config).eval()
     except (ValueError, RuntimeError) as error:
@@ -258,25 +276,30 @@ def with_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
         ) from error
 
 
-def _register(config: Any, model: nn.Module, others: dict[type, Any]) -> None:
-    """Tell peft what it puts beside Linears that it does not know; it keeps no note of that in files."""
-    from peft.tuners import lora
+def _register(config: Any, model: nn.Module, linear: Any, *further: type) -> None:
+    """Tell peft what it puts beside Linears that it does not know; it keeps no note of that in files.
 
+    Args:
+        linear: what is put beside packed ones, and `further` ones.
+    """
     packed = {type(m) for m in model.modules() if is_packed(m) and is_matrix(m) and not is_linear(m)}
-    config._register_custom_module({**dict.fromkeys(packed, lora.Linear), **others})
+    config._register_custom_module(dict.fromkeys([*packed, *further], linear))
 
 
 def _masked(linear: Any) -> Any:
-    """peft's Linear whose adapter, too, reaches only the weights that a `SparseLinear` keeps."""
+    """peft's Linear whose adapter, too, reaches only the weights that were not pruned, packed since or not."""
 
     class MaskedLinear(linear):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.fan_in_fan_out = False  # a SparseLinear is [out, in], whatever the other targets are
+            self.fan_in_fan_out = False  # both are [out, in], whatever the other targets are
+            self.open = open_weights(self.get_base_layer())
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            base, delta = self.get_base_layer(), self.get_delta_weight("default")
-            return base(x) + F.linear(self.lora_dropout["default"](x), delta * base.mask)
+            if not isinstance(self.open, Tensor):
+                return cast(Tensor, super().forward(x, *args, **kwargs))
+            delta = self.get_delta_weight("default") * self.open
+            return cast(Tensor, self.get_base_layer()(x) + F.linear(self.lora_dropout["default"](x), delta))
 
     return MaskedLinear
 

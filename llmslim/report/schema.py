@@ -110,6 +110,7 @@ class _Glue(_Part):
 class _Base(_Part):
     model: str
     spec: str = ""
+    path: str | None = None
 
 
 class _Recipe(_Part):

@@ -222,7 +222,13 @@ class _Trainer(Trainer):
     ) -> Any:
         value = model(self.loss, inputs)
         if not torch.isfinite(value):
-            self.watch.refuse("loss", self.state.global_step)
+            done = self.state.global_step
+            what = (
+                f"loss of training step {done + 1}"
+                if model.training
+                else f"validation loss after step {done}"
+            )
+            self.watch.refuse(what, done)
         self.watch.loss = value.detach()
         return (value, {}) if return_outputs else value
 

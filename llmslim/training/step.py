@@ -281,6 +281,11 @@ class TrainStep(PlacingStep):
                 else f"{self.kind} needs {needed} windows or more to train on, and the text gives {windows}: "
                 "raise --num-samples."
             )
+        if self.validation and windows - left < self.needed:
+            raise UserError(
+                f"validation {self.validation:g} holds out {windows - left} of {windows} windows, and {self.kind} "
+                f"compares {self.needed} with each other: raise it, or --num-samples."
+            )
 
     def check_teacher(self, config: PreTrainedConfig, spec: str) -> None:
         """Refuse a teacher, of that spec, that the step cannot learn from; by its config."""
@@ -298,7 +303,7 @@ class TrainStep(PlacingStep):
         if (anatomy.head is None and self.predicts) or model.config.is_encoder_decoder:
             raise UserError(
                 f"{self.kind} trains models that predict tokens from one text (causal or masked), and "
-                f"{type(model).__name__} does not."
+                f"{type(model).__name__} does not; finetune trains classifiers."
             )
 
     def learned_from(self, look: Survey) -> Any:

@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llmslim.errors import UserError
-from llmslim.files import write_atomically
+from llmslim.files import sync_below, write_atomically
 from llmslim.history import rewrite
 from llmslim.memory import resident_bytes
 from llmslim.ranks import agreed, first
 from llmslim.training.batches import ByLength
 from llmslim.training.step import CHECKPOINTS
 
+_SIZES = "sizes.json"
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)$")
 
 
@@ -50,21 +50,36 @@ class Schedule:
     gradient_accumulation_steps: int = 1
 
 
-def last_whole(folder: Path, tidy: bool = False) -> str | None:
+def last_whole(folder: Path, tidy: bool = False, before: float = math.inf) -> str | None:
     """The newest checkpoint to go on from, or None.
 
     Args:
-        tidy: remove newer ones, which a kill left half written; not while one may be being written.
+        tidy: remove newer ones, which a kill or a fault left half written; not while one may be being written.
+        before: the step that it must be older than.
     """
     found = [(int(match[1]), place) for place in folder.glob("*") if (match := _CHECKPOINT.match(place.name))]
-    for _, place in sorted(found, reverse=True):
-        try:  # what Trainer writes last
-            json.loads((place / TRAINER_STATE_NAME).read_text())
+    for step, place in sorted(found, reverse=True):
+        if step < before and _is_whole(place):
             return str(place)
-        except (OSError, ValueError):
-            if tidy:
-                shutil.rmtree(place)
+        if step < before and tidy:
+            shutil.rmtree(place)
     return None
+
+
+def _vouch(place: Path) -> None:
+    """Have a finished checkpoint on the disk, and then its list of files, by which it is known to be whole."""
+    sync_below(place)
+    sizes = {path.name: path.stat().st_size for path in place.iterdir()}
+    write_atomically(place / _SIZES, json.dumps(sizes))
+
+
+def _is_whole(place: Path) -> bool:
+    """Whether all files of a checkpoint are there, as large as they were written."""
+    try:
+        sizes = json.loads((place / _SIZES).read_text())
+        return all((place / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
 
 
 class Watch(TrainerCallback):
@@ -108,10 +123,16 @@ class Watch(TrainerCallback):
         return min(1.0, begun) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
     def refuse(self, what: str, step: int) -> None:
-        kept = last_whole(self._clock.parent / CHECKPOINTS)
-        where = f"; the last good checkpoint is kept as {kept}" if kept else ", before its first checkpoint"
+        """Stop for a loss or gradient that is not finite, after so many steps.
+
+        A checkpoint of these very weights is no good one: the newest before is named.
+        """
+        kept = last_whole(self._clock.parent / CHECKPOINTS, before=step)
+        where = (
+            f"; the last good checkpoint is kept as {kept}" if kept else ", before its first good checkpoint"
+        )
         raise UserError(
-            f"{self.schedule.name}: the {what} of training step {step + 1} is not finite, so training stopped{where}. "
+            f"{self.schedule.name}: the {what} is not finite, so training stopped{where}. "
             f"Try a lower lr than {self.schedule.lr:g}, into another --output."
         )
 
@@ -129,7 +150,7 @@ class Watch(TrainerCallback):
         if self.schedule.dtype == torch.float16:
             return  # its loss scaling finds its size by overflows, and leaves such steps out
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):  # cheaper than to ask each element
-            self.refuse("gradient", state.global_step)
+            self.refuse(f"gradient of training step {state.global_step + 1}", state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         pace, left = self._pace(state.global_step)
@@ -175,6 +196,7 @@ class Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if first():
+            _vouch(self._clock.parent / CHECKPOINTS / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             write_atomically(self._clock, json.dumps(self.elapsed))
 
     def _pace(self, step: int) -> tuple[float, float]:

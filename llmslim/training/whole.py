@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
@@ -27,6 +27,9 @@ def drops_out(model: PreTrainedModel) -> bool:
 class WholeStep(TrainStep):
     """A `TrainStep` of all weights; packed ones are refused, pruned ones stay zero."""
 
+    of_packed: ClassVar[str] = "use recover --method scales or lora"
+    """What to do with packed weights instead, for messages."""
+
     @property
     def survey_copies(self) -> int:
         apart = self.processes > 1  # gradients are averaged in memory of their own
@@ -38,7 +41,7 @@ class WholeStep(TrainStep):
         if packed:
             raise UserError(
                 f"{self.verb} --method {self.kind} cannot train packed weights, and {packed[0]} is one of "
-                f"{len(packed)}: use recover --method scales or lora."
+                f"{len(packed)}: {self.of_packed}."
             )
 
     @contextmanager
