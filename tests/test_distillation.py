@@ -653,7 +653,7 @@ def test_what_only_the_teacher_shows_is_refused_before_weights_are_read(
     with pytest.raises(UserError, match="seq_len 32 is more than the 24 positions of the teacher"):
         prepare(student, Recipe(steps=(Response(teacher=str(tmp_path / "short"), **FAST),), **QUICK))
     with pytest.raises(UserError, match="distilled from itself"):
-        named = str(Path(student).parent / "x" / ".." / Path(student).name)
+        named = str(Path(teacher) / ".." / Path(student).name)
         prepare(student, Recipe(steps=(Response(teacher=named, **FAST),), **QUICK))
     few = {**QUICK, "calibration": Calibration(num_samples=2, seq_len=32)}
     with pytest.raises(

@@ -387,7 +387,8 @@ def test_a_compressed_model_gets_no_head(folders: dict[str, Path], data: str, tm
 
 
 def test_a_packed_classifier_is_sent_to_the_one_that_it_was_made_from(data: str, tmp_path: Path) -> None:
-    save_classifier("bert", tmp_path / "m", num_labels=2)
+    AutoModelForSequenceClassification.from_config(tiny_config("bert")).save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
     compress(str(tmp_path / "m"), Recipe.parse({"steps": [{"rtn": {"bits": 8}}], **QUICK}), tmp_path / "q")
     with pytest.raises(UserError, match="fine-tune the model that it was made from, then quantize that"):
         prepare(str(tmp_path / "q"), Recipe(steps=(Finetune(glue="sst2", data=data),), **QUICK))

@@ -17,7 +17,7 @@ from llmslim.loaders.models import find
 from llmslim.pipeline import compress
 from llmslim.pruning.rewind import Rewind
 from llmslim.pruning.weights import Magnitude
-from llmslim.recipe import Calibration
+from llmslim.recipe import Calibration, Recipe
 from llmslim.recovery.full import Full
 from llmslim.sparse import SparseLinear
 from llmslim.step import build_step
