@@ -37,8 +37,10 @@ def generate(
     from transformers import TextStreamer
 
     from llmslim.evaluation.samples import decoding
+    from llmslim.loaders.heads import require_vocabulary
 
     tokens = prompt_tokens(model, tokenizer, prompt, chat).to(model.device)
+    require_vocabulary(tokens, model, "the model")
     check(model, tokens.shape[1], max_new_tokens, temperature, seed)
     pieces: list[str] = []
 

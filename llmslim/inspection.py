@@ -67,6 +67,7 @@ def sensitivity(
     """
     import torch
 
+    from llmslim.loaders.heads import require_vocabulary
     from llmslim.loaders.models import compute_dtype, find_device
     from llmslim.loaders.texts import sample
     from llmslim.passes import PassOptions
@@ -80,6 +81,7 @@ def sensitivity(
     text = sample(calibration.text, files.tokenizer(), calibration.num_samples, calibration.seq_len, seed)
     options = PassOptions(text.tokens, seed, place, compute_dtype(place, stored=files.dtype), files.dtype)
     look = Look(files, options, progress)
+    require_vocabulary(text.tokens, look.anatomy.model, files.spec)
     PruneHeads(ratio=0.0).check_dense(look.anatomy)
     with torch.no_grad():
         blocks = measure(look)

@@ -18,7 +18,7 @@ from llmslim.evaluation.lm import evaluate_tasks
 from llmslim.evaluation.perplexity import require_causal
 from llmslim.evaluation.stream import streamed_windows
 from llmslim.evaluation.tasks import load_tasks
-from llmslim.loaders.heads import require_head, require_positions
+from llmslim.loaders.heads import require_head, require_positions, require_vocabulary
 from llmslim.loaders.models import ModelFiles, compute_dtype
 from llmslim.loaders.texts import TextSample, sample
 from llmslim.memory import available_memory
@@ -43,7 +43,13 @@ def check_evaluation(recipe: Recipe, files: ModelFiles, model: PreTrainedModel) 
     except UserError:
         return  # the report will say so
     require_positions("eval_seq_len", evaluation.seq_len, model, files.spec)
-    judged_by(evaluation, files.tokenizer())
+    try:
+        tokenizer = files.tokenizer()
+    except UserError as error:
+        raise UserError(
+            f"{error} Without one nothing can be measured: add it, or give --no-evaluate."
+        ) from error
+    require_vocabulary(judged_by(evaluation, tokenizer).tokens, model, files.spec)
     if evaluation.tasks:
         load_tasks(evaluation.tasks, evaluation.tasks_data)
 

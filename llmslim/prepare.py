@@ -14,7 +14,7 @@ from llmslim.checkpoint.reader import CheckpointReader, edited_skeleton, plain_c
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.kvcache.store import check_lasts, read_setting
-from llmslim.loaders.heads import replaced_head, require_positions
+from llmslim.loaders.heads import replaced_head, require_positions, require_vocabulary
 from llmslim.loaders.models import ModelFiles, compute_dtype, find, find_device, skeleton
 from llmslim.loaders.texts import TextSample, sample
 from llmslim.measure import check_evaluation
@@ -91,6 +91,7 @@ def prepare(
         choice = recipe.calibration
         require_positions("seq_len", choice.seq_len, whole, files.spec)
         text = sample(choice.text, files.tokenizer(), choice.num_samples, choice.seq_len, recipe.seed)
+        require_vocabulary(text.tokens, whole, files.spec)
     elif recipe.calibration != Calibration():
         chosen += ("calibration: no step looks at a text, so it changes nothing",)
     options = PassOptions(

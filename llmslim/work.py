@@ -171,6 +171,8 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         UserError: see above.
     """
+    if output.is_symlink():  # what is renamed into its place would take the link's, not the folder's
+        raise UserError(f"The output {output} is a link: name the folder {output.readlink()} itself.")
     _tidy(output)
     place = nearest_folder(output)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from llmslim import compress
 from llmslim.calibration.statistics import is_finite
@@ -134,3 +135,20 @@ def test_blocks_beyond_those_of_the_config_are_noted(tmp_path):
     assert plan.chosen == ("left out, beyond the blocks that config.json counts: model.layers.2",)
     report = compress(str(folder), [RTN(bits=4, group_size=32)], tmp_path / "made", evaluation=None).report
     assert [note["where"] for note in report["notes"]] == ["model.layers.2"]
+
+
+def test_two_tensors_where_the_config_ties_them_are_refused(tmp_path):
+    """transformers computes with both; one would be lost, and what is measured be another model."""
+    folder = save_tiny("qwen2", tmp_path / "model")
+    embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
+    rewrite(folder, lambda tensors: {**tensors, head: tensors[embeddings].clone()})
+    CheckpointReader(find(str(folder)))  # the same one twice, as some save it
+    rewrite(folder, lambda tensors: {**tensors, head: torch.randn_like(tensors[embeddings])})
+    recipe = Recipe(steps=(RTN(bits=4, group_size=32),))
+    for work in (lambda: load(str(folder)), lambda: prepare(str(folder), recipe)):
+        with pytest.raises(UserError, match=f"ties {head} to {embeddings}.* two different tensors"):
+            work()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(load(str(folder))[0].get_output_embeddings().weight, plain.lm_head.weight)

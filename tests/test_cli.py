@@ -253,8 +253,9 @@ def test_a_recipe_file_with_overrides_in_any_place(reached: dict[str, Any], tmp_
         "--seed",
         "9",
     ]
-    assert cli.main([*words, "--no-evaluate", "--overwrite"]) == 0
+    assert cli.main([*words, "--no-evaluate", "--overwrite", "--calibration", "ä 😀.txt"]) == 0
     recipe = reached["recipe"]
+    assert recipe.calibration.text == "ä 😀.txt"
     assert [step.bits for step in recipe.steps] == [3, 4]
     assert (recipe.calibration.num_samples, recipe.seed, recipe.evaluation) == (5, 9, None)
     assert reached["overwrite"]

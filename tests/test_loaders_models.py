@@ -17,7 +17,7 @@ from llmslim.cpu import fast_bfloat16
 from llmslim.errors import UserError
 from llmslim.loaders import gguf
 from llmslim.loaders.models import compute_dtype, find
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -128,3 +128,16 @@ def test_what_cannot_take_its_place_is_an_error_and_leaves_nothing(tmp_path: Pat
     with pytest.raises(OSError, match="folder"):
         gguf.move(made, folder)
     assert folder.read_text() == "a file of the user's" and not made.exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_config_without_a_type_has_that_of_its_files(dtype: torch.dtype, tmp_path: Path) -> None:
+    tiny_model("llama").to(dtype).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dtype"}))
+    assert find(str(tmp_path)).dtype == dtype
+
+
+def test_a_revision_is_of_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--revision v1 is of a model of the Hub, and .* is here"):
+        find(str(save_tiny("llama", tmp_path)), "v1")

@@ -22,6 +22,7 @@ from llmslim import pipeline
 from llmslim.checkpoint.load import load
 from llmslim.distillation.response import Response
 from llmslim.errors import UserError
+from llmslim.evaluation.run import evaluate
 from llmslim.pipeline import compress
 from llmslim.plan import SMALL_FILES
 from llmslim.prepare import prepare
@@ -31,7 +32,7 @@ from llmslim.recipe import Calibration, Evaluation, Recipe
 from llmslim.recovery.full import Full
 from llmslim.recovery.lora import LoRA
 from llmslim.work import WorkFolder
-from tests.tiny import FAMILIES, save_tiny
+from tests.tiny import FAMILIES, save_tiny, tiny_model
 
 pytestmark = pytest.mark.usefixtures("verified_here")
 
@@ -595,3 +596,32 @@ def test_the_plan_knows_the_size_of_the_output(folders: dict[str, Path], tmp_pat
         assert plan["output_bytes"] == pytest.approx(size, rel=0.03)
         stored = load_file(folders[family] / "model.safetensors").values()
         assert plan["input_bytes"] == sum(tensor.numel() * tensor.itemsize for tensor in stored)
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_what_is_stored_in_16_bits_is_computed_with_whatever_is_quick_here(
+    family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Some embeddings compute inside blocks: those of T5's positions."""
+    options = {**QUICK, "dtype": "bfloat16"}
+    half = compress(str(folders[family]), [RTN(bits=8, group_size=32)], tmp_path / "half", **options)
+    assert half.report["verification"]["ok"]
+
+
+def test_tokens_beyond_the_vocabulary_are_refused_before_weights_are_read(tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path / "small", vocab_size=64))
+    for work in (
+        lambda: prepare(folder, Recipe(steps=(STEP,), **QUICK)),
+        lambda: prepare(folder, Recipe(steps=(RTN(),), evaluation=Evaluation(windows=1, seq_len=32))),
+        lambda: evaluate(folder, "builtin", seq_len=32, windows=1),
+    ):
+        with pytest.raises(UserError, match="gives token .*, and the model has embeddings for 64"):
+            work()
+
+
+def test_a_model_without_a_tokenizer_can_go_unmeasured(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "bare")
+    step = RTN(bits=8, group_size=32)
+    with pytest.raises(UserError, match="Without one nothing can be measured: add it, or give --no-evaluate"):
+        prepare(str(tmp_path / "bare"), Recipe(steps=(step,)))
+    assert compress(str(tmp_path / "bare"), [step], tmp_path / "out", **QUICK).report["verification"]["ok"]

@@ -302,3 +302,10 @@ def test_a_config_that_names_no_model_class_is_read_by_its_type(named: Any, tmp_
     (model / "config.json").write_text(json.dumps({**stored, "architectures": [named]}))
     made = compress(str(model), [STEP], tmp_path / "out", evaluation=None)
     assert torch.isfinite(load_file(made.folder / "model.safetensors")["lm_head.weight"]).all()
+
+
+def test_a_link_is_no_output(tmp_path: Path) -> None:
+    """What is renamed to its name would take its place, not that of the folder it leads to."""
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    with pytest.raises(UserError, match="is a link: name the folder .*folder itself"):
+        check_output(tmp_path / "link", overwrite=True)

@@ -19,11 +19,12 @@ from llmslim.calibration.statistics import output_error
 from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.errors import UserError
 from llmslim.pipeline import compress
+from llmslim.prepare import prepare
 from llmslim.pruning import importance
 from llmslim.pruning.heads import PruneHeads
 from llmslim.pruning.mlp import PruneMLP
 from llmslim.pruning.structured import Moments, Structured
-from llmslim.recipe import Calibration
+from llmslim.recipe import Calibration, Recipe
 from llmslim.step import build_step
 from tests.tiny import example_inputs, save_tiny, tiny_model
 
@@ -356,6 +357,16 @@ def test_what_cannot_be_cut_is_refused_in_order(
     with pytest.raises(UserError, match=words):
         compress(str(tmp_path / "first"), steps[1:], tmp_path / "out", **QUICK)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("fields", [{"ratio": 0.3}, {"ratio": 0.5, "allocation": "sensitivity"}])
+def test_experts_keep_a_width_that_they_can_compute_with(
+    fields: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    step = PruneMLP(multiple_of=1, **fields)
+    with pytest.raises(UserError, match="multiple_of 1 leaves .* to each expert of model.layers.0.* of 8"):
+        prepare(str(folders["mixtral"]), Recipe(steps=(step,), **QUICK))
+    prepare(str(folders["llama"]), Recipe(steps=(step,), **QUICK))
 
 
 @pytest.mark.parametrize(("width", "kept"), [(128, 96), (64, 32), (1536, 1152), (100, 64)])

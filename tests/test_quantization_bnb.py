@@ -141,6 +141,14 @@ def test_what_bitsandbytes_cannot_say_is_llmslims_own_format(tmp_path: Path) -> 
     assert any(isinstance(module, BnbLinear) for module in model.modules())
 
 
+def test_a_width_that_its_kernels_for_cpus_cannot_take_is_told(tmp_path: Path) -> None:
+    base = save_tiny("llama", tmp_path / "base", intermediate_size=96)
+    for bits, said in ((4, 3), (8, 0)):
+        result = compress(str(base), [BitsAndBytes(bits=bits)], tmp_path / f"{bits}", **QUICK)
+        told = [note["where"] for note in result.report["notes"] if "no multiple of 64" in note["what"]]
+        assert len(told) == said and all(name.endswith("down_proj") for name in told)
+
+
 def test_refusals(tmp_path: Path) -> None:
     base = save_tiny("llama", tmp_path / "base")
     with pytest.raises(ValueError, match="4 bits .NF4. and 8"):

@@ -27,7 +27,7 @@ from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration, Recipe
 from llmslim.recovery._merging import open_weights
 from llmslim.recovery.full import Full
-from llmslim.recovery.lora import LoRA
+from llmslim.recovery.lora import LoRA, with_adapter
 from llmslim.recovery.scales import ScaledLinear, Scales
 from llmslim.sharing.share import ShareBlocks
 from llmslim.training.loop import train
@@ -516,6 +516,24 @@ def test_a_checkpoint_of_ruined_weights_is_no_good_one(folders: dict[str, Path],
     with pytest.raises(UserError, match="the validation loss after step 1 is not finite"):
         step = Full(objective="next_token", validation=0.5, **ruinous)
         compress(str(folders["llama"]), [step], tmp_path / "v", **QUICK)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_mixture_with_dense_blocks_gets_adapters_where_peft_has_them(beside: bool, tmp_path: Path) -> None:
+    """peft takes the dense block's gate_proj for a part of the others' experts."""
+    base, step = (
+        save_tiny("qwen3_moe", tmp_path / "base"),
+        LoRA(objective="next_token", save_adapter=beside, **FAST),
+    )
+    report = compress(str(base), [step], tmp_path / "out", **QUICK).report
+    alone = {note["where"] for note in report["notes"] if "got no adapter: peft" in note["what"]}
+    assert alone == {f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")}
+    if beside:
+        assert with_adapter(whole(tmp_path / "out"), tmp_path / "out/adapter")
+        return
+    before, after = tensors(base), tensors(tmp_path / "out")
+    moved = {name.rpartition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {f"model.layers.{n}.self_attn.{p}_proj" for n in range(3) for p in "qkvo"}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth"])

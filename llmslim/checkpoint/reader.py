@@ -53,6 +53,7 @@ class CheckpointReader:
         self.weights = files.weights
         self.made_up: list[str] = []
         self._binding = self._bind()
+        self._refuse_untied()
         self.streams = self._binding is not None
         self._whole: dict[str, Tensor] | None = None
 
@@ -87,7 +88,10 @@ class CheckpointReader:
         with self._open() as read:
             for name, module in part_of(models[0], prefix):
                 get = _following(read, name, counterpart(name, shared))
-                tensors = self._dense(name, module, models[0], get, dtype, round_to)
+                table = prefix is None and isinstance(
+                    module, nn.Embedding
+                )  # T5 has some inside blocks, that compute
+                tensors = self._dense(name, module, models[0], get, dtype, round_to, table)
                 if isinstance(module, Compact) and not self._is_tied(models[0], f"{name}.weight_packed"):
                     tensors |= self._compact(name, module, get, dtype, round_to)
                 for full, tensor in tensors.items():
@@ -112,6 +116,7 @@ class CheckpointReader:
         get: Callable[[str], Tensor],
         dtype: torch.dtype,
         round_to: torch.dtype | None,
+        table: bool,
     ) -> dict[str, Tensor]:
         ties = getattr(model, "all_tied_weights_keys", None) or {}
         placed = {}
@@ -127,7 +132,7 @@ class CheckpointReader:
                 )
             if tensor.is_floating_point():
                 tensor = tensor.to(round_to or tensor.dtype)
-                if not isinstance(module, nn.Embedding) or full in ties.values():
+                if not table or full in ties.values():
                     tensor = tensor.to(dtype)
             # the file's map is closed after
             placed[full] = tensor.clone() if tensor.data_ptr() == stored.data_ptr() else tensor
@@ -198,6 +203,19 @@ class CheckpointReader:
             saved = revert_weight_conversion(model, {name: own[name]}) if name in own else {name: None}
             lost += [part for part in saved if self._found(part) is None]
         return lost
+
+    def _refuse_untied(self) -> None:
+        """Refuse two different tensors where the config has one: transformers would compute with both, untied."""
+        ties = getattr(self._reference, "all_tied_weights_keys", None) or {}
+        found = [(self._found(target), self._found(source)) for target, source in ties.items()]
+        with self.weights.open() as get:
+            for target, source in found:
+                if target and source and target != source and not get(target).equal(get(source)):
+                    raise UserError(
+                        f"{self.files.spec}: config.json ties {target} to {source}, and the files have two different "
+                        'tensors: write "tie_word_embeddings": false into config.json, or leave the one out that is '
+                        "not meant."
+                    )
 
     def _is_head(self, name: str) -> bool:
         """Whether a tensor is what classifiers have beside blocks and embeddings."""

@@ -75,12 +75,12 @@ def _sensitivity(options: dict[str, Any]) -> None:
     from llmslim.progress import progress_for
     from llmslim.recipe import Recipe
     from llmslim.report.sensitivity import pyplot, sensitivity_plot, sensitivity_table
+    from llmslim.work import check_output
 
     folder = Path(options["output"]) if "output" in options else None
     if folder is not None:
         pyplot()  # refused before the work, not after it
-        if folder.exists():
-            raise UserError(f"The output {str(folder)!r} exists already; give another --output.")
+        check_output(folder, overwrite=False)
     named = {
         key.removeprefix(CALIBRATION): value for key, value in options.items() if key.startswith(CALIBRATION)
     }

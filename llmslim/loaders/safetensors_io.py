@@ -191,6 +191,8 @@ _DTYPE_NAMES = {
     "torch.uint8": "U8",
     "torch.bool": "BOOL",
 }
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The types that models are stored in."""
 DTYPE_BYTES = {
     "F64": 8,
     "F32": 4,

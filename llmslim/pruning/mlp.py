@@ -19,6 +19,8 @@ from llmslim.pruning.edits import NarrowExperts, NarrowMLP, narrow_experts, narr
 from llmslim.pruning.structured import Choice, Site, Structured, row_power
 from llmslim.step import StepRecord
 
+ALIGNED = 8  # channels: 16 bytes of a 16-bit type
+
 
 class PruneMLP(Structured):
     """Remove channels of every MLP: row j of gate and up with column j of down.
@@ -62,6 +64,19 @@ class PruneMLP(Structured):
                     f"ratio {self.ratio} removes none of the {mlp.width} channels of {block.name} in multiples of "
                     f"{self.multiple_of}; a ratio of {math.ceil(share * 1000) / 1000} or a smaller multiple_of does."
                 )
+            if isinstance(mlp, Experts) and self.ratio:
+                self._check_experts(mlp, block.name)
+
+    def _check_experts(self, mlp: Experts, block: str) -> None:
+        """Refuse widths that torch's grouped products, one for all experts, cannot take."""
+        left = mlp.width - self._remove(mlp.width)
+        uneven = self.allocation == "sensitivity" and self.multiple_of % ALIGNED
+        if left % ALIGNED or uneven:
+            what = "channels by sensitivity" if uneven else f"{left} channels"
+            raise UserError(
+                f"multiple_of {self.multiple_of} leaves {what} to each expert of {block}, and experts compute at "
+                f"multiples of {ALIGNED}: give a multiple of {ALIGNED}."
+            )
 
     def amounts(self, anatomy: Anatomy) -> list[float]:
         self.check_dense(anatomy)

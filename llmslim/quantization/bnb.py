@@ -14,7 +14,7 @@ from llmslim.calibration.statistics import InputStats
 from llmslim.edit import Edit, replace_module
 from llmslim.errors import UserError
 from llmslim.linear_step import LinearStep
-from llmslim.quantization.bnb_linear import BnbLinear, QuantType
+from llmslim.quantization.bnb_linear import BLOCK, BnbLinear, QuantType
 from llmslim.quantization.quantizer import refuse_nothing
 from llmslim.step import StepRecord
 
@@ -87,6 +87,12 @@ class BitsAndBytes(LinearStep):
         self, name: str, weight: Tensor, stats: InputStats | None, record: StepRecord
     ) -> tuple[Edit, nn.Module]:
         edit = self._edit(name)
+        if self.bits == 4 and weight.shape[1] % BLOCK:
+            record.note(
+                name,
+                f"its width {weight.shape[1]} is no multiple of {BLOCK}: bitsandbytes' kernels for CPUs cannot compute "
+                "with it in plain transformers; its GPU kernels and llmslim.load can",
+            )
         record.linears.append({"name": name, "bits": self.bits, "shape": list(weight.shape)})
         # bitsandbytes writes down the type that it saw, and computes with the weight in it
         weight = weight.to(record.stored)

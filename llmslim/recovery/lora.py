@@ -130,7 +130,11 @@ class LoRA(MergingStep, ObjectiveStep):
         return sum(self.rank * sum(features(known[n])) for n in self._named(known, self.target_modules))
 
     def _linears(self, anatomy: Anatomy) -> dict[str, nn.Module]:
-        return linears_of(anatomy, beside=self.save_adapter)
+        known = linears_of(anatomy, beside=self.save_adapter)
+        if not any(isinstance(block.mlp, Experts) for block in anatomy.blocks):
+            return known
+        taken = _taken_for_experts(self._config(list(known), False), anatomy.model)
+        return {name: module for name, module in known.items() if name not in taken}
 
     @staticmethod
     def _named(known: dict[str, nn.Module], patterns: tuple[str, ...]) -> list[str]:
@@ -176,15 +180,18 @@ class LoRA(MergingStep, ObjectiveStep):
         )
 
     def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
-        """What was trained is of the blocks, which have no adapters where experts lie in one tensor."""
-        mixed = [
+        """What was trained is of the blocks, some of which have no adapters in a mixture."""
+        if self.target_modules:
+            return
+        fused = [
             block.name for block in stream.anatomy.blocks if isinstance(block.mlp, Experts) and block.mlp.down
         ]
-        if mixed and not self.target_modules:
-            record.note(
-                self.kind,
-                f"the experts of {len(mixed)} blocks got no adapters: they lie in one tensor, no Linear each",
-            )
+        if fused:
+            what = f"the experts of {len(fused)} blocks got no adapters: they lie in one tensor"
+            record.note(self.kind, what)
+        known = linears_of(stream.anatomy, beside=self.save_adapter)
+        for name in known.keys() - self._linears(stream.anatomy).keys():
+            record.note(name, "got no adapter: peft takes it for a part of the experts of other blocks")
 
     def compress_block(
         self, block: Block, stream: BlockStream, reference: BlockStream | None, record: StepRecord
@@ -302,6 +309,16 @@ def _masked(linear: Any) -> Any:
             return cast(Tensor, self.get_base_layer()(x) + F.linear(self.lora_dropout["default"](x), delta))
 
     return MaskedLinear
+
+
+def _taken_for_experts(config: Any, model: nn.Module) -> set[str]:
+    """Which targets peft would turn into the experts of other blocks, as they are called like the parts of one."""
+    _installed()
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    targets = set(config.target_modules)
+    convert_peft_config_for_transformers(config, model, None)
+    return targets - set(config.target_modules)
 
 
 def _installed() -> None:
