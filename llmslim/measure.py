@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from llmslim.checkpoint.reader import CheckpointReader
+from llmslim.checkpoint.reader import model_on_meta
 from llmslim.errors import UserError
 from llmslim.evaluation.damage import Damage, other_domains
 from llmslim.evaluation.divergence import Comparison
@@ -175,7 +175,7 @@ def _quality(
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Perplexities and divergence; in detail also where they come from, by the same pass over a few windows more."""
     try:
-        require_causal(CheckpointReader(base).model_skeleton())
+        require_causal(model_on_meta(base))
     except UserError as error:
         return {"skipped": str(error)}, None
     tokenizer = base.tokenizer()
@@ -218,7 +218,7 @@ def _tasks(
 ) -> dict[str, Any]:
     """Scores of both on lm-eval's tasks: one whole model in memory after the other."""
     try:
-        require_causal(CheckpointReader(base).model_skeleton())
+        require_causal(model_on_meta(base))
         _require_memory(sizes)
     except UserError as error:
         return {"skipped": str(error)}

@@ -9,7 +9,7 @@ from torch import nn
 
 from llmslim.anatomy import Anatomy
 from llmslim.anatomy.parts import is_packed
-from llmslim.checkpoint.reader import CheckpointReader
+from llmslim.checkpoint.reader import model_on_meta
 from llmslim.loaders.models import ModelFiles, skeleton
 from llmslim.loaders.safetensors_io import DTYPE_BYTES
 from llmslim.ties import counterpart, shared_modules
@@ -46,7 +46,7 @@ def size_of(files: ModelFiles) -> dict[str, Any]:
     weight_files = {entry["file"] for entry in files.weights.entries.values()}
     return {
         "parameters": total,
-        **counts(CheckpointReader(files).model_skeleton()),
+        **counts(model_on_meta(files)),
         "bytes_on_disk": sum((files.folder / name).stat().st_size for name in weight_files),
         "block_parameters": in_blocks,
         "block_bytes": block_bytes,

@@ -178,7 +178,7 @@ def test_fill_casts_and_rounds(tmp_path):
         assert model.model.embed_tokens.weight.dtype == torch.bfloat16  # a table that is not tied
         assert model.lm_head.weight.dtype == torch.float32
         assert model.model.layers[0].mlp.up_proj.weight.is_meta
-    assert reader.streams and reader.stored_bytes == sum(t.numel() * 4 for t in stored.values())
+    assert reader.streams and reader.weights.stored_bytes == sum(t.numel() * 4 for t in stored.values())
 
 
 def test_families_that_need_conversion_are_served_from_memory(tmp_path):

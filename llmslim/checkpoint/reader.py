@@ -37,7 +37,6 @@ class CheckpointReader:
         form: the format of its packed weights; None when it has none.
         streams: whether parts are read from the files when asked for. False when the files need transformers'
             own conversion (experts stored one by one): then the first `fill` loads the whole model.
-        stored_bytes: of all tensors in the files.
         made_up: names of what the files may lack, do lack, and transformers fills with random numbers.
 
     Args:
@@ -56,10 +55,6 @@ class CheckpointReader:
         self._refuse_untied()
         self.streams = self._binding is not None
         self._whole: dict[str, Tensor] | None = None
-
-    @property
-    def stored_bytes(self) -> int:
-        return self.weights.stored_bytes
 
     def model_skeleton(self) -> PreTrainedModel:
         """The model on meta, edits replayed, without a KV cache."""
@@ -297,6 +292,11 @@ def _following(read: Callable[[str], Tensor], name: str, source: str | None) -> 
     if source is None:
         return read
     return lambda full: read(full if full == f"{name}.bias" else source + full.removeprefix(name))
+
+
+def model_on_meta(files: ModelFiles) -> PreTrainedModel:
+    """The model of a folder, as `CheckpointReader.model_skeleton` makes it, without a look at its weights."""
+    return edited_skeleton(files, read_edits(files)[1])
 
 
 def edited_skeleton(files: ModelFiles, edits: Sequence[Edit]) -> PreTrainedModel:

@@ -23,7 +23,7 @@ from torch import Tensor
 from llmslim.calibration.stream import BlockStream, Lane
 from llmslim.checkpoint.formats import formats
 from llmslim.checkpoint.inventory import stored_tensors
-from llmslim.checkpoint.reader import CheckpointReader
+from llmslim.checkpoint.reader import CheckpointReader, edited_skeleton, read_edits
 from llmslim.checkpoint.walk import walk_blocks
 from llmslim.errors import UserError
 from llmslim.loaders.models import ModelFiles, find, read_tokenizer
@@ -105,15 +105,15 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
 
 def _tensors(files: ModelFiles) -> Check:
     """The files hold exactly the tensors, shapes and types that config and edits announce; ties once."""
-    reader = CheckpointReader(files)
-    model = reader.model_skeleton()
-    found = {name: (entry["dtype"], list(entry["shape"])) for name, entry in reader.weights.entries.items()}
+    form, edits = read_edits(files)
+    model = edited_skeleton(files, edits)
+    found = {name: (entry["dtype"], list(entry["shape"])) for name, entry in files.weights.entries.items()}
     expected = {
         name: (
             _code(files.dtype if dense and tensor.is_floating_point() else tensor.dtype),
             list(tensor.shape),
         )
-        for name, (tensor, dense) in stored_tensors(model, reader.form or formats()["llmslim"]).items()
+        for name, (tensor, dense) in stored_tensors(model, form or formats()["llmslim"]).items()
     }
     for what, names in (
         ("lacks", expected.keys() - found.keys()),
@@ -165,7 +165,7 @@ def _streamed(files: ModelFiles, probe: Path, place: _Place) -> Check:
 @torch.no_grad()
 def _whole(files: ModelFiles, probe: Path, place: _Place) -> Check:
     """Load the folder as a user does, where memory allows, and compare the logits."""
-    need = 2 * CheckpointReader(files).stored_bytes * (2 if files.dtype != place.dtype else 1)
+    need = 2 * files.weights.stored_bytes * (2 if files.dtype != place.dtype else 1)
     if need > MEMORY_SHARE * place.available_memory():
         return {
             "ok": True,
