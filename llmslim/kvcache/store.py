@@ -263,9 +263,9 @@ def read_setting(folder: Path) -> KVSettings | None:
         )
     try:
         settings = KVSettings.of(**{str(name): value for name, value in setting.items()})
+        return with_components(settings, _components(folder)) if settings.method == "pca" else settings
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return with_components(settings, _components(folder)) if settings.method == "pca" else settings
 
 
 def check_lasts(setting: KVSettings | None, steps: Sequence[Step], anatomies: Sequence[Anatomy]) -> None:

@@ -121,6 +121,13 @@ class KVLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        for basis in self.settings.components:
+            # by the keys: of a pruned model the config may have another number
+            if basis.shape[0] != key_states.shape[1]:
+                raise UserError(
+                    f"kv_cache: components are of {basis.shape[0]} KV heads, and a layer of this model has "
+                    f"{key_states.shape[1]}: measure them for this model."
+                )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.codecs = codecs(self.settings, key_states.shape[-1], value_states.shape[-1], self.device)
         self.tail = (key_states[:, :, :0], value_states[:, :, :0])
