@@ -300,17 +300,35 @@ def plain_config(files: ModelFiles) -> Any:
     return config
 
 
+def quantization(files: ModelFiles) -> dict[str, Any] | None:
+    """The quantization_config of the files; None when there is none.
+
+    Raises:
+        UserError: its quant_method is no name.
+    """
+    stored = getattr(files.config, "quantization_config", None)
+    if stored is None:
+        return None
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = stored.get("quant_method")
+    if method is not None and not isinstance(method, str):
+        raise UserError(
+            f"{files.spec} is quantized with {method!r}, which is no name of a method; llmslim reads "
+            f"{', '.join(formats())} and models that are not quantized."
+        )
+    return stored
+
+
 def read_edits(files: ModelFiles) -> tuple[Format | None, list[Edit]]:
     """The format and the edits of a folder, from its config.json alone.
 
     Raises:
         UserError: it is quantized in a way that llmslim does not read.
     """
-    stored = getattr(files.config, "quantization_config", None)
+    stored, known = quantization(files), formats()
     if stored is None:
         return None, []
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    method, known = stored.get("quant_method"), formats()
+    method = stored.get("quant_method")
     if method not in known:
         raise UserError(
             f"{files.spec} is quantized with {method!r}; llmslim reads {', '.join(known)} and models that "
