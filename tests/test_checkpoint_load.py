@@ -167,6 +167,32 @@ def test_a_type_that_torch_has_not_is_told(tmp_path):
         load(str(tmp_path))
 
 
+Q = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(("form", "name", "cast"), [
+    ("llmslim", f"{Q}.weight_packed", lambda t: t.float()),
+    ("llmslim", f"{Q}.weight_packed", lambda t: t.long() + 256),
+    ("llmslim", f"{Q}.weight_packed", lambda t: t[:, 1:].clone()),
+    ("llmslim", f"{Q}.weight_scale", lambda t: t.int()),
+    ("compressed-tensors", f"{Q}.weight_packed", lambda t: t.float()),
+    ("compressed-tensors", f"{Q}.weight_scale", lambda t: t.int()),
+    ("gptq", f"{Q}.qweight", lambda t: t.long()),
+    ("gptq", f"{Q}.scales", lambda t: t.int()),
+    ("llmslim", "model.norm.weight", lambda t: t.long()),
+    ("llmslim", "model.norm.weight", lambda t: t[1:].clone()),
+])  # fmt: skip
+def test_tensors_of_another_type_or_shape_are_refused_by_their_headers(form, name, cast, tmp_path):
+    """As when they are streamed; transformers would cast them and compute with what comes out."""
+    make(save_tiny("llama", tmp_path / "source"), tmp_path / "made", STEPS[form], form)
+    path = tmp_path / "made" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {name: cast(tensors[name])}, path, metadata={"format": "pt"})
+    for work in (load, lambda spec: CheckpointReader(find(spec))):
+        with pytest.raises(UserError, match=f"tensor {name} is .*, its config announces"):
+            work(str(tmp_path / "made"))
+
+
 @pytest.mark.parametrize(("config", "reason"), [
     ({"quant_method": "awq", "bits": 4}, "awq"),
     ({"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}, "gptq_v2"),

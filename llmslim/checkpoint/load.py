@@ -69,7 +69,8 @@ def load_model(files: ModelFiles, dtype: torch.dtype | str | None, device: torch
         }
     files.weights  # noqa: B018  refuses folders without safetensors
     if method is None or method in formats():
-        CheckpointReader(files)  # refuses files that lack tensors
+        reader = CheckpointReader(files)  # refuses files that lack tensors, or hold others
+        reader.check_bnb()
     else:
         skeleton(plain_config(files))  # refuses configs that describe no model
     setting = read_setting(files.folder)
