@@ -187,7 +187,10 @@ def test_components_of_another_number_of_heads_are_refused() -> None:
     model = tiny_model("llama")
     settings = fit_kv_components(model, tokens_of(model, 1), bits=2, **SMALL)
     fewer = with_components(settings, [one[:1] for one in settings.components])
-    with kv_cache(model, settings=fewer), pytest.raises(UserError, match=r"of 1 KV heads.*this model has 2"):
+    with (
+        kv_cache(model, settings=fewer),
+        pytest.raises(UserError, match=r"of 1 KV heads of 16 .*this model has 2 of 16"),
+    ):
         model(input_ids=tokens_of(model, 1), use_cache=True)
 
 
