@@ -126,8 +126,8 @@ class KVLayer(CacheLayerMixin):
             # by the keys: of a pruned model the config may have other numbers
             if basis.shape != (heads, dim, dim):
                 raise UserError(
-                    f"kv_cache: components are of {basis.shape[0]} KV heads of {basis.shape[1]} channels, and a layer of "
-                    f"this model has {heads} of {dim}: measure them for this model."
+                    f"kv_cache: components are of {basis.shape[0]} KV heads of {basis.shape[1]} channels, and a layer "
+                    f"of this model has {heads} of {dim}: measure them for this model."
                 )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.codecs = codecs(self.settings, key_states.shape[-1], value_states.shape[-1], self.device)
