@@ -116,7 +116,7 @@ def _dense_blocks(config: Any, count: int) -> set[int] | None:
 def parse_edit(record: Any) -> Edit:
     """An edit from its JSON record, which is untrusted input: unknown kinds and fields are refused."""
     kind = record.get("edit") if isinstance(record, dict) else None
-    if kind not in EDITS:
+    if not isinstance(kind, str) or kind not in EDITS:
         raise UserError(
             f"The checkpoint has an unknown edit {kind!r}; this llmslim knows {', '.join(sorted(EDITS))}."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,9 @@ from llmslim.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+COLDEST = 1e-3
+"""Logits divided by less would overflow."""
 
 
 def generate(
@@ -66,12 +70,14 @@ def check(
     """Refuse what cannot be generated.
 
     Raises:
-        UserError: too many tokens, or too few, a negative temperature, or a seed out of range.
+        UserError: too many tokens, or too few, a temperature that is none, or a seed out of range.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens} is too few: it takes at least 1.")
-    if temperature < 0:
-        raise UserError(f"temperature = {temperature:g} is below 0: 0 is greedy, 0.7 is usual.")
+    if temperature != 0 and not COLDEST <= temperature < math.inf:
+        raise UserError(
+            f"temperature = {temperature:g} cannot be sampled at: 0 is greedy, 0.7 is usual, {COLDEST:g} the least."
+        )
     if not 0 <= seed < 2**32:
         raise UserError(f"seed = {seed} is no seed: it takes 0 to {2**32 - 1}.")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -11,7 +11,7 @@ from llmslim.anatomy import Anatomy
 from llmslim.anatomy.parts import is_packed
 from llmslim.checkpoint.reader import model_on_meta
 from llmslim.loaders.models import ModelFiles, skeleton
-from llmslim.loaders.safetensors_io import DTYPE_BYTES
+from llmslim.loaders.safetensors_io import entry_bytes
 from llmslim.ties import counterpart, shared_modules
 
 
@@ -38,7 +38,7 @@ def size_of(files: ModelFiles) -> dict[str, Any]:
     all_bytes = block_bytes = 0
     parts: dict[str, int] = {}
     for name, entry in files.weights.entries.items():
-        size = math.prod(entry["shape"]) * DTYPE_BYTES.get(entry["dtype"], 1)
+        size = entry_bytes(entry)
         all_bytes += size
         block_bytes += size if name.startswith(inside) else 0
         part = part_of(name, name.startswith(inside))

@@ -16,8 +16,10 @@ from llmslim.checkpoint.load import load
 from llmslim.checkpoint.reader import CheckpointReader
 from llmslim.errors import UserError
 from llmslim.loaders.models import find
+from llmslim.prepare import prepare
 from llmslim.quantization.packed import PackedEmbedding, PackedLinear
 from llmslim.quantization.rtn import RTN
+from llmslim.recipe import Recipe
 from tests.checkpoints import inputs_of, logits_of, make
 from tests.tiny import save_tiny, tiny_model
 
@@ -126,6 +128,69 @@ def test_a_damaged_header_is_told(header, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(len(data).to_bytes(8, "little") + data)
     with pytest.raises(UserError, match="has a damaged header"):
         load(str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [
+    {"shape": [2**40, 2**40]},
+    {"shape": [-64]},
+    {"shape": ["64"]},
+    {"shape": "64"},
+    {"shape": [63]},
+    {"dtype": "F64"},
+    {"dtype": "F31"},
+    {"dtype": ["F32"]},
+    {"data_offsets": [-256, 256]},
+    {"data_offsets": [256, 0]},
+    {"data_offsets": [0, 2**63]},
+    {"data_offsets": [0, "256"]},
+    {"data_offsets": [0]},
+])  # fmt: skip
+def test_a_header_that_does_not_fit_the_data_is_told(change, tmp_path):
+    """In a plan too, which would count by the shapes."""
+    save_tiny("llama", tmp_path)
+    path = tmp_path / "model.safetensors"
+    length = int.from_bytes((data := path.read_bytes())[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["model.norm.weight"] |= change
+    crafted = json.dumps(header).encode()
+    path.write_bytes(len(crafted).to_bytes(8, "little") + crafted + data[8 + length :])
+    for work in (load, lambda spec: prepare(spec, Recipe(steps=(STEPS["gptq"],)))):
+        with pytest.raises(UserError, match="has a damaged header|is cut off"):
+            work(str(tmp_path))
+
+
+def test_a_type_that_torch_has_not_is_told(tmp_path):
+    save_tiny("llama", tmp_path)
+    header = json.dumps({"x": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+    with pytest.raises(UserError, match="the tensor x of type F4, and llmslim reads F64, F32"):
+        load(str(tmp_path))
+
+
+Q = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(("form", "name", "cast"), [
+    ("llmslim", f"{Q}.weight_packed", lambda t: t.float()),
+    ("llmslim", f"{Q}.weight_packed", lambda t: t.long() + 256),
+    ("llmslim", f"{Q}.weight_packed", lambda t: t[:, 1:].clone()),
+    ("llmslim", f"{Q}.weight_scale", lambda t: t.int()),
+    ("compressed-tensors", f"{Q}.weight_packed", lambda t: t.float()),
+    ("compressed-tensors", f"{Q}.weight_scale", lambda t: t.int()),
+    ("gptq", f"{Q}.qweight", lambda t: t.long()),
+    ("gptq", f"{Q}.scales", lambda t: t.int()),
+    ("llmslim", "model.norm.weight", lambda t: t.long()),
+    ("llmslim", "model.norm.weight", lambda t: t[1:].clone()),
+])  # fmt: skip
+def test_tensors_of_another_type_or_shape_are_refused_by_their_headers(form, name, cast, tmp_path):
+    """As when they are streamed; transformers would cast them and compute with what comes out."""
+    make(save_tiny("llama", tmp_path / "source"), tmp_path / "made", STEPS[form], form)
+    path = tmp_path / "made" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {name: cast(tensors[name])}, path, metadata={"format": "pt"})
+    for work in (load, lambda spec: CheckpointReader(find(spec))):
+        with pytest.raises(UserError, match=f"tensor {name} is .*, its config announces"):
+            work(str(tmp_path / "made"))
 
 
 @pytest.mark.parametrize(("config", "reason"), [

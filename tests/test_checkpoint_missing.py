@@ -115,6 +115,21 @@ def test_a_fresh_head_may_be_missing_but_no_block(tmp_path):
         CheckpointReader(find(str(folder)), fresh_head=True)
 
 
+def test_a_head_of_another_size_is_made_anew_but_no_block(tmp_path):
+    folder = save_tiny("bert", tmp_path / "bert")
+
+    def shorten(name):
+        rewrite(folder, lambda t: t.update({name: t[name][1:].clone()}))
+
+    shorten("cls.predictions.bias")
+    with pytest.raises(UserError, match=r"cls.predictions.bias is .*\[511\], its config announces"):
+        CheckpointReader(find(str(folder)))
+    CheckpointReader(find(str(folder)), fresh_head=True)
+    shorten("bert.encoder.layer.1.output.dense.weight")
+    with pytest.raises(UserError, match="layer.1.output.dense.weight is .*, its config announces"):
+        CheckpointReader(find(str(folder)), fresh_head=True)
+
+
 def test_an_encoder_saved_without_a_pooler_is_one_all_the_same(tmp_path):
     """As from a model with a head that has none; the plan says that the pooler is at random."""
     tiny_model("bert").bert.save_pretrained(tmp_path)

@@ -408,11 +408,24 @@ def test_bad_requests_for_a_real_model(
     assert "empty" in refusal(["generate", model, ""], capsys)
     assert "positions" in refusal(["generate", model, "Hello", "--max-new-tokens", "512"], capsys)
     assert "max_new_tokens = 0" in refusal(["generate", model, "Hello", "--max-new-tokens", "0"], capsys)
+    for temperature in ("nan", "inf", "-1", "1e-30"):
+        said = refusal(["generate", model, "Hello", "--temperature", temperature], capsys)
+        assert f"temperature = {temperature} cannot be sampled at: 0 is greedy" in said
     existing = ["quantize", model, "--method", "rtn", "--group-size", "32", "--output", str(tmp_path)]
     assert "--overwrite" in refusal([*existing, "--plan"], capsys)
     assert "--overwrite" in refusal(existing, capsys)
     wrong = refusal(["quantize", model, "--method", "rtn", "--group-size", "48", "--plan"], capsys)
     assert "does not divide" in wrong and "64" in wrong
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "complex64", "float8_e4m3fn", "nn"])
+def test_a_type_that_nothing_is_computed_in(
+    dtype: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["generate", model, "Hello"], ["evaluate", model, "--windows", "1", "--seq-len", "64"]):
+        assert f"Unknown dtype '{dtype}'; there are auto, float32" in refusal(
+            [*words, "--dtype", dtype], capsys
+        )
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import llmslim
 from llmslim.errors import UserError
 from llmslim.kvcache.basis import Components, Rotated, gaussian_error, gaussian_levels, spread
-from llmslim.kvcache.components import fit_kv_components, moment, principal
+from llmslim.kvcache.components import fit_kv_components, moment, principal, with_components
 from llmslim.kvcache.runtime.cache import KVCache, kv_cache
 from llmslim.kvcache.settings import KVSettings
 from llmslim.kvcache.store import COMPONENTS, FILE, KEY, read_setting
@@ -162,6 +162,36 @@ def test_bad_input(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(json.dumps({KEY: {"method": "pca", "bits": 2, "components": ["x"]}}))
     with pytest.raises(UserError, match="components are tensors"):
         read_setting(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "basis",
+    [torch.zeros(2, 16, 16), torch.full((2, 16, 16), torch.nan), torch.ones(2, 16, 16), torch.ones(16)],
+)
+def test_components_that_have_no_inverse_are_refused(basis: torch.Tensor, tmp_path: Path) -> None:
+    good = torch.eye(16).expand(2, 16, 16)
+    with pytest.raises(
+        UserError, match=r"components of layer 1 are no bases .* measure them again"
+    ) as refused:
+        KVSettings.of(method="pca", bits=2, components=(good, basis))
+    assert "\n" not in str(refused.value) and "tensor" not in str(refused.value)
+    (tmp_path / "kv_cache").mkdir()
+    (tmp_path / FILE).write_text(json.dumps({KEY: {"method": "pca", "bits": 2}}))
+    save_file({"0": basis}, tmp_path / COMPONENTS)
+    with pytest.raises(UserError, match=r"components of layer 0 are no bases|has other tensors"):
+        read_setting(tmp_path)
+
+
+def test_components_of_another_number_of_heads_are_refused() -> None:
+    """The attention in C would read past their end."""
+    model = tiny_model("llama")
+    settings = fit_kv_components(model, tokens_of(model, 1), bits=2, **SMALL)
+    fewer = with_components(settings, [one[:1] for one in settings.components])
+    with (
+        kv_cache(model, settings=fewer),
+        pytest.raises(UserError, match=r"of 1 KV heads of 16 .*this model has 2 of 16"),
+    ):
+        model(input_ids=tokens_of(model, 1), use_cache=True)
 
 
 def test_generate_and_evaluate_measure_what_they_need(

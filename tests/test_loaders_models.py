@@ -8,13 +8,16 @@ import os
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from llmslim import cpu
+from llmslim.checkpoint.load import load
 from llmslim.cpu import fast_bfloat16
 from llmslim.errors import UserError
+from llmslim.inspection import inspect
 from llmslim.loaders import gguf
 from llmslim.loaders.models import compute_dtype, find
 from tests.tiny import save_tiny, tiny_model
@@ -79,6 +82,43 @@ def test_code_beside_a_model_is_never_run(name: str, tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match="llmslim runs none but transformers' own"):
         find(str(folder)).tokenizer()
     assert not ran.exists()
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"hidden_act": "loud"}, r"config.json describes no LlamaForCausalLM that can be built \(KeyError: 'loud'\)"),
+    ({"rope_parameters": {"rope_type": "no", "rope_theta": 1e4}}, "KeyError: 'no'"),
+    ({"architectures": ["GPT2LMHeadModel"]}, "no GPT2LMHeadModel that can be built"),
+    ({"architectures": 5}, "architectures are 5, and they are a list of names"),
+    ({"architectures": [["x"]]}, "architectures are .*, and they are a list of names"),
+    ({"num_key_value_heads": 0}, "ZeroDivisionError"),
+    ({"pad_token_id": 100_000}, "Padding_idx must be within"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0, and it takes at least 1"),
+    ({"vocab_size": 0}, "vocab_size is 0, and it takes at least 1"),
+    ({"hidden_size": 0}, "hidden_size is 0, and it takes at least 1"),
+    ({"dtype": "int8"}, "dtype is 'int8', and models compute in"),
+    ({"dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn', and models compute in"),
+    ({"quantization_config": {"quant_method": ["x"]}}, r"quantized with \['x'\], which is no name of a method"),
+    ({"quantization_config": {"quant_method": "llmslim", "format_version": 1, "edits": [{"edit": ["x"]}]}},
+     r"unknown edit \['x'\]"),
+])  # fmt: skip
+def test_a_config_that_describes_no_model_is_refused(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    folder = save_tiny("llama", tmp_path)
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | change))
+    for work in (load, inspect):
+        with pytest.raises(UserError, match=said):
+            work(str(folder))
+
+
+def test_a_config_whose_weights_transformers_alone_reads_is_refused_too(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path)
+    told = json.loads((folder / "config.json").read_text())
+    told |= {"hidden_act": "loud", "quantization_config": {"quant_method": "fp8"}}
+    (folder / "config.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match="KeyError: 'loud'"):
+        load(str(folder))
 
 
 def test_of_two_conversions_at_once_the_second_finds_the_first_ones(tmp_path: Path) -> None:

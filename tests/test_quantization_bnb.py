@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmslim.checkpoint.formats import choose
@@ -19,6 +20,7 @@ from llmslim.quantization.bnb import BitsAndBytes, PackBnb
 from llmslim.quantization.bnb_linear import STATE_BYTES, BnbLinear, state_of
 from llmslim.quantization.rtn import RTN
 from llmslim.recovery.full import Full
+from tests.checkpoints import make
 from tests.reference import nf4
 from tests.tiny import FAMILIES, example_inputs, meta_model, save_tiny, tiny_model
 
@@ -177,3 +179,73 @@ def test_configs_of_other_kinds_are_refused(change: dict[str, Any]) -> None:
     assert form.edits(config, model) == edits
     with pytest.raises(UserError, match="llmslim reads"):
         form.edits({**config, **change}, model)
+
+
+ABSMAX, STATE = "{}.weight.absmax", "{}.weight.quant_state.bitsandbytes__nf4"
+
+
+def state(**change: Any) -> Callable[[Tensor], Tensor]:
+    """A `quant_state` with entries that are others; None takes one out."""
+
+    def changed(told: Tensor) -> Tensor:
+        entries = {key: value for key, value in (state_of(told) | change).items() if value is not None}
+        return torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8)
+
+    return changed
+
+
+@pytest.mark.parametrize(("step", "leaf", "damage", "said"), [
+    (BitsAndBytes(), ABSMAX, lambda t: t[1:].clone(), "its config announces"),
+    (BitsAndBytes(), ABSMAX, lambda t: t.float(), "its config announces"),
+    (BitsAndBytes(double_quant=False), ABSMAX, lambda t: t * float("nan"), "has NaN"),
+    (BitsAndBytes(), "{}.weight.nested_absmax", lambda t: t * float("inf"), "has NaN or infinite"),
+    (BitsAndBytes(), STATE, torch.zeros_like, "quant_state that cannot be read"),
+    (BitsAndBytes(), STATE, lambda t: t.float() + 0.5, "quant_state that cannot be read"),
+    (BitsAndBytes(), STATE, state(dtype=None), "quant_state that cannot be read"),
+    (BitsAndBytes(), STATE, state(nested_offset="x"), "quant_state that cannot be read"),
+    (BitsAndBytes(), STATE, state(nested_offset=10**400), "quant_state that cannot be read"),
+    (BitsAndBytes(), STATE, state(nested_offset=float("nan")), "with the offset nan; llmslim reads"),
+    (BitsAndBytes(), STATE, state(dtype="nn"), "of 'nn' with .* llmslim reads"),
+    (BitsAndBytes(), STATE, state(blocksize=64.0), "llmslim reads .*'blocksize': 64"),
+    (BitsAndBytes(), STATE, state(shape=[64, 32]), "llmslim reads"),
+    (BitsAndBytes(), STATE, state(absmax=[1.0]), "llmslim reads"),
+    (BitsAndBytes(bits=8), "{}.SCB", lambda t: t[1:].clone(), "its config announces"),
+    (BitsAndBytes(bits=8), "{}.SCB", lambda t: t * float("nan"), "has NaN"),
+    (BitsAndBytes(bits=8), "{}.weight_format", lambda t: t + 1, "weight_format is 1; llmslim reads 0"),
+])  # fmt: skip
+def test_damaged_weights_are_refused(
+    step: BitsAndBytes, leaf: str, damage: Callable[[Tensor], Tensor], said: str, tmp_path: Path
+) -> None:
+    """Before bitsandbytes sees them, which reads past their ends or ends in a traceback."""
+    folder = made_by(step, save_tiny("llama", tmp_path / "base"), tmp_path / "made")
+    name = leaf.format("model.layers.1.mlp.up_proj")
+    rewrite(folder, name, damage)
+    with pytest.raises(UserError, match=said):
+        load(str(folder))
+
+
+def made_by(step: BitsAndBytes, base: Path, folder: Path, form: str = "auto") -> Path:
+    make(base, folder, step, form)
+    return folder
+
+
+def rewrite(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        tensors | {name: change(tensors[name])}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+
+
+def test_a_damaged_state_in_llmslims_own_format_is_refused(tmp_path: Path) -> None:
+    folder = made_by(BitsAndBytes(), save_tiny("llama", tmp_path / "base"), tmp_path / "made", "llmslim")
+    rewrite(folder, "model.layers.1.mlp.up_proj.quant_state", torch.zeros_like)
+    with pytest.raises(UserError, match="quant_state that cannot be read"):
+        load(str(folder))
+
+
+def test_the_state_of_others_may_have_another_length(tmp_path: Path) -> None:
+    folder = made_by(BitsAndBytes(), save_tiny("llama", tmp_path / "base"), tmp_path / "made")
+    inputs = example_inputs(tiny_model("llama"))
+    before = load(str(folder), dtype="float32")[0](**inputs).logits
+    rewrite(folder, STATE.format("model.layers.1.mlp.up_proj"), state())
+    torch.testing.assert_close(load(str(folder), dtype="float32")[0](**inputs).logits, before)

@@ -9,6 +9,9 @@ What they hold: `llmslim.quantization.bnb_linear`. config.json names the Linears
 
 from __future__ import annotations
 
+import json
+import math
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +22,12 @@ from transformers import PreTrainedModel
 from llmslim.anatomy.parts import is_linear
 from llmslim.checkpoint.formats import Format, Get, expect
 from llmslim.edit import Edit
-from llmslim.errors import UserError
+from llmslim.errors import UserError, first_line
 from llmslim.quantization.bnb import PackBnb
 from llmslim.quantization.bnb_linear import BLOCK, NESTED_BLOCK, THRESHOLD, BnbLinear, state_of
+
+STATE_DTYPES = ["float32", "bfloat16", "float16"]
+"""What a weight may have been of before it was packed."""
 
 
 class BitsAndBytesLayout(Format):
@@ -48,13 +54,19 @@ class BitsAndBytesLayout(Format):
             tensors = {_key(leaf, module): tensor for leaf, tensor in parts.items()}
         return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
 
+    def is_sized(self, full: str) -> bool:
+        return ".quant_state." not in full  # text, which others fill up to another length than ours
+
     def read(self, name: str, module: Any, get: Get) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
         for leaf, like in module.stored().items():
             full = f"{name}.{leaf if module.bits == 8 else _key(leaf, module)}"
             parts[leaf] = get(full) if leaf == "quant_state" else expect(full, get(full), like)
-        if module.bits == 4:
-            _check_state(name, module, parts["quant_state"])
+        if module.bits == 8 and (order := get(f"{name}.weight_format")).any():
+            raise UserError(
+                f"The checkpoint's {name}.weight_format is {order.tolist()}; llmslim reads 0, row by row."
+            )
+        check_state(name, module, parts)
         return parts
 
     def config(self, edits: Sequence[Edit], model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
@@ -130,15 +142,29 @@ def _key(leaf: str, module: BnbLinear) -> str:
     )
 
 
-def _check_state(name: str, module: BnbLinear, told: Tensor) -> None:
+def check_state(name: str, module: BnbLinear, parts: dict[str, Tensor]) -> None:
+    """Refuse a `quant_state` of 4 bits that is not what the config announces."""
+    if module.bits == 8:
+        return
+    announced: dict[str, Any] = {
+        "quant_type": module.quant_type,
+        "blocksize": BLOCK,
+        "shape": list(module.shape),
+    }
+    if module.double_quant:
+        announced |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
     try:
-        state = state_of(told)
-        fits = [state["blocksize"], list(state["shape"]), state["quant_type"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"The checkpoint's {name} has a quant_state that cannot be read: {error}.") from error
-    nested = state.get("nested_blocksize", NESTED_BLOCK)
-    if fits != [BLOCK, list(module.shape), module.quant_type] or nested != NESTED_BLOCK:
+        state = dict(state_of(parts["quant_state"]))
+        dtype, offset = state.pop("dtype"), float(state.pop("nested_offset") if module.double_quant else 0)
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
-            f"The checkpoint's {name} is {state['quant_type']} {state['shape']} in blocks of {state['blocksize']}; "
-            f"llmslim reads {module.quant_type} {list(module.shape)} in blocks of {BLOCK} here."
+            f"The checkpoint's {name} has a quant_state that cannot be read ({first_line(error)}): it is damaged; "
+            "download or save it again."
+        ) from error
+    # as text, where 64.0 is not 64
+    fits = json.dumps(state, sort_keys=True) == json.dumps(announced, sort_keys=True)
+    if not fits or dtype not in STATE_DTYPES or not math.isfinite(offset):
+        raise UserError(
+            f"The checkpoint's {name} has the quant_state {reprlib.repr(state)} of {dtype!r} with the offset {offset}; "
+            f"llmslim reads {announced} of {', '.join(STATE_DTYPES)} here."
         )

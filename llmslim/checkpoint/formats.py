@@ -55,6 +55,10 @@ class Format(ABC):
         Works on meta as well, for names, shapes and types.
         """
 
+    def is_sized(self, full: str) -> bool:
+        """Whether the size of the stored tensor of a full name follows from the config."""
+        return True
+
     @abstractmethod
     def read(self, name: str, module: Any, get: Get) -> QuantizedWeight | SparseWeight | dict[str, Tensor]:
         """The inverse of `stored`: what the module's `store` takes; of a `BnbLinear`, its tensors by name.
@@ -169,13 +173,18 @@ def as_bytes(words: Tensor, width: int) -> Tensor:
 
 def expect(name: str, tensor: Tensor, like: Tensor) -> Tensor:
     """The tensor, or a UserError when its shape or kind of type is not that of `like`."""
-    floats = tensor.is_floating_point() and like.is_floating_point()
-    if tensor.shape != like.shape or not (floats or tensor.dtype == like.dtype):
+    expect_stored(name, tensor.dtype, tensor.shape, like)
+    return tensor
+
+
+def expect_stored(name: str, dtype: torch.dtype, shape: Sequence[int], like: Tensor) -> None:
+    """The same of a tensor that is not read yet, by what the header of its file says."""
+    floats = dtype.is_floating_point and like.is_floating_point()
+    if list(shape) != list(like.shape) or not (floats or dtype == like.dtype):
         raise UserError(
-            f"The checkpoint's tensor {name} is {tensor.dtype} {list(tensor.shape)}, its config announces "
+            f"The checkpoint's tensor {name} is {dtype} {list(shape)}, its config announces "
             f"{like.dtype} {list(like.shape)}; it is damaged, or of a layout that llmslim cannot read."
         )
-    return tensor
 
 
 def input_step(name: str, tensors: dict[str, Tensor], scheme: Scheme) -> Tensor | None:

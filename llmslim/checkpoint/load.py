@@ -15,13 +15,14 @@ from llmslim.checkpoint.reader import (
     CheckpointReader,
     may_lack,
     plain_config,
+    quantization,
     read_edits,
     refuse_missing,
     require_finite,
 )
-from llmslim.errors import UserError
+from llmslim.errors import UserError, first_line
 from llmslim.kvcache.store import read_setting
-from llmslim.loaders.models import ModelFiles, compute_dtype, find, find_device, model_class, skeleton
+from llmslim.loaders.models import ModelFiles, find, find_device, model_class, resolve_dtype, skeleton
 
 
 def load(
@@ -55,19 +56,45 @@ def load_model(files: ModelFiles, dtype: torch.dtype | str | None, device: torch
     """The model of files at hand, on `device`."""
     from llmslim.checkpoint import plugin  # noqa: F401  registers with transformers
 
-    dtype = _resolve(dtype, files, device)
-    method = _method(files)
+    dtype = resolve_dtype(dtype, files, device)
+    stored = quantization(files) or {}
+    method = stored.get("quant_method")
     config = copy.deepcopy(files.config)
     if method in ("llmslim", "compressed-tensors", "gptq"):
         config.quantization_config = _ours(files, dtype)
     if method == "bitsandbytes":  # computes in its own type, else
         config.quantization_config = {
-            **_stored(files),
+            **stored,
             "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         }
     files.weights  # noqa: B018  refuses folders without safetensors
     if method is None or method in formats():
-        CheckpointReader(files)  # refuses files that lack tensors
+        reader = CheckpointReader(files)  # refuses files that lack tensors, or hold others
+        reader.check_bnb()
+    else:
+        skeleton(plain_config(files))  # refuses configs that describe no model
+    setting = read_setting(files.folder)
+    model, missing = _by_transformers(files, config, dtype, device, method)
+    # of what only transformers reads
+    refuse_missing(files, [name for name in missing if not may_lack(model, name)])
+    settle(model)
+    if method == "bitsandbytes":  # of which transformers leaves what is dense in the stored type
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    for name, parameter in model.named_parameters():
+        require_finite(files, name, parameter.detach())
+    if setting is not None and model.can_generate():
+        from llmslim.kvcache.runtime.cache import attach
+
+        attach(model, setting)
+    return model.eval()
+
+
+def _by_transformers(
+    files: ModelFiles, config: Any, dtype: torch.dtype, device: torch.device, method: str | None
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model as transformers loads it, and what the files lack of it."""
     try:
         cls: Any = model_class(config)
         model, told = cls.from_pretrained(
@@ -79,51 +106,14 @@ def load_model(files: ModelFiles, dtype: torch.dtype | str | None, device: torch
             output_loading_info=True,
         )
     except ImportError as error:  # AWQ, bitsandbytes and so on, whose packages are not installed
-        raise UserError(
-            f"{files.spec} is quantized with {method!r}: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise UserError(f"{files.spec} is quantized with {method!r}: {first_line(error)}.") from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise UserError(
             f"{files.spec}: some tensors have other shapes than config.json says, as told above; the folder is damaged."
         ) from error
-    # of what only transformers reads
-    refuse_missing(files, [name for name in told["missing_keys"] if not may_lack(model, name)])
-    settle(model)
-    if method == "bitsandbytes":  # of which transformers leaves what is dense in the stored type
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
-    for name, parameter in model.named_parameters():
-        require_finite(files, name, parameter.detach())
-    setting = read_setting(files.folder)
-    if setting is not None and model.can_generate():
-        from llmslim.kvcache.runtime.cache import attach
-
-        attach(model, setting)
-    return model.eval()
-
-
-def _resolve(dtype: torch.dtype | str | None, files: ModelFiles, device: torch.device) -> torch.dtype:
-    if dtype is None:
-        return compute_dtype(device, files.dtype)
-    named = (
-        files.dtype if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    )
-    if not isinstance(named, torch.dtype):
-        raise UserError(f"Unknown dtype {dtype!r}; use float32, bfloat16, float16 or auto.")
-    return named
-
-
-def _method(files: ModelFiles) -> str | None:
-    return _stored(files).get("quant_method")
-
-
-def _stored(files: ModelFiles) -> dict[str, Any]:
-    """The quantization_config of the files; empty when there is none."""
-    stored = getattr(files.config, "quantization_config", None) or {}
-    return stored if isinstance(stored, dict) else stored.to_dict()
+    return model, told["missing_keys"]
 
 
 def _ours(files: ModelFiles, dtype: torch.dtype) -> dict[str, Any]:

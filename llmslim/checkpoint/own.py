@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmslim.checkpoint.bitsandbytes import check_state
 from llmslim.checkpoint.formats import Compact, Format, Get, exact_scale, expect, input_step
 from llmslim.checkpoint.names import absolute, relative
 from llmslim.edit import Edit, parse_edit
@@ -46,7 +47,9 @@ class Own(Format):
         like = self.stored(name, module)
         tensors = {full: expect(full, get(full), tensor) for full, tensor in like.items()}
         if isinstance(module, BnbLinear):
-            return {full.removeprefix(f"{name}."): tensor for full, tensor in tensors.items()}
+            parts = {full.removeprefix(f"{name}."): tensor for full, tensor in tensors.items()}
+            check_state(name, module, parts)
+            return parts
         if isinstance(module, SparseLinear):
             sparse = SparseWeight(*tensors.values())
             try:

@@ -13,15 +13,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from llmslim.anatomy import Anatomy
 from llmslim.calibration.statistics import is_finite
-from llmslim.checkpoint.formats import Compact, Format, Packed, expect, formats
+from llmslim.checkpoint.formats import Compact, Format, Packed, expect, expect_stored, formats
 from llmslim.checkpoint.inventory import dense_tensors, part_of, stored_tensors
 from llmslim.edit import Edit, replay
 from llmslim.errors import UserError
 from llmslim.loaders.models import ModelFiles, place, skeleton, tie
+from llmslim.loaders.safetensors_io import DTYPES
 from llmslim.quantization.bnb_linear import BnbLinear
 from llmslim.quantization.grid import QuantizedWeight
 from llmslim.quantization.packed import PackedLinear
@@ -43,7 +49,7 @@ class CheckpointReader:
         fresh_head: the files may lack the head, which will be made anew.
 
     Raises:
-        UserError: the files lack tensors.
+        UserError: the files lack tensors, or hold others than the config announces.
     """
 
     def __init__(self, files: ModelFiles, fresh_head: bool = False) -> None:
@@ -119,12 +125,7 @@ class CheckpointReader:
             if full in ties:
                 continue
             tensor = stored = get(full)
-            shape = model.get_parameter_or_buffer(full).shape  # type: ignore[operator]
-            if tensor.shape != shape:
-                raise UserError(
-                    f"{self.files.folder}: the tensor {full} is {list(tensor.shape)}, the config makes it "
-                    f"{list(shape)}; the folder is damaged."
-                )
+            expect(full, tensor, model.get_parameter_or_buffer(full))  # type: ignore[operator]
             if tensor.is_floating_point():
                 tensor = tensor.to(round_to or tensor.dtype)
                 if not table or full in ties.values():
@@ -171,13 +172,41 @@ class CheckpointReader:
         """Expected name -> name in the files; None: some are there, or are made, only by transformers' own ways."""
         self._reference = self.model_skeleton()
         form = self.form or formats()["llmslim"]
-        binding = {name: self._found(name) for name in stored_tensors(self._reference, form)}
+        announced = stored_tensors(self._reference, form)
+        binding = {name: self._found(name) for name in announced}
+        self._expect(form, announced, binding)
         if open_ := [name for name, found in binding.items() if found is None]:
             lost = [name for name in self._lost(open_) if not (self.fresh_head and self._is_head(name))]
             refuse_missing(self.files, [name for name in lost if not may_lack(self._reference, name)])
             self.made_up = lost
             return None
         return cast(dict[str, str], binding)
+
+    def _expect(
+        self, form: Format, announced: dict[str, tuple[Tensor, bool]], binding: dict[str, str | None]
+    ) -> None:
+        """Refuse tensors that, by the headers, are not what the config announces."""
+        steps = get_model_conversion_mapping(self._reference)
+        converts = any(isinstance(step, WeightConverter) for step in steps)
+        for name, found in binding.items():
+            like, is_dense = announced[name]
+            # what transformers converts while it loads may have another shape in the files; heads are made anew
+            if found is None or (is_dense and converts) or (self.fresh_head and self._is_head(name)):
+                continue
+            if form.is_sized(name):
+                entry = self.weights.entries[found]
+                expect_stored(found, DTYPES[entry["dtype"]], entry["shape"], like)
+
+    def check_bnb(self) -> None:
+        """Refuse values in bitsandbytes' weights that its own loading would stumble over."""
+        form, shared = self.form or formats()["llmslim"], shared_modules(self._reference)
+        with self.weights.open() as get:
+            for name, module in self._reference.named_modules():
+                if isinstance(module, BnbLinear) and not counterpart(name, shared):
+                    parts = form.read(name, module, lambda full: get(self._found(full)))
+                    assert isinstance(parts, dict)  # as for every BnbLinear
+                    for leaf, tensor in parts.items():
+                        require_finite(self.files, f"{name}.{leaf}", tensor)
 
     def _found(self, name: str) -> str | None:
         """What a tensor is called in the files, which may lack the base model's prefix or have it in excess."""
@@ -318,17 +347,35 @@ def plain_config(files: ModelFiles) -> Any:
     return config
 
 
+def quantization(files: ModelFiles) -> dict[str, Any] | None:
+    """The quantization_config of the files; None when there is none.
+
+    Raises:
+        UserError: its quant_method is no name.
+    """
+    stored = getattr(files.config, "quantization_config", None)
+    if stored is None:
+        return None
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = stored.get("quant_method")
+    if method is not None and not isinstance(method, str):
+        raise UserError(
+            f"{files.spec} is quantized with {method!r}, which is no name of a method; llmslim reads "
+            f"{', '.join(formats())} and models that are not quantized."
+        )
+    return stored
+
+
 def read_edits(files: ModelFiles) -> tuple[Format | None, list[Edit]]:
     """The format and the edits of a folder, from its config.json alone.
 
     Raises:
         UserError: it is quantized in a way that llmslim does not read.
     """
-    stored = getattr(files.config, "quantization_config", None)
+    stored, known = quantization(files), formats()
     if stored is None:
         return None, []
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    method, known = stored.get("quant_method"), formats()
+    method = stored.get("quant_method")
     if method not in known:
         raise UserError(
             f"{files.spec} is quantized with {method!r}; llmslim reads {', '.join(known)} and models that "

@@ -135,9 +135,9 @@ def _tensors(files: ModelFiles) -> Check:
 
 
 def _code(dtype: torch.dtype) -> str:
-    from llmslim.loaders.safetensors_io import _DTYPE_NAMES
+    from llmslim.loaders.safetensors_io import CODES
 
-    return _DTYPE_NAMES[str(dtype)]
+    return CODES[dtype]
 
 
 @torch.no_grad()

@@ -13,10 +13,9 @@ import torch
 from llmslim.checkpoint.load import load_model
 from llmslim.errors import UserError
 from llmslim.evaluation.paired import NO_LOSS, TOO_FEW, shift_verdict
-from llmslim.evaluation.run import resolve_dtype
 from llmslim.loaders.glue import DATASET, Sentences, Task, require_data, task_of, task_rows
 from llmslim.loaders.heads import positions, reading, require_head
-from llmslim.loaders.models import ModelFiles, find, find_device
+from llmslim.loaders.models import ModelFiles, find, find_device, resolve_dtype
 from llmslim.metrics import predicted, require_metrics, score
 from llmslim.training.forward import label_logits
 

@@ -28,10 +28,10 @@ from llmslim.evaluation.paired import (
     verdict,
 )
 from llmslim.evaluation.perplexity import require_causal
-from llmslim.evaluation.run import KV_CHUNK, check_adapter, kv_figures, prepared, resolve_dtype
+from llmslim.evaluation.run import KV_CHUNK, check_adapter, kv_figures, prepared
 from llmslim.evaluation.tasks import leaves, load_tasks
 from llmslim.kvcache.settings import KVSettings
-from llmslim.loaders.models import ModelFiles, find, find_device
+from llmslim.loaders.models import ModelFiles, find, find_device, resolve_dtype
 
 Progress = Callable[[str, int, int], None]
 

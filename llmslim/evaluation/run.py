@@ -17,7 +17,7 @@ from llmslim.evaluation.stream import streamed_scores
 from llmslim.kvcache.allocation import fitted, told
 from llmslim.kvcache.settings import KVSettings
 from llmslim.loaders.heads import require_positions, require_vocabulary
-from llmslim.loaders.models import ModelFiles, compute_dtype, find, find_device
+from llmslim.loaders.models import ModelFiles, find, find_device, resolve_dtype
 from llmslim.loaders.texts import TextSample, sample
 
 Progress = Callable[[int, int], None]
@@ -172,18 +172,3 @@ def _flat(measured: PerplexityResult | Comparison) -> dict[str, Any]:
             estimate = getattr(measured, name)
             flat |= {name: estimate.value, f"{name}_stderr": estimate.stderr}
     return flat
-
-
-def resolve_dtype(name: str | None, files: ModelFiles, device: torch.device) -> torch.dtype:
-    """The type to compute in: the named one, or what is fast here."""
-    if name is None:
-        return compute_dtype(device, files.dtype)
-    known = {
-        "auto": files.dtype,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }
-    if name not in known:
-        raise UserError(f"Unknown dtype {name!r}; there are {', '.join(known)}.")
-    return known[name]

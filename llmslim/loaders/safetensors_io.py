@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmslim.errors import UserError
+from llmslim.errors import UserError, first_line
 
 _CHUNK = 16 * 2**20
 
@@ -23,7 +24,7 @@ def header(path: Path) -> tuple[dict, int]:
     """The JSON header of a safetensors file (without metadata), and where its data begins, in bytes.
 
     Raises:
-        UserError: the file is cut off or is not safetensors.
+        UserError: the file is cut off or is not safetensors, or the header does not describe its data.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -38,11 +39,22 @@ def header(path: Path) -> tuple[dict, int]:
             entries.pop("__metadata__", None)
             parts = [(entry["dtype"], entry["shape"], entry["data_offsets"]) for entry in entries.values()]
             end = max((int(offsets[1]) for _, _, offsets in parts), default=0)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} has a damaged header; download or save it again.") from error
     if 8 + length + end != size:
         raise UserError(f"{path} is cut off: {size} of {8 + length + end} bytes; download or save it again.")
-    return entries, 8 + length
+    with _opened(path):  # checks names, types, shapes and places of all tensors against one another
+        return entries, 8 + length
+
+
+def _opened(path: Path) -> Any:
+    """The file as safetensors opens it."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} has a damaged header ({first_line(error)}); download or save it again."
+        ) from error
 
 
 def write_in_order(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -57,7 +69,7 @@ def write_in_order(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         for name, tensor in tensors:
             data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
             entries[name] = {
-                "dtype": _DTYPE_NAMES[str(tensor.dtype)],
+                "dtype": CODES[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [offset, offset + len(data)],
             }
@@ -96,7 +108,7 @@ def file_bytes(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
     for name, (shape, dtype) in tensors.items():
         end = offset + math.prod(shape) * dtype.itemsize
         entries[name] = {
-            "dtype": _DTYPE_NAMES[str(dtype)],
+            "dtype": CODES[dtype],
             "shape": list(shape),
             "data_offsets": [offset, end],
         }
@@ -128,26 +140,27 @@ class SafetensorsFolder:
             if path.parent != folder or not path.exists():
                 raise UserError(f"{folder} lacks the weight file {name} that its index names.")
             for key, entry in header(path)[0].items():
+                if entry["dtype"] not in DTYPES:
+                    raise UserError(
+                        f"{path} has the tensor {key} of type {entry['dtype']}, and llmslim reads {', '.join(DTYPES)}; "
+                        "save it as one of these."
+                    )
                 self.entries[key] = {"dtype": entry["dtype"], "shape": entry["shape"], "file": name}
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of all tensors in the files."""
-        return sum(
-            DTYPE_BYTES.get(entry["dtype"], 1) * math.prod(entry["shape"]) for entry in self.entries.values()
-        )
+        return sum(map(entry_bytes, self.entries.values()))
 
     @contextmanager
     def open(self) -> Iterator:
         """A reader `get(name) -> Tensor` whose file maps are closed at the end: copy what must outlive it."""
-        from safetensors import safe_open
-
         handles: dict[str, Any] = {}
 
         def get(name: str) -> Tensor:
             file = self.entries[name]["file"]
             if file not in handles:
-                handles[file] = safe_open(self.folder / file, framework="pt")
+                handles[file] = _opened(self.folder / file)
             return handles[file].get_tensor(name)
 
         try:
@@ -179,29 +192,28 @@ def indexed_files(folder: Path) -> list[str]:
     raise UserError(f"{index} does not name safetensors files; download or save it again.")
 
 
-_DTYPE_NAMES = {
-    "torch.float64": "F64",
-    "torch.float32": "F32",
-    "torch.float16": "F16",
-    "torch.bfloat16": "BF16",
-    "torch.int64": "I64",
-    "torch.int32": "I32",
-    "torch.int16": "I16",
-    "torch.int8": "I8",
-    "torch.uint8": "U8",
-    "torch.bool": "BOOL",
+def entry_bytes(entry: dict) -> int:
+    """Size of a tensor by its entry in a header."""
+    return DTYPES[entry["dtype"]].itemsize * math.prod(entry["shape"])
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The types that models are stored in."""
-DTYPE_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
+CODES = {dtype: name for name, dtype in DTYPES.items()}

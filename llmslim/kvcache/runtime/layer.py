@@ -121,6 +121,14 @@ class KVLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        heads, dim = key_states.shape[1], key_states.shape[-1]
+        for basis in self.settings.components:
+            # by the keys: of a pruned model the config may have other numbers
+            if basis.shape != (heads, dim, dim):
+                raise UserError(
+                    f"kv_cache: components are of {basis.shape[0]} KV heads of {basis.shape[1]} channels, and a layer "
+                    f"of this model has {heads} of {dim}: measure them for this model."
+                )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.codecs = codecs(self.settings, key_states.shape[-1], value_states.shape[-1], self.device)
         self.tail = (key_states[:, :, :0], value_states[:, :, :0])
