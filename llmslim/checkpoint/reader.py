@@ -89,9 +89,8 @@ class CheckpointReader:
         with self._open() as read:
             for name, module in part_of(models[0], prefix):
                 get = _following(read, name, counterpart(name, shared))
-                table = prefix is None and isinstance(
-                    module, nn.Embedding
-                )  # T5 has some inside blocks, that compute
+                # T5 has embeddings inside blocks, too, which are computed with there
+                table = prefix is None and isinstance(module, nn.Embedding)
                 tensors = self._dense(name, module, models[0], get, dtype, round_to, table)
                 if isinstance(module, Compact) and not self._is_tied(models[0], f"{name}.weight_packed"):
                     tensors |= self._compact(name, module, get, dtype, round_to)
