@@ -14,7 +14,6 @@ _THRESHOLD = 2**20
 KERNELS = 128
 """Kernels that oneDNN keeps, instead of 1024, of some 0.7 MB each: one per shape of a product, of which an ordinary
 model has a few dozen, and a mixture ever new ones, as other numbers of tokens go to its experts."""
-KERNEL_BYTES = 7 * 10**5
 KEPT = 2**30
 """Bytes of freed memory that a loop in `freed_memory_kept` may hold at the heap's end."""
 
