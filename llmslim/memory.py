@@ -11,6 +11,9 @@ from pathlib import Path
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 _THRESHOLD = 2**20
+KERNELS = 128
+"""Kernels that oneDNN keeps, instead of 1024, of some 0.7 MB each: one per shape of a product, of which an ordinary
+model has a few dozen, and a mixture ever new ones, as other numbers of tokens go to its experts."""
 KEPT = 2**30
 """Bytes of freed memory that a loop in `freed_memory_kept` may hold at the heap's end."""
 
@@ -22,6 +25,11 @@ def return_freed_memory() -> None:
     blocks would hold a third more than it needs. Elsewhere than on glibc this does nothing.
     """
     _set_threshold(_THRESHOLD)
+
+
+def bound_kernels() -> None:
+    """Have oneDNN keep no more than `KERNELS`; it asks the environment at its first product, and never again."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from llmslim.edit import parse_edit
 from llmslim.files import load_tensors, save_tensors, write_atomically
 from llmslim.history import CURVES, TRAINING, curves, rewrite
 from llmslim.loaders.models import ModelFiles, place, release, tie
+from llmslim.memory import return_freed_memory
 from llmslim.step import BlockStep, StepRecord
 from llmslim.ties import shared_modules
 from llmslim.work import Progress, WorkFolder
@@ -144,6 +145,7 @@ class BlockPass:
             if block.index == len(stack.blocks) - 1:
                 for stream in self._streams:
                     stream.leave(stream.anatomy.stacks[number])
+            return_freed_memory()  # of experts, each with another number of tokens, holes stay
             self.state["blocks"] = done
             self._save(started)
 

@@ -24,7 +24,7 @@ from llmslim.identity import environment, fingerprint
 from llmslim.loaders.models import ModelFiles, find
 from llmslim.loaders.texts import TextSample
 from llmslim.measure import measure
-from llmslim.memory import return_freed_memory
+from llmslim.memory import bound_kernels, return_freed_memory
 from llmslim.passes import BlockPass, PassOptions, recorded
 from llmslim.prepare import Prepared, prepare, read_from
 from llmslim.recipe import Recipe
@@ -78,6 +78,7 @@ def compress(
     started = time.time()
     check_output(Path(output), overwrite)
     return_freed_memory()
+    bound_kernels()
     prepared = prepare(model, recipe, revision=revision, device=device)
     files, recipe, options = prepared.files, prepared.recipe, prepared.options
     check_apart(Path(output), read_from(prepared))

@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 
 from llmslim.anatomy import Anatomy
-from llmslim.anatomy.parts import matrix_shapes
 from llmslim.checkpoint.formats import Format, formats
 from llmslim.checkpoint.writer import weight_bytes
 from llmslim.errors import UserError
@@ -40,6 +39,8 @@ SCORE_COPIES = 6
 """How often scoring holds a slice of the logits in float32: five in the divergence, and what it is made from."""
 IMPORTED = 40 * 10**6
 """Bytes of modules that are imported, and of records that are kept, after the plan; 38 MB seen."""
+KERNELS = 350 * 10**6
+"""Bytes that a mixture's products in bfloat16 on a CPU leave behind, in ever new shapes: 340 MB seen."""
 STARTED = 600 * 10**6
 """Bytes that a process which trains takes before it has a model: torch, transformers, accelerate, peft; 590 MB seen."""
 SMALL_FILES = 20 * 2**20
@@ -117,11 +118,13 @@ def make_plan(
     start = shape.total * shape.stored if fresh_head else 0  # written for the run to begin with
     own = formats()["llmslim"]
     between = [weight_bytes(front.model, own, options.stored) for front in fronts[1:]]
+    read = _input_bytes(files, shape.total)
+    held = 0 if streams else shape.total * shape.stored
     return Plan(
-        peak_memory=_peak_memory(shape, recipe, anatomy, streams, others),
+        peak_memory=_peak_memory(shape, recipe, anatomy, held, 0 if streams else read, others),
         available_memory=available_memory(),
         seconds=_seconds(shape, recipe, anatomy, others),
-        input_bytes=_input_bytes(files, shape.total),
+        input_bytes=read,
         output_bytes=output,
         disk_bytes=start + _disk(shape, recipe, fronts, [*between, output]) + SMALL_FILES,
         format=form.name,
@@ -146,10 +149,11 @@ class _Shape:
         self.block = max(sum(p.numel() for p in block.module.parameters()) for block in anatomy.blocks)
         self.hidden = model.config.get_text_config().hidden_size
         self.vocabulary = cast(int, model.get_input_embeddings().num_embeddings)
-        self.matrices = [shape for block in anatomy.blocks for shape in matrix_shapes(block.module)]
-        self.widest = max((width for _, width in self.matrices), default=self.hidden)
-        self.largest = max((rows * width for rows, width in self.matrices), default=0)
-        self.widths = sum(rows + width for rows, width in self.matrices)
+        self.matrices = [matrices for block in anatomy.blocks for matrices in block.matrices()]
+        self.passed = sum(m.passed for m in self.matrices)
+        self.widest = max((int(m.width * max(m.used, 1)) for m in self.matrices), default=self.hidden)
+        self.widths = int(sum(m.used * (m.rows + m.width) for m in self.matrices))
+        self.mixes = any(m.used < m.count for m in self.matrices)
         self.tokens = 0 if options.tokens is None else options.tokens.numel()
         self.window = 0 if options.tokens is None else options.tokens.shape[1]
         self.lane_bytes = self.tokens * self.hidden * self.compute
@@ -178,10 +182,15 @@ def _disk(shape: _Shape, recipe: Recipe, fronts: Sequence[Anatomy], made: Sequen
 
 
 def _peak_memory(
-    shape: _Shape, recipe: Recipe, anatomy: Anatomy, streams: bool, others: Sequence[Other] = ()
+    shape: _Shape, recipe: Recipe, anatomy: Anatomy, held: int, mapped: int, others: Sequence[Other]
 ) -> int:
-    """The process as it is now, plus the larger of: gradients, entering the blocks, working on one, evaluating."""
-    weights = shape.block * (shape.compute + shape.stored) if streams else shape.total * shape.compute
+    """The process as it is now, plus the larger of: gradients, entering the blocks, working on one, evaluating.
+
+    Args:
+        held: bytes of a model that is loaded whole, for as long as its blocks are taken from it.
+        mapped: bytes of its files, which are in memory beside it while it is loaded.
+    """
+    weights = shape.block * (shape.compute + shape.stored)
     blocks = [step for step in recipe.steps if isinstance(step, BlockStep)]
     followed = max(
         (s.reference_share for s in blocks if s.follows_reference(anatomy, shape.tokens)), default=0
@@ -205,7 +214,9 @@ def _peak_memory(
             surveying = max(surveying, _surveying(other.step, shape, anatomy, beside))
         else:  # asked before, in the type of the products
             surveying = max(surveying, other.values * _products(other.step, shape.dtype).itemsize)
-    entering = weights + shape.outer * 2 * shape.stored + shape.lane_bytes * 2
+    outer = shape.outer * 2 * shape.stored
+    tables = max((step.outer_bytes(anatomy) for step in blocks), default=0)
+    entering = outer + max(weights + shape.lane_bytes * 2, tables)
     evaluating = 0
     if recipe.evaluation is not None and anatomy.head is not None:
         seq_len = recipe.evaluation.seq_len
@@ -218,7 +229,8 @@ def _peak_memory(
         # one whole model in float32 after the other, read from its files, and a batch that passes a block
         passing = SCORED * (3 * shape.widest + 4 * shape.hidden) * 4
         evaluating = max(evaluating, shape.total * (4 + shape.stored) + passing)
-    return resident_bytes() + max(surveying, working, entering, evaluating)
+    kernels = KERNELS if shape.mixes and shape.device.type == "cpu" and shape.compute < 4 else 0
+    return resident_bytes() + kernels + max(surveying, held + max(mapped, working, entering, evaluating))
 
 
 def _surveying(step: BlockStep, shape: _Shape, anatomy: Anatomy, beside: int = 0) -> int:
@@ -254,17 +266,17 @@ def _seconds(shape: _Shape, recipe: Recipe, anatomy: Anatomy, others: Sequence[O
 
     In what trains, also what is done to each value between products: with fast ones most of the time.
     """
-    device, weights = shape.device, sum(rows * width for rows, width in shape.matrices)
+    device, passed = shape.device, shape.passed
     flops, surveys, pace = 0.0, 0.0, _flops_per_second(device, shape.dtype)
     beside = {id(other.step): other.weights for other in others}
     for step in recipe.steps:
         if isinstance(step, BlockStep) and step.needs_survey:
             head = anatomy.head is not None and step.survey_copies
-            passed = weights + (shape.hidden * shape.vocabulary if head else 0)
+            met = passed + (shape.hidden * shape.vocabulary if head else 0)
             products = _products(step, shape.dtype)
             own = pace if products == shape.dtype else _flops_per_second(device, products)
             touched = shape.widths * TOUCHED / _values_per_second(device) if step.survey_copies else 0.0
-            seconds = step.survey_work(shape.tokens, shape.window) * (passed / own + touched)
+            seconds = step.survey_work(shape.tokens, shape.window) * (met / own + touched)
             if isinstance(step, PlacingStep) and id(step) in beside:
                 asking = 2.0 * step.asked(shape.tokens, shape.window) * beside[id(step)] / own
                 seconds += asking if step.keeps_other else 0.0
@@ -273,16 +285,16 @@ def _seconds(shape: _Shape, recipe: Recipe, anatomy: Anatomy, others: Sequence[O
             surveys += min(step.survey_limit, seconds)
         if step.needs_calibration and isinstance(step, BlockStep) and step.streams_calibration:
             tokens = min(shape.tokens, step.text_limit or shape.tokens)
-            flops += 2.0 * tokens * weights
-            trained = 6.0 * step.windows_trained(shape.tokens // shape.window) * shape.window * weights
+            flops += 2.0 * tokens * passed
+            trained = 6.0 * step.windows_trained(shape.tokens // shape.window) * shape.window * passed
             surveys += min(step.blocks_limit, trained / pace)
-            flops += 1.25 * tokens * sum(width * width for _, width in shape.matrices) / 2
-        flops += 2.0 * sum(rows * width * width for rows, width in shape.matrices) * 2
+            flops += 1.25 * tokens * sum(m.used * m.width * m.width for m in shape.matrices) / 2
+        flops += 2.0 * sum(m.weights * m.width for m in shape.matrices) * 2
     if recipe.evaluation is not None and anatomy.head is not None:
         tokens = recipe.evaluation.windows * recipe.evaluation.seq_len
         measured = len(recipe.steps) if recipe.evaluation.steps else 1  # each runs the base beside it
-        flops += measured * 2 * 2.0 * tokens * (weights + shape.hidden * shape.vocabulary)
-    return surveys + flops / pace + len(recipe.steps) * weights * 1e-7
+        flops += measured * 2 * 2.0 * tokens * (passed + shape.hidden * shape.vocabulary)
+    return surveys + flops / pace + len(recipe.steps) * sum(m.weights for m in shape.matrices) * 1e-7
 
 
 @functools.cache

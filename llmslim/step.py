@@ -291,6 +291,10 @@ class BlockStep(Step):
         """Whether the text passes through the blocks while they are decided on."""
         return self.needs_calibration
 
+    def outer_bytes(self, anatomy: Anatomy) -> int:
+        """Memory that `compress_outer` needs at its peak beside what lies outside the blocks; for the plan."""
+        return 0
+
     def compress_outer(self, stream: BlockStream, record: StepRecord) -> None:
         """Change what lies outside the blocks (embeddings, head), which is filled; runs first."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from llmslim.anatomy import Anatomy
-from llmslim.anatomy.parts import features, matrix_shapes
+from llmslim.anatomy.parts import features
 from llmslim.checkpoint.reader import plain_config, read_edits
 from llmslim.edit import replay
 from llmslim.errors import UserError
@@ -67,10 +67,9 @@ def check_others(
             check_predictions(anatomy, fronts[number], step.kind)
         step.check_pair(fronts[number], anatomy)
         values = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-        matrices = [shape for block in anatomy.blocks for shape in matrix_shapes(block.module)]
+        passed = sum(matrices.passed for block in anatomy.blocks for matrices in block.matrices())
         head = math.prod(features(anatomy.head[1])) if anatomy.head is not None else 0
-        weights = head + sum(rows * width for rows, width in matrices)
-        others.append(Other(step, other, values, weights))
+        others.append(Other(step, other, values, head + int(passed)))
     return others
 
 

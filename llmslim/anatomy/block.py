@@ -8,7 +8,7 @@ from torch import nn
 
 from llmslim.anatomy.family import ATTENTION_ROLES, MLP_ROLES, Family
 from llmslim.anatomy.match import Roles, match_roles, nearest, read_attention, read_experts, read_mlp
-from llmslim.anatomy.parts import MLP, Attention, Experts, is_linear, is_norm
+from llmslim.anatomy.parts import MLP, Attention, Experts, Matrices, features, is_linear, is_matrix, is_norm
 from llmslim.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,6 +75,22 @@ class Block:
             for path, module in self.module.named_modules()
             if is_linear(module) and nearest(name := f"{self.name}.{path}", owners)
         }
+
+    def matrices(self) -> list[Matrices]:
+        """All matrices of whatever kind, those of experts too, be they fused or not; for what a block takes."""
+        found = []
+        experts = self.roles["experts"].get("experts", "\0")
+        top_k = getattr(self.model.config.get_text_config(), "num_experts_per_tok", None)
+        for path, module in self.module.named_modules():
+            name = f"{self.name}.{path}"
+            if name == experts:
+                stacks = [p.shape for p in module.parameters(recurse=False) if p.ndim == 3]
+                found += [Matrices(rows, width, n, top_k or n) for n, rows, width in stacks]
+                count = sum(1 for _ in module.children()) or 1
+            if is_matrix(module):
+                used = (top_k or count) / count if name.startswith(f"{experts}.") else 1.0
+                found.append(Matrices(*features(module), used=used))
+        return found
 
     def parts(self) -> dict[str, str]:
         """Dotted name of a module or parameter -> its part (one of PARTS)."""

@@ -44,9 +44,23 @@ def features(module: nn.Module) -> tuple[int, int]:
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
 
 
-def matrix_shapes(module: nn.Module) -> list[tuple[int, int]]:
-    """(outputs, inputs) of all matrices in a module."""
-    return [features(part) for part in module.modules() if is_matrix(part)]
+@dataclass(frozen=True)
+class Matrices:
+    """Matrices of one shape [rows, width]: `count` there are, `used` of them, on average, a token passes."""
+
+    rows: int
+    width: int
+    count: int = 1
+    used: float = 1.0
+
+    @property
+    def weights(self) -> int:
+        return self.count * self.rows * self.width
+
+    @property
+    def passed(self) -> float:
+        """Weights that a token meets."""
+        return self.used * self.rows * self.width
 
 
 @dataclass(frozen=True, eq=False)

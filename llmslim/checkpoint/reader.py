@@ -26,7 +26,7 @@ from llmslim.checkpoint.formats import Compact, Format, Packed, expect, expect_s
 from llmslim.checkpoint.inventory import dense_tensors, part_of, stored_tensors
 from llmslim.edit import Edit, replay
 from llmslim.errors import UserError
-from llmslim.loaders.models import ModelFiles, place, skeleton, tie
+from llmslim.loaders.models import ModelFiles, place, release, skeleton, tie
 from llmslim.loaders.safetensors_io import DTYPES
 from llmslim.quantization.bnb_linear import BnbLinear
 from llmslim.quantization.grid import QuantizedWeight
@@ -280,7 +280,10 @@ class CheckpointReader:
 
             loaded = load_model(self.files, dtype="auto", device=torch.device("cpu"))
             own = formats()["llmslim"]
-            self._whole = {name: tensor for name, (tensor, _) in stored_tensors(loaded, own).items()}
+            found = {name: tensor for name, (tensor, _) in stored_tensors(loaded, own).items()}
+            release(loaded, "")
+            # copied one by one: some are views of the files' map, all of which would stay in memory for them
+            self._whole = {name: found.pop(name).clone() for name in list(found)}
         yield self._whole.__getitem__
 
     @staticmethod

@@ -22,6 +22,9 @@ from llmslim.step import StepRecord, Survey
 if TYPE_CHECKING:
     from llmslim.calibration.stream import BlockStream
 
+TABLE_ROWS = 4096
+"""Rows of a table that are looked at at a time."""
+
 
 class Factorizer(LinearStep):
     """A step that puts two factors in the place of Linears. Subclasses define `root`.
@@ -171,11 +174,14 @@ class Factorizer(LinearStep):
 
     def workspace_bytes(self, anatomy: Anatomy) -> int:
         shapes = [shape for block in anatomy.blocks for shape in self.targets(block).values()]
-        linear = max((4 * (5 * rows * width + 6 * width * width) for rows, width in shapes), default=0)
+        return max((4 * (5 * rows * width + 6 * width * width) for rows, width in shapes), default=0)
+
+    def outer_bytes(self, anatomy: Anatomy) -> int:
+        """Of the table: its columns twice, what a slice takes, and the decomposition of its Gram matrix."""
         if self.embeddings_rank is None:
-            return linear
+            return 0
         rows, width = cast(nn.Embedding, _table(anatomy)[1]).weight.shape
-        return max(linear, 4 * rows * (width + 2 * self.embeddings_rank))
+        return 4 * (2 * rows * self.embeddings_rank + 2 * TABLE_ROWS * width) + 8 * 5 * width * width
 
     def survey(self, look: Survey) -> dict[str, Tensor]:
         """The rank of each Linear by name, int64 []; 0 for those that stay as they are."""
@@ -186,18 +192,14 @@ class Factorizer(LinearStep):
         from llmslim.loaders.models import tie  # brings transformers, which help must not wait for
 
         for edit in self._outer_edits(stream.anatomy):
-            weight = cast(Tensor, stream.model.get_submodule(edit.module).weight).float()
-            # eigenvectors of the small Gram matrix, the components that the rows have most of
-            projection = (
-                torch.linalg.eigh((weight.T @ weight).double()).eigenvectors.flip(1)[:, : edit.rank].float()
-            )
+            weight = cast(Tensor, stream.model.get_submodule(edit.module).weight)
+            columns, projection, lost = _columns(weight, edit.rank)
             edit.apply(stream.model)
             module = cast(LowRankEmbedding, stream.model.get_submodule(edit.module))
             dtype = module.table.dtype
-            module.table = nn.Parameter((weight @ projection).to(dtype), requires_grad=False)
+            module.table = nn.Parameter(columns.to(dtype), requires_grad=False)
             module.projection = nn.Parameter(projection.to(dtype), requires_grad=False)
             tie(stream.model)
-            lost = 1 - float((weight @ projection).square().sum() / weight.square().sum())
             record.linears.append(
                 {"name": edit.module, "rank": edit.rank, "shape": list(weight.shape), "weight_error": lost}
             )
@@ -240,6 +242,27 @@ def _table(anatomy: Anatomy) -> tuple[str, nn.Module]:
     model = anatomy.model
     wanted = model.get_input_embeddings()
     return next((name, module) for name, module in model.named_modules() if module is wanted)
+
+
+def _columns(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The components that the rows of a table have most of: how much of each, in its type, them, and what is lost.
+
+    Of a table T [rows, width], P [width, rank] are the first eigenvectors of the small matrix T^T T, T P [rows, rank]
+    the first factor, and the share of T's power that is lost that of the other eigenvalues. Only slices of rows are
+    ever in float32.
+
+    Returns:
+        T P in the type of T, P in float32, and the share.
+    """
+    slices, width = weight.split(TABLE_ROWS), weight.shape[1]
+    gram = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
+    for part in slices:
+        values = part.float()
+        gram += values.T @ values
+    powers, vectors = torch.linalg.eigh(gram)
+    projection = vectors.flip(1)[:, :rank].float()
+    columns = torch.cat([(part.float() @ projection).to(weight.dtype) for part in slices])
+    return columns, projection, float(powers[: width - rank].clamp_min(0).sum() / powers.sum())
 
 
 class Updating(Factorizer):

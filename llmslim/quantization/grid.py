@@ -233,8 +233,13 @@ def quantize_static(x: Tensor, scale: Tensor) -> Tensor:
 
 def round_to_nearest(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     """Round a float32 weight [out, in] to the grid that just covers each group."""
+    return round_to_grid(weight, *covering_grid(weight, scheme), scheme)
+
+
+def covering_grid(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """`min_max_grid` of the groups that a float32 weight [out, in] has."""
     rows, groups = scheme.scale_shape(*weight.shape)
-    return round_to_grid(weight, *min_max_grid(weight.reshape(rows, groups, -1), scheme), scheme)
+    return min_max_grid(weight.reshape(rows, groups, -1), scheme)
 
 
 def assemble(codes: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> QuantizedWeight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NoReturn, cast
 
 import torch
@@ -9,16 +10,20 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from llmslim.anatomy import Anatomy
-from llmslim.anatomy.parts import features, is_linear, is_packed
+from llmslim.anatomy.parts import is_linear, is_packed
 from llmslim.calibration.statistics import InputStats, output_error
 from llmslim.calibration.stream import BlockStream
 from llmslim.edit import Edit
 from llmslim.errors import UserError
 from llmslim.linear_step import LinearStep
 from llmslim.quantization.edits import PackEmbedding, PackLinear
-from llmslim.quantization.grid import GroupSize, QuantizedWeight, Scheme, round_to_nearest
+from llmslim.quantization.grid import GroupSize, QuantizedWeight, Scheme, covering_grid, round_to_grid
 from llmslim.quantization.packed import PackedEmbedding, PackedLinear
+from llmslim.quantization.packing import packed_width
 from llmslim.step import StepRecord, build_step, matches, require_matches
+
+TABLE_ROWS = 4096
+"""Rows of a table that are rounded at a time."""
 
 
 class Quantizer(LinearStep):
@@ -124,8 +129,19 @@ class Quantizer(LinearStep):
         return edits
 
     def workspace_bytes(self, anatomy: Anatomy) -> int:
-        shapes = [features(m) for block in anatomy.blocks for m in block.linears().values()]
+        shapes = {shape for block in anatomy.blocks for shape in self.targets(block).values()}
         return max((self._workspace(*shape) for shape in shapes), default=0)
+
+    def outer_bytes(self, anatomy: Anatomy) -> int:
+        """Of tables: all that are packed already, and one as codes, and packed twice, with what a slice takes."""
+        packed = most = 0
+        for edit in self._outer_edits(anatomy):
+            rows, width = cast(Tensor, anatomy.model.get_submodule(edit.module).weight).shape
+            scales = math.prod(edit.scheme.scale_shape(rows, width))
+            own = packed_width(width, edit.scheme.bits) * rows + 4 * scales
+            most = max(most, packed + 2 * own + rows * width + 4 * scales + 20 * TABLE_ROWS * width)
+            packed += own
+        return most
 
     def _workspace(self, rows: int, width: int) -> int:
         """Bytes that deciding on one weight [rows, width] takes."""
@@ -207,18 +223,20 @@ def refuse_nothing(step: LinearStep, anatomy: Anatomy) -> NoReturn:
     )
 
 
-def round_table(weight: Tensor, scheme: Scheme, rows: int = 4096) -> QuantizedWeight:
+def round_table(weight: Tensor, scheme: Scheme, rows: int = TABLE_ROWS) -> QuantizedWeight:
     """Round a big table to nearest in slices of rows, so that its float32 copy is never whole."""
-    if scheme.group_size == "tensor":
-        return round_to_nearest(weight.float(), scheme)
-    parts = [round_to_nearest(part.float(), scheme) for part in weight.split(rows)]
-    zeros = [part.zero_point for part in parts if part.zero_point is not None]
-    return QuantizedWeight(
-        scheme,
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scale for part in parts]),
-        torch.cat(zeros) if zeros else None,
-    )
+    slices, grids = weight.split(rows), []
+    if scheme.group_size == "tensor":  # the extremes of the slices have those of all
+        ends = torch.stack([torch.stack(torch.aminmax(part)) for part in slices])
+        grids = [covering_grid(ends.float(), scheme)]
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for room, part in zip(codes.split(rows), slices, strict=True):
+        values = part.float()
+        if scheme.group_size != "tensor":
+            grids.append(covering_grid(values, scheme))
+        room.copy_(round_to_grid(values, *grids[-1], scheme).codes)
+    scale, zero = (torch.cat(parts) for parts in zip(*grids, strict=True))
+    return QuantizedWeight(scheme, codes, scale, None if scheme.symmetric else zero.to(torch.uint8))
 
 
 def fill_packed(module: PackedLinear | PackedEmbedding, quantized: QuantizedWeight) -> None:
