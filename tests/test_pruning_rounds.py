@@ -84,7 +84,7 @@ BOTH, LINEAR = ("linear", "cubic"), ("linear",)
         ("gpt2", "heads", {"ratio": 0.75}, {}, LINEAR),
         ("t5", "mlp", {"ratio": 0.3, "multiple_of": 2}, {}, BOTH),
         ("mixtral", "experts", {"ratio": 0.5}, {"num_local_experts": 8}, LINEAR),
-        ("qwen3_moe", "mlp", {"ratio": 0.25, "multiple_of": 1}, {"moe_intermediate_size": 96}, LINEAR),
+        ("qwen3_moe", "mlp", {"ratio": 0.25, "multiple_of": 8}, {"moe_intermediate_size": 96}, LINEAR),
     ],
 )
 @pytest.mark.parametrize("rounds", [2, 3])

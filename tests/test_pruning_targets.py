@@ -88,7 +88,7 @@ CASES = [
     ("llama", "mlp", {"multiple_of": 4}),
     ("qwen2", "heads", {"unit": "query"}),
     ("mixtral", "experts", {}),
-    ("mixtral", "mlp", {"multiple_of": 4}),
+    ("mixtral", "mlp", {"multiple_of": 8}),
     ("llama", "sparsegpt", {}),
     ("qwen2", "magnitude", {}),
     ("t5", "wanda", {}),

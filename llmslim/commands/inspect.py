@@ -80,7 +80,9 @@ def _sensitivity(options: dict[str, Any]) -> None:
     folder = Path(options["output"]) if "output" in options else None
     if folder is not None:
         pyplot()  # refused before the work, not after it
-        check_output(folder, overwrite=False)
+        if folder.exists():
+            raise UserError(f"The output {str(folder)!r} exists already; give another --output.")
+        check_output(folder, overwrite=False)  # whether it can be written
     named = {
         key.removeprefix(CALIBRATION): value for key, value in options.items() if key.startswith(CALIBRATION)
     }
