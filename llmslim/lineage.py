@@ -58,7 +58,7 @@ def line(files: ModelFiles) -> set[str]:
         try:
             base = json.loads((folder / "report.json").read_text("utf-8"))["base"]
             above = {_origin(base), str(base["model"])}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
         names |= above
         folders += [Path(name).expanduser() for name in above]

@@ -139,9 +139,8 @@ def _records(task: Task, split: str, folder: str, flag: str = "--data") -> Itera
     try:
         return records(f"{name}:{task.name}:{split}")
     except UserError as error:
-        reason = re.split(": (?:give|write) ", str(error))[0].rstrip(
-            "."
-        )  # not what else could be given as a text
+        # not what else could be given as a text
+        reason = re.split(": (?:give|write) ", str(error))[0].rstrip(".")
         raise UserError(
             f"No GLUE data for {task.name}: {reason}; with {flag} FOLDER they are read from FOLDER/{DATASET}."
         ) from error

@@ -78,7 +78,7 @@ def _is_whole(place: Path) -> bool:
     try:
         sizes = json.loads((place / _SIZES).read_text())
         return all((place / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 
