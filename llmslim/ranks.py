@@ -28,6 +28,12 @@ def first_alone() -> Iterator[None]:
         dist.barrier()
 
 
+def all_here() -> None:
+    """Wait until every process has come so far; all must ask."""
+    if processes() > 1:
+        dist.barrier()
+
+
 def agreed(value: float) -> float:
     """What the first process has for a value, so that all decide alike; all must ask."""
     if processes() == 1:

@@ -20,7 +20,7 @@ from llmslim.errors import UserError
 from llmslim.files import sync_below, write_atomically
 from llmslim.history import rewrite
 from llmslim.memory import resident_bytes
-from llmslim.ranks import agreed, first
+from llmslim.ranks import agreed, all_here, first
 from llmslim.training.batches import ByLength
 from llmslim.training.step import CHECKPOINTS
 
@@ -195,6 +195,7 @@ class Watch(TrainerCallback):
         return f", validation {what} {sign * found[-1]:.4g}, best {sign * max(found):.4g}" if found else ""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        all_here()  # each has written the state of its own random numbers
         if first():
             _vouch(self._clock.parent / CHECKPOINTS / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             write_atomically(self._clock, json.dumps(self.elapsed))
