@@ -188,7 +188,7 @@ def test_the_plan_counts_the_models_that_a_survey_holds(monkeypatch: pytest.Monk
     shape = plan._Shape(anatomy, options, torch.float32)  # type: ignore[arg-type]
 
     def peak(step: Any) -> int:
-        return plan._peak_memory(shape, Recipe(steps=(step,), evaluation=None), anatomy, True)
+        return plan._peak_memory(shape, Recipe(steps=(step,), evaluation=None), anatomy, 0, 0, ())
 
     assert peak(GraSP()) - peak(SNIP()) == 3 * 4 * shape.total
     assert peak(Taylor()) - peak(PruneMLP(criterion="taylor")) == 4 * shape.total
