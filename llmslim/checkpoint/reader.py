@@ -230,15 +230,14 @@ class CheckpointReader:
     def _refuse_untied(self) -> None:
         """Refuse two different tensors where the config has one: transformers would compute with both, untied."""
         ties = getattr(self._reference, "all_tied_weights_keys", None) or {}
-        found = [(self._found(target), self._found(source)) for target, source in ties.items()]
-        with self.weights.open() as get:
-            for target, source in found:
-                if target and source and target != source and not get(target).equal(get(source)):
-                    raise UserError(
-                        f"{self.files.spec}: config.json ties {target} to {source}, and the files have two different "
-                        'tensors: write "tie_word_embeddings": false into config.json, or leave the one out that is '
-                        "not meant."
-                    )
+        for names in ties.items():
+            target, source = map(self._found, names)
+            if target and source and target != source and not self.weights.same(target, source):
+                raise UserError(
+                    f"{self.files.spec}: config.json ties {target} to {source}, and the files have two different "
+                    'tensors: write "tie_word_embeddings": false into config.json, or leave the one out that is not '
+                    "meant."
+                )
 
     def _is_head(self, name: str) -> bool:
         """Whether a tensor is what classifiers have beside blocks and embeddings."""

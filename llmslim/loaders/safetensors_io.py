@@ -135,6 +135,7 @@ class SafetensorsFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: dict[str, dict] = {}
+        self._same: dict[tuple[str, str], bool] = {}
         for name in weight_files(folder):
             path = folder / name
             if path.parent != folder or not path.exists():
@@ -151,6 +152,13 @@ class SafetensorsFolder:
     def stored_bytes(self) -> int:
         """Bytes of all tensors in the files."""
         return sum(map(entry_bytes, self.entries.values()))
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors are equal; they are read once, as tables of words are large and a run asks often."""
+        if (one, other) not in self._same:
+            with self.open() as get:
+                self._same[one, other] = bool(get(one).equal(get(other)))
+        return self._same[one, other]
 
     @contextmanager
     def open(self) -> Iterator:
