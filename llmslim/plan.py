@@ -39,7 +39,7 @@ SCORE_COPIES = 6
 """How often scoring holds a slice of the logits in float32: five in the divergence, and what it is made from."""
 IMPORTED = 40 * 10**6
 """Bytes of modules that are imported, and of records that are kept, after the plan; 38 MB seen."""
-KERNELS = 350 * 10**6
+MIXTURE_REST = 350 * 10**6
 """Bytes that a mixture's products in bfloat16 on a CPU leave behind, in ever new shapes: 340 MB seen."""
 STARTED = 600 * 10**6
 """Bytes that a process which trains takes before it has a model: torch, transformers, accelerate, peft; 590 MB seen."""
@@ -229,7 +229,7 @@ def _peak_memory(
         # one whole model in float32 after the other, read from its files, and a batch that passes a block
         passing = SCORED * (3 * shape.widest + 4 * shape.hidden) * 4
         evaluating = max(evaluating, shape.total * (4 + shape.stored) + passing)
-    kernels = KERNELS if shape.mixes and shape.device.type == "cpu" and shape.compute < 4 else 0
+    kernels = MIXTURE_REST if shape.mixes and shape.device.type == "cpu" and shape.compute < 4 else 0
     return resident_bytes() + kernels + max(surveying, held + max(mapped, working, entering, evaluating))
 
 
