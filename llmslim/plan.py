@@ -244,7 +244,7 @@ def _surveying(step: BlockStep, shape: _Shape, anatomy: Anatomy, beside: int = 0
     predicted = step.survey_predicted(shape.vocabulary, shape.window) if anatomy.head is not None else 0
     backward = step.survey_span(shape.window) * shape.widths + 3 * predicted * shape.vocabulary
     further = step.survey_bytes(anatomy, shape.window)
-    own = 4 * (step.survey_copies * shape.total + shape.block + backward) + further + beside
+    own = int(4 * (step.survey_copies * shape.total + shape.block + backward)) + further + beside
     count = step.survey_processes
     return own if count == 1 or shape.device.type == "cuda" else count * (own + STARTED)
 

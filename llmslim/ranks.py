@@ -10,7 +10,12 @@ import torch.distributed as dist
 
 def first() -> bool:
     """Whether this process is the only one, or the first of several."""
-    return processes() == 1 or dist.get_rank() == 0
+    return rank() == 0
+
+
+def rank() -> int:
+    """The place of this process among those that train together, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def processes() -> int:

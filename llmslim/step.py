@@ -239,7 +239,7 @@ class BlockStep(Step):
         return 1
 
     @property
-    def survey_copies(self) -> int:
+    def survey_copies(self) -> float:
         """How often the survey holds all weights in float32 (itself loaded, gradients, sums); for the plan."""
         return 0
 

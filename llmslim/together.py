@@ -3,7 +3,8 @@
     python -m llmslim.together SCRATCH      one of several; `run_survey` starts them
 
 Each loads the model and takes its own batches, and after each batch gradients are averaged over all (data parallel
-training; torch's DistributedDataParallel, by way of Trainer and accelerate). What is written the first process writes.
+training; torch's DistributedDataParallel, by way of Trainer and accelerate), or in shares (`llmslim.training.shares`).
+What is written of the model the first process writes.
 SCRATCH is the step's folder of the run's work folder, with what to do in together.json and text.safetensors.
 """
 

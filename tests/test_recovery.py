@@ -363,6 +363,7 @@ def test_products_are_computed_in_the_runs_type_and_weights_stay_float32(
     train(
         linear,
         list(linear.parameters()),
+        torch.nn.ModuleList(),
         tokens,
         loss,
         schedule,
@@ -381,9 +382,11 @@ def test_the_learning_rate_rises_and_falls_with_the_time_when_that_ends_training
     }  # fmt: skip
     (tmp_path / "elapsed.json").write_text("30.0")  # of 60 seconds, 3 of a million steps
     nothing: Any = lambda *told: None  # noqa: E731
-    timed = Watch(Schedule(**fields, max_minutes=1), 10**6, 8, tmp_path, tmp_path / "log", nothing)
+    timed = Watch(Schedule(**fields, max_minutes=1), 10**6, 8, tmp_path, tmp_path, tmp_path / "log", nothing)
     assert timed.rate(3) == pytest.approx(0.5, abs=0.01)
-    endless = Watch(Schedule(**fields, max_minutes=None), 10**6, 8, tmp_path, tmp_path / "log", nothing)
+    endless = Watch(
+        Schedule(**fields, max_minutes=None), 10**6, 8, tmp_path, tmp_path, tmp_path / "log", nothing
+    )
     assert endless.rate(3) < 1e-4 and endless.rate(10**5) == pytest.approx(0.976, abs=0.01)
 
 

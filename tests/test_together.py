@@ -9,7 +9,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from pydantic import ValidationError
 
+from llmslim.distillation.features import Features
 from llmslim.errors import UserError
 from llmslim.finetuning.finetune import Finetune
 from llmslim.loaders.models import find
@@ -19,6 +21,7 @@ from llmslim.recipe import Calibration, Recipe
 from llmslim.recovery.full import Full
 from llmslim.recovery.lora import LoRA
 from llmslim.report.schema import read_report
+from llmslim.sharing.share import ShareBlocks
 from llmslim.together import check_processes
 from tests.glue_data import write_glue
 from tests.tiny import save_tiny
@@ -27,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("verified_here")
 QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=16, seq_len=32), "evaluation": None}
 PLAIN: dict[str, Any] = {"objective": "next_token", "max_steps": 6, "lr": 1e-3, "save_steps": 2}
 TWO = Full(**PLAIN, batch_size=2, processes=2)
+SHARED = TWO.model_copy(update={"shard": True})
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +135,44 @@ def test_plans_count_what_each_process_holds(llama: str) -> None:
         prepare(llama, Recipe(steps=(step,), **QUICK), device="cpu").plan for step in (Full(**PLAIN), TWO)
     )
     assert two.peak_memory > one.peak_memory + 2 * 500e6
+
+
+def test_shares_train_as_the_whole(llama: str, both: Path, tmp_path: Path) -> None:
+    """Killed and gone on with, at that."""
+    torch.set_num_threads(1)
+    kept: list[str] = []
+
+    def kill(what: str, done: int, total: int, note: str = "") -> None:
+        if (what, done) == ("full", 5):
+            kept.extend(sorted(f"{p.parent.name}/{p.name}" for p in tmp_path.rglob("trainer/*/checkpoint-*")))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(llama, [SHARED], tmp_path / "shared", progress=kill, **QUICK)
+    assert kept == [f"{rank}/checkpoint-{step}" for rank in (0, 1) for step in (2, 4)]
+    report = compress(llama, [SHARED], tmp_path / "shared", **QUICK).report
+    assert report["run"]["resumed"]
+    start, whole, shared = (weights(folder) for folder in (find(llama).folder, both, tmp_path / "shared"))
+    for name, value in whole.items():  # sums come in another order
+        assert (shared[name] - value).norm() < 1e-3 * (value - start[name]).norm(), name
+
+
+def test_shares_of_common_weights_and_of_what_is_trained_beside(llama: str, tmp_path: Path) -> None:
+    """Blocks that share weights, projections to the teacher's width, and the best by validation."""
+    torch.set_num_threads(1)
+    fields = {"teacher": llama, "max_steps": 4, "lr": 1e-3, "save_steps": 2, "validation": 0.25}
+    first = ShareBlocks(group_size=2)
+    trained = []
+    for several in ({"batch_size": 4}, {"batch_size": 2, "processes": 2, "shard": True}):
+        folder = tmp_path / str(len(trained))
+        compress(llama, [first, Features(**fields, **several)], folder, **QUICK)
+        trained.append(weights(folder))
+    for name, value in trained[0].items():
+        assert (trained[1][name] - value).norm() < 1e-4 * value.norm() + 1e-4, name
+
+
+def test_shares_are_of_several(llama: str) -> None:
+    with pytest.raises(ValidationError, match="shares a model among several processes, and there is 1"):
+        Full(shard=True)
+    plans = [prepare(llama, Recipe(steps=(s,), **QUICK), device="cpu").plan for s in (TWO, SHARED)]
+    assert plans[1].peak_memory < plans[0].peak_memory

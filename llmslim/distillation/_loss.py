@@ -111,15 +111,13 @@ class Distill(InsideFields, WholeStep):
                 "model: leave it at 0."
             )
 
-    def criterion(
-        self, model: PreTrainedModel, teacher: Any, tokens: Tensor
-    ) -> tuple[Loss, list[nn.Parameter]]:
+    def criterion(self, model: PreTrainedModel, teacher: Any, tokens: Tensor) -> tuple[Loss, nn.Module]:
         from llmslim.training.head import Parted
 
         some = tokens[: max(1, SAMPLE // tokens.shape[1])].to(model.device)
         inside = self.comparison(model, teacher, (some, some))
         pair = Parted(model, tokens), Parted(teacher, tokens)
-        return self._beside(pair, inside, tokens.shape[1] // 2), list(inside.projections.parameters())
+        return self._beside(pair, inside, tokens.shape[1] // 2), inside.projections
 
     def _beside(self, pair: tuple[Parted, Parted], inside: Comparison, prompt: int) -> Loss:
         """The loss.

@@ -47,9 +47,7 @@ class Response(CachedStep, Distill):
             )
         return self
 
-    def criterion(
-        self, model: PreTrainedModel, teacher: Any, tokens: Tensor
-    ) -> tuple[Loss, list[nn.Parameter]]:
+    def criterion(self, model: PreTrainedModel, teacher: Any, tokens: Tensor) -> tuple[Loss, nn.Module]:
         if not isinstance(teacher, TeacherCache):
             return super().criterion(model, teacher, tokens)
         from llmslim.training.forward import run
@@ -64,4 +62,4 @@ class Response(CachedStep, Distill):
             how = coarsely_apart(*teacher.of(tokens), self.temperature, self.divergence, self.beta)
             return summed(logits, self.weighed(how, tokens))
 
-        return loss, []
+        return loss, nn.ModuleList()

@@ -306,9 +306,7 @@ class Finetune(InsideFields, WholeStep):
     def products(self, dtype: torch.dtype) -> torch.dtype:
         return super().products(dtype) if self.precision == "auto" else getattr(torch, self.precision)
 
-    def criterion(
-        self, model: PreTrainedModel, teacher: Taught | None, data: Any
-    ) -> tuple[Loss, list[nn.Parameter]]:
+    def criterion(self, model: PreTrainedModel, teacher: Taught | None, data: Any) -> tuple[Loss, nn.Module]:
         from llmslim.training.forward import run
 
         columns = label_columns(model.config, self.task)
@@ -330,7 +328,7 @@ class Finetune(InsideFields, WholeStep):
                 value = value + self.r_drop * self._apart(*logits.chunk(2))
             return torch.stack([value, *terms]).sum()
 
-        return loss, list(inside.comparison.projections.parameters()) if inside else []
+        return loss, inside.comparison.projections if inside else nn.ModuleList()
 
     def judge(self, model: PreTrainedModel, data: Any) -> Judge:
         from llmslim.training.forward import run

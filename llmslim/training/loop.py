@@ -7,24 +7,28 @@ what is frozen (packed weights) never passes through its saving.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from llmslim.errors import UserError
 from llmslim.files import load_tensors, save_tensors
 from llmslim.history import CURVES, curves
 from llmslim.memory import freed_memory_kept
-from llmslim.ranks import first, first_alone, processes
+from llmslim.ranks import first, processes, rank
 from llmslim.training.batches import ByLength, Examples, Windows
 from llmslim.training.forward import products_in
+from llmslim.training.shares import Shares, held, summed_up
 from llmslim.training.step import CHECKPOINTS
-from llmslim.training.watch import Schedule, Watch, last_whole
+from llmslim.training.watch import Schedule, Watch, resumed
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch) -> scalar; it runs the model itself. A batch is tokens int64 [batch, seq], or of `Examples`."""
@@ -54,14 +58,22 @@ class Trainee(nn.Module):
         model: on its device; not a child, so that its frozen part is no part of the state.
         dropout: whether the model drops out while it trains.
         dtype: what matrix products are computed in.
+        shares: what runs the model, if its weights are held in shares; `trained` and the state are shares then.
     """
 
+    shares: Shares | None
+
     def __init__(
-        self, model: nn.Module, trained: Sequence[nn.Parameter], dropout: bool, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        trained: Sequence[nn.Parameter],
+        dropout: bool,
+        dtype: torch.dtype,
+        shares: Shares | None = None,
     ) -> None:
         super().__init__()
         self.dropout, self.dtype = dropout, dtype
-        self.__dict__["model"] = model
+        self.__dict__.update(model=model, shares=shares)
         self.trained = nn.ParameterList(trained)
 
     def train(self, mode: bool = True) -> Trainee:
@@ -72,13 +84,25 @@ class Trainee(nn.Module):
         """What a function makes of the model and a batch; gradients of several processes meet behind it."""
         model = self.__dict__["model"]
         with products_in(self.dtype, next(model.parameters()).device.type):
-            found: Tensor = function(model, batch)
+            found: Tensor = function(model, batch) if self.shares is None else self.shares(function, batch)
         return found
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """What this process holds of the trained parameters."""
+        return {name: held(value) for name, value in super().state_dict(*args, **kwargs).items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Take what `state_dict` gave, of all parameters; strict."""
+        for name, parameter in self.named_parameters():
+            held(parameter).copy_(state_dict[name])
+        return _IncompatibleKeys([], [])
 
 
 def train(
     model: nn.Module,
     trained: Sequence[nn.Parameter],
+    beside: nn.Module,
     data: Tensor | Examples,
     loss: Loss,
     schedule: Schedule,
@@ -87,6 +111,7 @@ def train(
     progress: Callable[[int, int, str], None],
     dropout: bool = True,
     judge: Judge | None = None,
+    shared: Sequence[nn.Module] | None = None,
 ) -> bool:
     """Train some parameters of a model in place; goes on at the last checkpoint in `scratch`.
 
@@ -94,10 +119,12 @@ def train(
 
     Args:
         trained: float32 leaves; all others of the model are frozen.
+        beside: float32; what is trained with the model and no part of it.
         data: tokens int64 [windows, seq], or examples; the last `schedule.held` of them are for validation.
         log: a .jsonl file; entries of other passes in it stay.
         dropout: whether the model drops out while it trains, as its config says.
         judge: of examples with `labels`; what has the lowest loss is the best without.
+        shared: the model's blocks, if its weights are held in shares (see `Shares`); each process holds all without.
 
     Returns:
         Whether training changed anything: not where nothing was better than the start.
@@ -105,51 +132,78 @@ def train(
     Raises:
         UserError: the loss or a gradient is not finite; the last checkpoint is kept.
     """
+    trained = [*trained, *beside.parameters()]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
     examples: Any = Windows(data) if isinstance(data, Tensor) else data
-    windows = isinstance(examples, Windows)
     kept = len(examples) - schedule.held
     if kept < 1:
         raise UserError(f"Validation holds out all of {len(examples)} examples: hold out fewer.")
     schedule, steps, batch = _counted(schedule, kept)
-    with first_alone():
-        last = last_whole(scratch / CHECKPOINTS, tidy=first())
+    folder, shares = scratch / CHECKPOINTS, None
+    if shared is not None:  # of which each process keeps its own
+        folder, shares = folder / str(rank()), Shares(model, beside, shared)
+        trained = shares.of(trained)
+    last = resumed(folder, shares is not None)
     best_by = "" if not schedule.held else "eval_loss" if judge is None else "eval_score"
-    lengths = examples.lengths
-    watch = Watch(
-        schedule, steps, round(sum(lengths) / len(lengths) * batch), scratch, log, progress, best_by
-    )
+    tokens = round(sum(examples.lengths) / len(examples) * batch)
+    watch = Watch(schedule, steps, tokens, folder, scratch, log, progress, best_by)
+    trainee = Trainee(model, trained, dropout, schedule.dtype, shares)
+    callbacks = [watch, *_curves(log.parent / CURVES / scratch.name.lstrip("."))]
+    trainer = _trainer(trainee, examples, kept, loss, judge, watch, folder, last is None, callbacks)
+    begun = folder / "begun.safetensors"
+    if best_by and last is None and trainer.args.should_save:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(begun, {name: value.cpu() for name, value in trainee.state_dict().items()})
+    # blocks that come whole and go again would be kept, too
+    with freed_memory_kept() if shares is None else nullcontext():
+        trainer.train(resume_from_checkpoint=last)
+    model.eval()
+    gained = not watch.gained_nothing(trainer.state)
+    if not gained:
+        trainee.load_state_dict(load_tensors(begun))
+    if shares is not None:
+        assert trainer.optimizer is not None
+        trainer.optimizer.state.clear()  # room for what the others hold
+        shares.join()
+    return gained
+
+
+def _trainer(
+    trainee: Trainee,
+    examples: Any,
+    kept: int,
+    loss: Loss,
+    judge: Judge | None,
+    watch: Watch,
+    folder: Path,
+    fresh: bool,
+    callbacks: list[TrainerCallback],
+) -> _Trainer:
+    """The Trainer of the first `kept` examples, which validates by the others.
+
+    Args:
+        folder: for its checkpoints.
+        fresh: whether it begins, and does not go on from one of them.
+    """
+    windows, lengths = isinstance(examples, Windows), examples.lengths
     if not windows:
-        watch.sampler = ByLength(lengths[:kept], schedule.batch_size * processes(), schedule.seed)
-    held = sorted(range(kept, len(examples)), key=lambda index: lengths[index])
-    trainer = _Trainer(
+        batch = watch.schedule.batch_size * processes()
+        watch.sampler = ByLength(lengths[:kept], batch, watch.schedule.seed)
+    judging = sorted(range(kept, len(examples)), key=lambda index: lengths[index])
+    return _Trainer(
         (lambda model, batch: loss(model, batch["input_ids"])) if windows else loss,
         watch,
         judge,
-        model=Trainee(model, trained, dropout, schedule.dtype),
-        args=_arguments(
-            schedule, steps, scratch / CHECKPOINTS, best_by, next(model.parameters()).device, last is None
-        ),
+        model=trainee,
+        args=_arguments(trainee, watch, folder, fresh),
         data_collator=examples.collate,
         train_dataset=torch.utils.data.Subset(examples, range(kept)),
-        eval_dataset=torch.utils.data.Subset(examples, held) if held else None,
-        callbacks=[watch, *_curves(log.parent / CURVES / scratch.name.lstrip("."))],
+        eval_dataset=torch.utils.data.Subset(examples, judging) if judging else None,
+        callbacks=callbacks,
     )
-    begun = scratch / "begun.safetensors"
-    if held and last is None and first():
-        save_tensors(begun, {str(number): value.detach().cpu() for number, value in enumerate(trained)})
-    with freed_memory_kept():
-        trainer.train(resume_from_checkpoint=last)
-    model.eval()
-    if not watch.gained_nothing(trainer.state):
-        return True
-    with torch.no_grad():
-        for number, value in load_tensors(begun).items():
-            trained[int(number)].copy_(value)
-    return False
 
 
 def _counted(schedule: Schedule, kept: int) -> tuple[Schedule, int, int]:
@@ -169,13 +223,22 @@ def _curves(folder: Path) -> list[TrainerCallback]:
     return [] if writer is None else [TensorBoardCallback(writer)]
 
 
-def _arguments(
-    schedule: Schedule, steps: int, folder: Path, best_by: str, device: torch.device, fresh: bool
-) -> TrainingArguments:
+class _OfShares(TrainingArguments):
+    """Each process writes checkpoints, of its own shares into its own folder."""
+
+    @property
+    def should_save(self) -> bool:
+        return True
+
+
+def _arguments(trainee: Trainee, watch: Watch, folder: Path, fresh: bool) -> TrainingArguments:
+    schedule, steps, best_by = watch.schedule, watch.steps, watch.best_by
+    kind = TrainingArguments if trainee.shares is None else _OfShares
+    device = next(trainee.parameters()).device
     when: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": schedule.save_steps} if best_by else {}
     # the last batches of several processes are filled up; the mean loss of one example is nobody else's
     judged = 1 if best_by == "eval_loss" and processes() > 1 else schedule.batch_size
-    arguments = TrainingArguments(
+    arguments = kind(
         output_dir=str(folder),
         max_steps=steps,
         learning_rate=schedule.lr,
@@ -213,6 +276,8 @@ class _Trainer(Trainer):
         self.loss, self.watch, self.judge = loss, watch, judge
         super().__init__(compute_metrics=judge.metrics if judge is not None else None, **kwargs)
         self.remove_callback(PrinterCallback)
+        if isinstance(self.args, _OfShares):  # which average gradients themselves
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.watch.sampler or super()._get_train_sampler(train_dataset)
@@ -231,6 +296,12 @@ class _Trainer(Trainer):
             self.watch.refuse(what, done)
         self.watch.loss = value.detach()
         return (value, {}) if return_outputs else value
+
+    def _move_model_to_device(self, model: Any, device: Any) -> None:
+        """It is there already; Trainer's own copies shares."""
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return summed_up(super()._get_grad_norm(model, grad_norm))
 
     def get_decay_parameter_names(self, model: Any, **kwargs: Any) -> list[str]:
         """Matrices alone: the names by which Trainer knows biases and norms are not those of a `Trainee`."""

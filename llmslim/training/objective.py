@@ -86,7 +86,7 @@ class ObjectiveStep(CachedStep):
 
     def criterion(
         self, model: PreTrainedModel, teacher: PreTrainedModel | TeacherCache | Masking | None, tokens: Tensor
-    ) -> tuple[Loss, list[nn.Parameter]]:
+    ) -> tuple[Loss, nn.Module]:
         from llmslim.training.forward import run
         from llmslim.training.head import Parted
         from llmslim.training.logits import summed
@@ -110,4 +110,4 @@ class ObjectiveStep(CachedStep):
                 targets = its.logits(run(its.body, tokens))
             return divergence(logits, targets, self.temperature)
 
-        return loss, []
+        return loss, nn.ModuleList()

@@ -118,6 +118,10 @@ class TrainStep(PlacingStep):
         ge=1,
         description="processes that train together, with batch_size windows each: on a GPU each, or a share of the CPU",
     )
+    shard: bool = Field(
+        False,
+        description="each of the processes holds a share of gradients, optimizer states and weights (FSDP)",
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which lr rises from 0")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     save_steps: int = Field(50, ge=1, description="optimizer steps between checkpoints to resume from")
@@ -139,6 +143,14 @@ class TrainStep(PlacingStep):
             raise ValueError(f"patience counts validations, and without {self.validating} there are none")
         return self
 
+    @model_validator(mode="after")
+    def _shares_among_several(self) -> Self:
+        if self.shard and self.processes == 1:
+            raise ValueError(
+                "shard shares a model among several processes, and there is 1: give processes, too"
+            )
+        return self
+
     @property
     def validates(self) -> bool:
         """Whether what does best on other data than it learns from is kept."""
@@ -157,7 +169,7 @@ class TrainStep(PlacingStep):
         return self.processes
 
     @property
-    def survey_copies(self) -> int:
+    def survey_copies(self) -> float:
         return 2
 
     def disk_bytes(self, anatomy: Anatomy, tokens: int) -> int:
@@ -236,8 +248,8 @@ class TrainStep(PlacingStep):
         return True
 
     @abstractmethod
-    def criterion(self, model: PreTrainedModel, teacher: Any, data: Any) -> tuple[Loss, list[nn.Parameter]]:
-        """What training lowers, and the parameters that belong to it: trained with the model, then thrown away.
+    def criterion(self, model: PreTrainedModel, teacher: Any, data: Any) -> tuple[Loss, nn.Module]:
+        """What training lowers, and what belongs to it: trained with the model, then thrown away.
 
         Args:
             teacher: what `learned_from` gave.
@@ -318,6 +330,7 @@ class TrainStep(PlacingStep):
             teacher = self.learned_from(look)
         torch.manual_seed(look.seed)  # of adapters' first weights
         model = look.loaded()
+        blocks = [block.module for block in Anatomy(model).blocks] if self.shard else None
         fields = {
             name: getattr(self, name)
             for name in Schedule.__dataclass_fields__
@@ -329,10 +342,10 @@ class TrainStep(PlacingStep):
         with self.training(model) as (trained, finish):
             loss, beside = self.criterion(model, teacher, data)
             gained = train(
-                model, [*trained, *beside], data, loss, schedule, look.scratch,
+                model, trained, beside, data, loss, schedule, look.scratch,
                 look.scratch.parent / TRAINING,
                 lambda done, total, note: look.progress(self.kind, done, total, note), self.dropout_trains,
-                self.judge(model, data),
+                self.judge(model, data), blocks,
             )  # fmt: skip
             if not gained:
                 look.note(

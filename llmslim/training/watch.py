@@ -22,7 +22,6 @@ from llmslim.history import rewrite
 from llmslim.memory import resident_bytes
 from llmslim.ranks import agreed, all_here, first
 from llmslim.training.batches import ByLength
-from llmslim.training.step import CHECKPOINTS
 
 _SIZES = "sizes.json"
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)$")
@@ -50,20 +49,33 @@ class Schedule:
     gradient_accumulation_steps: int = 1
 
 
-def last_whole(folder: Path, tidy: bool = False, before: float = math.inf) -> str | None:
-    """The newest checkpoint to go on from, or None.
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """By the steps that they are of, whole or not."""
+    return {int(match[1]): place for place in folder.glob("*") if (match := _CHECKPOINT.match(place.name))}
+
+
+def last_whole(folder: Path, before: float = math.inf) -> int:
+    """The newest step that there is a checkpoint of to go on from, and that is older than `before`; 0 for none."""
+    found = _checkpoints(folder)
+    return max((step for step, place in found.items() if step < before and _is_whole(place)), default=0)
+
+
+def resumed(folder: Path, own: bool) -> str | None:
+    """The checkpoint to go on from, or None; newer ones, which a kill or a fault left half written, are removed.
+
+    What the first of several processes has whole the others have, too. All must ask.
 
     Args:
-        tidy: remove newer ones, which a kill or a fault left half written; not while one may be being written.
-        before: the step that it must be older than.
+        own: whether this process has the folder to itself; the first one's is meant without.
     """
-    found = [(int(match[1]), place) for place in folder.glob("*") if (match := _CHECKPOINT.match(place.name))]
-    for step, place in sorted(found, reverse=True):
-        if step < before and _is_whole(place):
-            return str(place)
-        if step < before and tidy:
-            shutil.rmtree(place)
-    return None
+    step = last_whole(folder) if own or first() else 0
+    step = int(agreed(step))
+    if own or first():
+        for other, place in _checkpoints(folder).items():
+            if other > step:
+                shutil.rmtree(place)
+    all_here()
+    return str(folder / f"{PREFIX_CHECKPOINT_DIR}-{step}") if step else None
 
 
 def _vouch(place: Path) -> None:
@@ -90,6 +102,7 @@ class Watch(TrainerCallback):
         schedule: Schedule,
         steps: int,
         tokens: int,
+        checkpoints: Path,
         scratch: Path,
         log: Path,
         progress: Callable[[int, int, str], None],
@@ -104,7 +117,7 @@ class Watch(TrainerCallback):
         )
         self.best_by = best_by
         self.sampler: ByLength | None = None
-        self._place, self._clock = scratch.name, scratch / "elapsed.json"
+        self._place, self._clock, self._checkpoints = scratch.name, scratch / "elapsed.json", checkpoints
         self._before = json.loads(self._clock.read_text()) if self._clock.exists() else 0.0
         self._begun, self._first = time.monotonic(), 0
         self.loss = torch.tensor(float("nan"))  # the last one
@@ -127,9 +140,10 @@ class Watch(TrainerCallback):
 
         A checkpoint of these very weights is no good one: the newest before is named.
         """
-        kept = last_whole(self._clock.parent / CHECKPOINTS, before=step)
+        kept = last_whole(self._checkpoints, before=step)
+        place = self._checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{kept}"
         where = (
-            f"; the last good checkpoint is kept as {kept}" if kept else ", before its first good checkpoint"
+            f"; the last good checkpoint is kept as {place}" if kept else ", before its first good checkpoint"
         )
         raise UserError(
             f"{self.schedule.name}: the {what} is not finite, so training stopped{where}. "
@@ -195,9 +209,12 @@ class Watch(TrainerCallback):
         return f", validation {what} {sign * found[-1]:.4g}, best {sign * max(found):.4g}" if found else ""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        all_here()  # each has written the state of its own random numbers
+        place = self._checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if not first() and args.should_save:
+            _vouch(place)
+        all_here()  # each has written its shares, or the state of its own random numbers
         if first():
-            _vouch(self._clock.parent / CHECKPOINTS / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            _vouch(place)
             write_atomically(self._clock, json.dumps(self.elapsed))
 
     def _pace(self, step: int) -> tuple[float, float]:

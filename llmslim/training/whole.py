@@ -31,7 +31,9 @@ class WholeStep(TrainStep):
     """What to do with packed weights instead, for messages."""
 
     @property
-    def survey_copies(self) -> int:
+    def survey_copies(self) -> float:
+        if self.shard:
+            return super().survey_copies + 3 / self.processes
         apart = self.processes > 1  # gradients are averaged in memory of their own
         return super().survey_copies + 3 + apart  # gradients and the two moments
 
