@@ -171,6 +171,12 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         UserError: see above.
     """
+    try:
+        output.parent.joinpath(f"{output.name}.old-{os.getpid()}").lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long
+        raise UserError(f"The output {output} cannot be made: {error.strerror}; name another one.") from error
     if output.is_symlink():  # what is renamed into its place would take the link's, not the folder's
         raise UserError(f"The output {output} is a link: name the folder {output.readlink()} itself.")
     _tidy(output)

@@ -304,6 +304,13 @@ def test_a_config_that_names_no_model_class_is_read_by_its_type(named: Any, tmp_
     assert torch.isfinite(load_file(made.folder / "model.safetensors")["lm_head.weight"]).all()
 
 
+def test_a_name_that_is_too_long_is_no_output(tmp_path: Path) -> None:
+    """Beside it stands the folder that it is made in, whose name is longer."""
+    check_output(tmp_path / ("a" * 200), overwrite=False)
+    with pytest.raises(UserError, match="aaa cannot be made: File name too long; name another one"):
+        check_output(tmp_path / ("a" * 250), overwrite=False)
+
+
 def test_a_link_is_no_output(tmp_path: Path) -> None:
     """What is renamed to its name would take its place, not that of the folder it leads to."""
     (tmp_path / "link").symlink_to(tmp_path / "folder")
