@@ -85,22 +85,15 @@ def evaluate_tasks(
         raise UserError(f"limit {limit} is too few: it takes at least 1 question.")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size {batch_size} is too few: it takes at least 1.")
-    files, other = find(model, revision), find(base) if base is not None else None
+    sides = [find(model, revision), *([find(base)] if base is not None else [])]
+    files, place = sides[0], find_device(device)
     if adapter is not None:
         check_adapter(adapter, files, streamed=False)
-    place = find_device(device)
-    sides = [files] + ([other] if other is not None else [])
     for side in sides:
-        require_causal(CheckpointReader(side).model_skeleton())
-        if chat_template and not getattr(side.tokenizer(), "chat_template", None):
-            raise UserError(f"The tokenizer of {side.spec} has no chat template: leave out --chat-template.")
+        _require_answers(side, chat_template)
     chosen = resolve_dtype(dtype, files, place)
     loaded = load_tasks(tasks, data, num_fewshot)
-    asked = {
-        "limit": limit,
-        "apply_chat_template": chat_template,
-        "fewshot_as_multiturn": chat_template,
-    }
+    asked = {"limit": limit, "apply_chat_template": chat_template, "fewshot_as_multiturn": chat_template}
     runs, batches = [], []
     for side in sides:
         told = lambda done, total, side=side: progress(side.spec, done, total)  # noqa: E731
@@ -123,17 +116,32 @@ def evaluate_tasks(
         figures["kv_cache"] = kv_figures(kv_cache)
     if base is not None:
         figures |= {"average": average(scores), "verdict": overall(scores)}
-    shots = "as the task says" if num_fewshot is None else num_fewshot
     return {
         **figures,
-        "protocol": f"lm-eval {version('lm_eval')}, {'all' if limit is None else f'the first {limit}'} questions, "
-        f"few-shot examples: {shots}, {'with' if chat_template else 'no'} chat template",
+        "protocol": _protocol(limit, num_fewshot, chat_template),
         "limit": limit,
         "data": data,
         "batch_sizes": sorted(set(batches)),
         "dtype": str(chosen).removeprefix("torch."),
         "device": str(place),
     }
+
+
+def _require_answers(files: ModelFiles, chat_template: bool) -> None:
+    """Refuse a model that no question can be put to in that way."""
+    require_causal(CheckpointReader(files).model_skeleton())
+    if chat_template and not getattr(files.tokenizer(), "chat_template", None):
+        raise UserError(f"The tokenizer of {files.spec} has no chat template: leave out --chat-template.")
+
+
+def _protocol(limit: int | None, num_fewshot: int | None, chat_template: bool) -> str:
+    """How the questions are put, in words."""
+    questions = "all" if limit is None else f"the first {limit}"
+    shots = "as the task says" if num_fewshot is None else num_fewshot
+    return (
+        f"lm-eval {version('lm_eval')}, {questions} questions, few-shot examples: {shots}, "
+        f"{'with' if chat_template else 'no'} chat template"
+    )
 
 
 def answers(
