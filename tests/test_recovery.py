@@ -375,6 +375,41 @@ def test_products_are_computed_in_the_runs_type_and_weights_stay_float32(
     assert linear.weight.dtype == torch.float32
 
 
+def test_the_mean_of_the_weights_is_validated_and_kept(tmp_path: Path) -> None:
+    """Against the mean of the weights that each step of the same training begins and ends with."""
+    tokens = torch.randint(0, 9, (12, 8), generator=torch.Generator().manual_seed(0))
+
+    def run(ema: float) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+        torch.manual_seed(0)
+        linear, trained, judged = torch.nn.Linear(8, 8), [], []
+
+        def loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+            (trained if torch.is_grad_enabled() else judged).append(model.weight.detach().clone())
+            return model(tokens.float()).square().mean()
+
+        schedule = Schedule(
+            "test", lr=0.01, epochs=3, max_steps=None, batch_size=2, warmup=0, weight_decay=0, save_steps=4,
+            held=4, max_minutes=None, seed=0, dtype=torch.float32, ema=ema,
+        )  # fmt: skip
+        place = tmp_path / str(ema)
+        train(
+            linear, list(linear.parameters()), torch.nn.ModuleList(), tokens, loss, schedule, place,
+            tmp_path / "log", lambda *told: None,
+        )  # fmt: skip
+        return trained, judged, linear.weight.detach()
+
+    weights, _, last = run(0.0)
+    same, judged, kept = run(0.6)
+    assert all(one.equal(other) for one, other in zip(weights, same, strict=True))
+    means = [weights[0]]
+    for step, weight in enumerate([*weights[1:], last], 1):
+        decay = min(0.6, (1 + step) / (10 + step))
+        means.append(decay * means[-1] + (1 - decay) * weight)
+    for step, found in zip((0, 4, 8, 12), judged[::2], strict=True):
+        torch.testing.assert_close(found, means[step])
+    torch.testing.assert_close(kept, means[12])
+
+
 def test_the_learning_rate_rises_and_falls_with_the_time_when_that_ends_training(tmp_path: Path) -> None:
     fields: dict[str, Any] = {
         "name": "test", "lr": 0.1, "epochs": 1, "max_steps": None, "batch_size": 1, "warmup": 0.1, "weight_decay": 0,

@@ -28,7 +28,7 @@ from tests.tiny import save_tiny
 
 pytestmark = pytest.mark.usefixtures("verified_here")
 QUICK: dict[str, Any] = {"calibration": Calibration(num_samples=16, seq_len=32), "evaluation": None}
-PLAIN: dict[str, Any] = {"objective": "next_token", "max_steps": 6, "lr": 1e-3, "save_steps": 2}
+PLAIN: dict[str, Any] = {"objective": "next_token", "max_steps": 6, "lr": 1e-3, "save_steps": 2, "ema": 0.5}
 TWO = Full(**PLAIN, batch_size=2, processes=2)
 SHARED = TWO.model_copy(update={"shard": True})
 

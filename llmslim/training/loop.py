@@ -59,6 +59,7 @@ class Trainee(nn.Module):
         dropout: whether the model drops out while it trains.
         dtype: what matrix products are computed in.
         shares: what runs the model, if its weights are held in shares; `trained` and the state are shares then.
+        ema: decay of an exponential mean of the trained parameters; 0 for none.
     """
 
     shares: Shares | None
@@ -70,11 +71,14 @@ class Trainee(nn.Module):
         dropout: bool,
         dtype: torch.dtype,
         shares: Shares | None = None,
+        ema: float = 0.0,
     ) -> None:
         super().__init__()
-        self.dropout, self.dtype = dropout, dtype
+        self.dropout, self.dtype, self.ema = dropout, dtype, ema
         self.__dict__.update(model=model, shares=shares)
         self.trained = nn.ParameterList(trained)
+        means = [nn.Parameter(p.detach().clone(), requires_grad=False) for p in trained if ema]
+        self.means = nn.ParameterList(means)
 
     def train(self, mode: bool = True) -> Trainee:
         self.__dict__["model"].train(mode and self.dropout)
@@ -96,7 +100,29 @@ class Trainee(nn.Module):
         """Take what `state_dict` gave, of all parameters; strict."""
         for name, parameter in self.named_parameters():
             held(parameter).copy_(state_dict[name])
+        self._changed()
         return _IncompatibleKeys([], [])
+
+    @torch.no_grad()
+    def average(self, step: int) -> None:
+        """Move the means towards the parameters, after so many steps."""
+        decay = min(self.ema, (1 + step) / (10 + step))  # as TensorFlow's: the start is soon forgotten
+        for mean, parameter in zip(self.means, self.trained, strict=False):
+            held(mean).lerp_(held(parameter), 1 - decay)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Give the parameters the values of their means, if there are any, and these theirs."""
+        for mean, parameter in zip(self.means, self.trained, strict=False):
+            last = held(parameter).clone()
+            held(parameter).copy_(held(mean))
+            held(mean).copy_(last)
+        self._changed()
+
+    def _changed(self) -> None:
+        """After a forward pass alone some weights are whole still: have them made of their shares anew."""
+        if self.shares is not None:
+            self.shares.reshard()  # type: ignore[operator]  # a method of what fully_shard makes of it
 
 
 def train(
@@ -150,7 +176,7 @@ def train(
     best_by = "" if not schedule.held else "eval_loss" if judge is None else "eval_score"
     tokens = round(sum(examples.lengths) / len(examples) * batch)
     watch = Watch(schedule, steps, tokens, folder, scratch, log, progress, best_by)
-    trainee = Trainee(model, trained, dropout, schedule.dtype, shares)
+    trainee = Trainee(model, trained, dropout, schedule.dtype, shares, schedule.ema)
     callbacks = [watch, *_curves(log.parent / CURVES / scratch.name.lstrip("."))]
     trainer = _trainer(trainee, examples, kept, loss, judge, watch, folder, last is None, callbacks)
     begun = folder / "begun.safetensors"
@@ -160,6 +186,7 @@ def train(
     # blocks that come whole and go again would be kept, too
     with freed_memory_kept() if shares is None else nullcontext():
         trainer.train(resume_from_checkpoint=last)
+    trainee.exchange()
     model.eval()
     gained = not watch.gained_nothing(trainer.state)
     if not gained:
@@ -306,6 +333,13 @@ class _Trainer(Trainer):
     def get_decay_parameter_names(self, model: Any, **kwargs: Any) -> list[str]:
         """Matrices alone: the names by which Trainer knows biases and norms are not those of a `Trainee`."""
         return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        trainee: Any = self.model
+        trainee.exchange()
+        found = super().evaluation_loop(*args, **kwargs)
+        trainee.exchange()
+        return found
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = self._prepare_inputs(inputs)

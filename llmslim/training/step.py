@@ -122,6 +122,12 @@ class TrainStep(PlacingStep):
         False,
         description="each of the processes holds a share of gradients, optimizer states and weights (FSDP)",
     )
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of a running mean of the weights, 0.99 say, which is validated and kept in their place",
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which lr rises from 0")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     save_steps: int = Field(50, ge=1, description="optimizer steps between checkpoints to resume from")
@@ -173,11 +179,13 @@ class TrainStep(PlacingStep):
         return 2
 
     def disk_bytes(self, anatomy: Anatomy, tokens: int) -> int:
-        """Trainer keeps two checkpoints, of weights and both moments, and writes a third before one goes.
+        """Trainer keeps two checkpoints, of weights, means and both moments, and writes a third before one goes.
 
         With validation there is what it began with, besides.
         """
-        return super().disk_bytes(anatomy, tokens) + (3 * 12 + 4 * self.validates) * self.placed(anatomy)
+        own = 4 * (1 + bool(self.ema))
+        checkpoints = 3 * (own + 8) + own * self.validates
+        return super().disk_bytes(anatomy, tokens) + checkpoints * self.placed(anatomy)
 
     def survey_work(self, tokens: int, window: int) -> float:
         return 6.0 * self._trained(tokens, window)

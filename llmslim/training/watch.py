@@ -47,6 +47,7 @@ class Schedule:
     """What products are computed in (autocast); weights and their updates are float32."""
     patience: int | None = None
     gradient_accumulation_steps: int = 1
+    ema: float = 0.0
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
@@ -165,6 +166,9 @@ class Watch(TrainerCallback):
             return  # its loss scaling finds its size by overflows, and leaves such steps out
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):  # cheaper than to ask each element
             self.refuse(f"gradient of training step {state.global_step + 1}", state.global_step)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["model"].average(state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         pace, left = self._pace(state.global_step)

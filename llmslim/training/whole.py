@@ -32,10 +32,11 @@ class WholeStep(TrainStep):
 
     @property
     def survey_copies(self) -> float:
+        own = 3 + bool(self.ema)  # gradients, the two moments and the means
         if self.shard:
-            return super().survey_copies + 3 / self.processes
+            return super().survey_copies + own / self.processes
         apart = self.processes > 1  # gradients are averaged in memory of their own
-        return super().survey_copies + 3 + apart  # gradients and the two moments
+        return super().survey_copies + own + apart
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
