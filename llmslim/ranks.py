@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def first() -> bool:
@@ -41,8 +44,12 @@ def all_here() -> None:
 
 def agreed(value: float) -> float:
     """What the first process has for a value, so that all decide alike; all must ask."""
-    if processes() == 1:
-        return value
-    said = [value]
-    dist.broadcast_object_list(said)
-    return said[0]
+    return of_all(value)[0]
+
+
+def of_all(value: T) -> list[T]:
+    """What each of the processes has for a value; all must ask."""
+    said = [value] * processes()
+    if len(said) > 1:
+        dist.all_gather_object(said, value)
+    return said

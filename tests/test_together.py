@@ -138,7 +138,7 @@ def test_plans_count_what_each_process_holds(llama: str) -> None:
 
 
 def test_shares_train_as_the_whole(llama: str, both: Path, tmp_path: Path) -> None:
-    """Killed and gone on with, at that."""
+    """Killed, one process's share of the last checkpoint lost, and gone on with, at that."""
     torch.set_num_threads(1)
     kept: list[str] = []
 
@@ -150,6 +150,8 @@ def test_shares_train_as_the_whole(llama: str, both: Path, tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         compress(llama, [SHARED], tmp_path / "shared", progress=kill, **QUICK)
     assert kept == [f"{rank}/checkpoint-{step}" for rank in (0, 1) for step in (2, 4)]
+    (lost,) = tmp_path.rglob("trainer/1/checkpoint-4/optimizer.pt")
+    lost.unlink()
     report = compress(llama, [SHARED], tmp_path / "shared", **QUICK).report
     assert report["run"]["resumed"]
     start, whole, shared = (weights(folder) for folder in (find(llama).folder, both, tmp_path / "shared"))

@@ -20,7 +20,7 @@ from llmslim.errors import UserError
 from llmslim.files import sync_below, write_atomically
 from llmslim.history import rewrite
 from llmslim.memory import resident_bytes
-from llmslim.ranks import agreed, all_here, first
+from llmslim.ranks import agreed, all_here, first, of_all
 from llmslim.training.batches import ByLength
 
 _SIZES = "sizes.json"
@@ -55,22 +55,20 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     return {int(match[1]): place for place in folder.glob("*") if (match := _CHECKPOINT.match(place.name))}
 
 
-def last_whole(folder: Path, before: float = math.inf) -> int:
-    """The newest step that there is a checkpoint of to go on from, and that is older than `before`; 0 for none."""
-    found = _checkpoints(folder)
-    return max((step for step, place in found.items() if step < before and _is_whole(place)), default=0)
+def _whole(folder: Path) -> set[int]:
+    """The steps that there are checkpoints of to go on from."""
+    return {step for step, place in _checkpoints(folder).items() if _is_whole(place)}
 
 
 def resumed(folder: Path, own: bool) -> str | None:
     """The checkpoint to go on from, or None; newer ones, which a kill or a fault left half written, are removed.
 
-    What the first of several processes has whole the others have, too. All must ask.
+    Of several processes each goes on from the same step. All must ask.
 
     Args:
-        own: whether this process has the folder to itself; the first one's is meant without.
+        own: whether this process has the folder to itself; the first one does all that is done without.
     """
-    step = last_whole(folder) if own or first() else 0
-    step = int(agreed(step))
+    step = max(set.intersection(*of_all(_whole(folder))), default=0)
     if own or first():
         for other, place in _checkpoints(folder).items():
             if other > step:
@@ -141,7 +139,7 @@ class Watch(TrainerCallback):
 
         A checkpoint of these very weights is no good one: the newest before is named.
         """
-        kept = last_whole(self._checkpoints, before=step)
+        kept = max((whole for whole in _whole(self._checkpoints) if whole < step), default=0)
         place = self._checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{kept}"
         where = (
             f"; the last good checkpoint is kept as {place}" if kept else ", before its first good checkpoint"
