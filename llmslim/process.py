@@ -16,7 +16,7 @@ from typing import IO, Any
 
 
 class ProcessFailed(RuntimeError):
-    """A process of ours ended otherwise than it should; its last line on stderr says why."""
+    """A process of ours ended otherwise than it should; its last line on stderr, or the code, says why."""
 
 
 def run_module(module: str, *words: str, told: int | None = None) -> str:
@@ -104,7 +104,8 @@ def _environment(shared: int = 1) -> dict[str, str]:
 
 def _reason(code: int, errors: str) -> str:
     killed = ", perhaps for want of memory" if code == -9 else ""
-    return (errors.strip() or f"it ended with code {code}{killed}").splitlines()[-1]
+    said = "" if code < 0 else errors.strip()  # one that is killed says nothing of it: warnings, at most
+    return (said or f"it ended with code {code}{killed}").splitlines()[-1]
 
 
 def _pass_on(rank: int, printed: IO[str], lines: SimpleQueue[tuple[int, str]]) -> None:

@@ -45,6 +45,10 @@ def test_the_last_line_is_the_result(module) -> None:
         ("raise ValueError('first\\nlast')", "last"),
         ("import sys; sys.exit(3)", "it ended with code 3"),
         ("import os; os.kill(os.getpid(), 9)", "it ended with code -9, perhaps for want of memory"),
+        (
+            "import os, warnings; warnings.warn('soon'); os.kill(os.getpid(), 9)",
+            "it ended with code -9, perhaps for want of memory",
+        ),
     ],
 )
 def test_a_process_that_fails_says_why(code: str, says: str, module) -> None:

@@ -12,11 +12,13 @@ import torch
 from pydantic import ValidationError
 
 from llmslim.distillation.features import Features
+from llmslim.distillation.response import Response
 from llmslim.errors import UserError
 from llmslim.finetuning.finetune import Finetune
 from llmslim.loaders.models import find
 from llmslim.pipeline import compress
 from llmslim.prepare import prepare
+from llmslim.quantization.rtn import RTN
 from llmslim.recipe import Calibration, Recipe
 from llmslim.recovery.full import Full
 from llmslim.recovery.lora import LoRA
@@ -180,3 +182,24 @@ def test_shares_are_of_several(llama: str) -> None:
         Full(shard=True)
     plans = [prepare(llama, Recipe(steps=(s,), **QUICK), device="cpu").plan for s in (TWO, SHARED)]
     assert plans[1].peak_memory < plans[0].peak_memory
+
+
+def test_shares_where_the_loss_looks_at_the_last_block_alone(tmp_path: Path) -> None:
+    """MiniLM's: its output gets no gradient."""
+    torch.set_num_threads(1)
+    models = [str(save_tiny("llama", tmp_path / str(n), num_hidden_layers=n)) for n in (2, 3)]
+    fields = {"teacher": models[1], "response": 0, "attention": 1, "max_steps": 2, "lr": 1e-3}
+    trained = []
+    for several in ({"batch_size": 4}, {"batch_size": 2, "processes": 2, "shard": True}):
+        folder = tmp_path / f"trained-{len(trained)}"
+        compress(models[0], [Response(**fields, **several)], folder, **QUICK)
+        trained.append(weights(folder))
+    for name, value in trained[0].items():
+        assert (trained[1][name] - value).norm() < 1e-5 * value.norm() + 1e-6, name
+
+
+def test_shares_of_experts_that_each_process_uses_others_of_are_refused(tmp_path: Path) -> None:
+    mixtral = str(save_tiny("mixtral", tmp_path / "mixtral"))
+    recipe = Recipe(steps=(RTN(bits=4, group_size=16), LoRA(processes=2, shard=True)), **QUICK)
+    with pytest.raises(UserError, match="of model.layers.0's experts, which lie in Linears of their own"):
+        prepare(mixtral, recipe, device="cpu")

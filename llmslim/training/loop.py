@@ -137,7 +137,7 @@ def train(
     progress: Callable[[int, int, str], None],
     dropout: bool = True,
     judge: Judge | None = None,
-    shared: Sequence[nn.Module] | None = None,
+    blocks: Sequence[nn.Module] | None = None,
 ) -> bool:
     """Train some parameters of a model in place; goes on at the last checkpoint in `scratch`.
 
@@ -150,7 +150,7 @@ def train(
         log: a .jsonl file; entries of other passes in it stay.
         dropout: whether the model drops out while it trains, as its config says.
         judge: of examples with `labels`; what has the lowest loss is the best without.
-        shared: the model's blocks, if its weights are held in shares (see `Shares`); each process holds all without.
+        blocks: of the model, if its weights are to be held in shares (see `Shares`); each process holds all without.
 
     Returns:
         Whether training changed anything: not where nothing was better than the start.
@@ -169,8 +169,8 @@ def train(
         raise UserError(f"Validation holds out all of {len(examples)} examples: hold out fewer.")
     schedule, steps, batch = _counted(schedule, kept)
     folder, shares = scratch / CHECKPOINTS, None
-    if shared is not None:  # of which each process keeps its own
-        folder, shares = folder / str(rank()), Shares(model, beside, shared)
+    if blocks is not None:  # of its shares each process keeps checkpoints of its own
+        folder, shares = folder / str(rank()), Shares(model, beside, blocks)
         trained = shares.of(trained)
     last = resumed(folder, shares is not None)
     best_by = "" if not schedule.held else "eval_loss" if judge is None else "eval_score"
@@ -250,7 +250,7 @@ def _curves(folder: Path) -> list[TrainerCallback]:
     return [] if writer is None else [TensorBoardCallback(writer)]
 
 
-class _OfShares(TrainingArguments):
+class _EachSaves(TrainingArguments):
     """Each process writes checkpoints, of its own shares into its own folder."""
 
     @property
@@ -260,7 +260,7 @@ class _OfShares(TrainingArguments):
 
 def _arguments(trainee: Trainee, watch: Watch, folder: Path, fresh: bool) -> TrainingArguments:
     schedule, steps, best_by = watch.schedule, watch.steps, watch.best_by
-    kind = TrainingArguments if trainee.shares is None else _OfShares
+    kind = TrainingArguments if trainee.shares is None else _EachSaves
     device = next(trainee.parameters()).device
     when: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": schedule.save_steps} if best_by else {}
     # the last batches of several processes are filled up; the mean loss of one example is nobody else's
@@ -276,7 +276,6 @@ def _arguments(trainee: Trainee, watch: Watch, folder: Path, fresh: bool) -> Tra
         optim="adamw_torch_fused",  # on a CPU, too, 7 times as fast
         seed=schedule.seed,
         save_steps=schedule.save_steps,
-        save_total_limit=2,
         logging_steps=max(1, min(10, steps // 10)),
         logging_nan_inf_filter=False,
         load_best_model_at_end=bool(best_by),
@@ -303,7 +302,9 @@ class _Trainer(Trainer):
         self.loss, self.watch, self.judge = loss, watch, judge
         super().__init__(compute_metrics=judge.metrics if judge is not None else None, **kwargs)
         self.remove_callback(PrinterCallback)
-        if isinstance(self.args, _OfShares):  # which average gradients themselves
+        if isinstance(
+            self.args, _EachSaves
+        ):  # shares average gradients: accelerate is not to wrap them in DDP
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

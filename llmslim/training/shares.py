@@ -2,14 +2,15 @@
 
 torch's `fully_shard` (FSDP2; Zhao et al. 2023, arXiv:2304.11277) cuts every parameter along its first dimension. The
 weights of a block are whole while it is run, forward and backward; gradients, averaged over all processes, and the
-optimizer's moments exist in shares alone. Of Adam's 16 bytes per trained weight a process holds 16 / processes.
+optimizer's moments exist in shares alone. Of Adam's 16 bytes per trained weight a process holds 16 / processes. Where
+products are computed in 16 bits, autograd keeps the weights that they were computed with, as without shares.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,24 @@ from torch import Tensor, nn
 from llmslim.ranks import processes
 
 
-class Shares(nn.Module):
-    """What a loss runs, held in shares by all processes; each must run it as often as the others.
+class _Cut(NamedTuple):
+    """A parameter at its place in a module, and the share (a DTensor) that this process has instead."""
 
-    The weights outside of blocks, and of blocks that share weights with others, are whole from the forward pass to the
-    end of the backward one. Parameters of other kinds than floating point (bitsandbytes) stay whole. After `join` the
-    modules hold the parameters that they held before, of which every process has all, and are to be read, not run.
+    module: nn.Module
+    name: str
+    whole: nn.Parameter
+    share: Any
+
+
+class Shares(nn.Module):
+    """What a loss runs, held in shares by all processes.
+
+    Each process must run it as often as the others, and use the same parameters: gradients are averaged together. The
+    weights of the last block, outside of blocks, and of blocks that have some in common with others are whole from the
+    forward pass to the end of the backward one. Parameters of integers (bitsandbytes) stay whole.
+
+    After `join` the modules hold the parameters that they held before, of which every process has all. They are to be
+    read, not run: torch's hooks stay.
 
     Args:
         model: on its device.
@@ -37,31 +50,34 @@ class Shares(nn.Module):
         super().__init__()
         self.model, self.beside = model, beside
         places = [(module, name, p) for module in self.modules() for name, p in module._parameters.items()]
-        whole = {p for _, _, p in places if p is not None and not p.is_floating_point()}
+        left = {p for _, _, p in places if p is not None and not p.is_floating_point()}
         mesh = init_device_mesh(next(model.parameters()).device.type, (processes(),))
-        for unit in (*_alone(self, blocks), self):
-            fully_shard(unit, mesh=mesh, ignored_params=whole)
-        self._cut: list[tuple[nn.Module, str, nn.Parameter, Any]] = []
-        for module, name, before in places:
-            if before is not None and before not in whole:
-                self._cut.append((module, name, before, module._parameters[name]))
-                before.data = before.data.new_empty(0)
+        # a loss may look at the last block's inside alone, and it is the gradient of its output that makes a unit whole
+        for unit in (*_alone(self, blocks[:-1]), self):
+            fully_shard(unit, mesh=mesh, ignored_params=left)
+        self._cuts = [
+            _Cut(module, name, whole, module._parameters[name])
+            for module, name, whole in places
+            if whole is not None and whole not in left
+        ]
+        for cut in self._cuts:
+            cut.whole.data = cut.whole.data.new_empty(0)
 
     def forward(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
         return function(self.model, batch)
 
     def of(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """The shares that stand for parameters."""
-        shares = {id(before): share for _, _, before, share in self._cut}
+        """This process's shares of parameters."""
+        shares = {id(cut.whole): cut.share for cut in self._cuts}
         return [shares.get(id(parameter), parameter) for parameter in parameters]
 
     @torch.no_grad()
     def join(self) -> None:
         """Give every process all of each parameter again; all must ask."""
-        for module, name, before, share in self._cut:
-            if not before.numel():  # tied ones stand in several places
-                before.data = share.full_tensor()
-            module._parameters[name] = before
+        for module, name, whole, share in self._cuts:
+            if not whole.numel():  # a tied one may be there already, from its other place
+                whole.data = share.full_tensor()
+            module._parameters[name] = whole
 
 
 def held(tensor: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def resumed(folder: Path, own: bool) -> str | None:
     Of several processes each goes on from the same step. All must ask.
 
     Args:
-        own: whether this process has the folder to itself; the first one does all that is done without.
+        own: whether each process has a folder to itself; without, there is one for all, which the first tidies.
     """
     step = max(set.intersection(*of_all(_whole(folder))), default=0)
     if own or first():
@@ -212,12 +212,23 @@ class Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         place = self._checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if not first() and args.should_save:
+        if not first() and args.should_save:  # of shares
             _vouch(place)
-        all_here()  # each has written its shares, or the state of its own random numbers
+        all_here()  # each has written what it has to: shares, or the state of its own random numbers
         if first():
             _vouch(place)
             write_atomically(self._clock, json.dumps(self.elapsed))
+        all_here()  # not before one goes that another may have to go on from
+        if args.should_save:
+            self._rotate(state.best_model_checkpoint)
+
+    def _rotate(self, best: str | None) -> None:
+        """Keep the newest checkpoint, and the best one or else the one before."""
+        older = [place for _, place in sorted(_checkpoints(self._checkpoints).items())][:-1]
+        kept = [place for place in older if best and place.name == Path(best).name] or older[-1:]
+        for place in older:
+            if place not in kept:
+                shutil.rmtree(place)
 
     def _pace(self, step: int) -> tuple[float, float]:
         """Steps per second in this run, at least one of which is done, and the seconds that are left."""
