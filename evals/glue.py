@@ -9,9 +9,10 @@ the same time; `maps` and `tokens` are taught by attention maps, or by how token
 `decoder` is SmolLM2-135M fine-tuned, once over the sentences, and `by-decoder` all of MiniLM fine-tuned by its classes:
 a teacher of another family with other tokens. `r-drop` is all of MiniLM, each sentence read twice with its own dropout,
 and `chosen` the one of its checkpoints, of every 50 or 100 steps, that does best on the validation data it is then
-judged on, as most published figures are made. Four tasks are done from three seeds, students from their seed's teacher.
-Judged on GLUE's validation data in float32. Models stay in --work, from where later variants take them; one that is not
-there is made. Matrix products of the training are bfloat16 where the CPU is fast at them, weights float32.
+judged on, as most published figures are made (of MRPC the running mean of the weights, `ema`). Four tasks are done from
+three seeds, students from their seed's teacher. Judged on GLUE's validation data in float32. Models stay in --work, from
+where later variants take them; one that is not there is made. Matrix products of the training are bfloat16 where the CPU
+is fast at them, weights float32.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SCHOOLING: dict[str, dict[str, Any]] = {  # of single models, where it is not th
     "sst2/labels": {"epochs": 1},
     "sst2/taught": {"epochs": 0.5},  # which takes as long: the teacher runs beside
     "sst2/chosen": {"epochs": 1, "save_steps": 100},  # the checkpoints that are chosen from
-    "mrpc/chosen": {"epochs": 5, "save_steps": 50},
+    "mrpc/chosen": {"epochs": 5, "save_steps": 50, "ema": 0.99},
 }
 DECODER = {"lr": 6e-5, "epochs": 1, "batch_size": 96, "max_length": 64, "warmup": 0.06, "save_steps": 200}
 BY_DECODER = {"lr": 2e-5, "epochs": 3, "alpha": 0.9, "temperature": 2.0, "hidden": 0.0, "attention": 0.0}

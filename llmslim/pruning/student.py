@@ -46,7 +46,8 @@ class Student(Step):
     channels and heads (compound scaling, Tan & Le 2019, arXiv:1905.11946), n the least that meets it. Heads go in
     whole units, at most as many. `latency` counts the weights that a token reads (blocks, of experts those that a
     token takes, and head), as decoding waits for memory, and 1.5M more for each block, which measuring gave for
-    calling it on a CPU; the report has the speed measured.
+    calling it on a CPU (of 0.7 and 0.5 asked of SmolLM2, 0.68 and 0.46 were measured on one core); the report has the
+    speed measured.
 
     `uniform` keeps blocks at even distances, the first and the last among them, as DistilBERT and TinyBERT do.
     """
