@@ -10,9 +10,9 @@ the same time; `maps` and `tokens` are taught by attention maps, or by how token
 a teacher of another family with other tokens. `r-drop` is all of MiniLM, each sentence read twice with its own dropout,
 and `chosen` the one of its checkpoints, of every 50 or 100 steps, that does best on the validation data it is then
 judged on, as most published figures are made (of MRPC the running mean of the weights, `ema`). Four tasks are done from
-three seeds, students from their seed's teacher. Judged on GLUE's validation data in float32. Models stay in --work, from
-where later variants take them; one that is not there is made. Matrix products of the training are bfloat16 where the CPU
-is fast at them, weights float32.
+three seeds, students from their seed's teacher. Judged on GLUE's validation data in float32. Models stay in --work,
+from where later variants take them; one that is not there is made. Matrix products of the training are bfloat16 where
+the CPU is fast at them, weights float32.
 """
 
 from __future__ import annotations

@@ -302,9 +302,8 @@ class _Trainer(Trainer):
         self.loss, self.watch, self.judge = loss, watch, judge
         super().__init__(compute_metrics=judge.metrics if judge is not None else None, **kwargs)
         self.remove_callback(PrinterCallback)
-        if isinstance(
-            self.args, _EachSaves
-        ):  # shares average gradients: accelerate is not to wrap them in DDP
+        if isinstance(self.args, _EachSaves):
+            # shares average their gradients: accelerate is not to wrap them in DistributedDataParallel
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
