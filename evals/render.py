@@ -121,6 +121,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
         "Checkpoints read by other programs: greedy text against that of transformers",
         tables_cost.peers_load,
     ),
+    "training": ("Training in several processes, SmolLM2-135M, two cores", tables_cost.training),
     "memory": ("A large model of random weights, 4-bit GPTQ, streamed", tables_cost.memory),
 }
 

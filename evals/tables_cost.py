@@ -54,6 +54,20 @@ def memory(result: Result) -> str:
     return table(["model", "weights", "peak memory", "planned", "CPU s", "wall s of the command"], rows)
 
 
+def training(result: Result) -> str:
+    rows = [
+        [
+            row["name"],
+            f"{row['held_mb']:.0f} MB",
+            f"{row['planned_mb']:.0f} MB",
+            f"{row['seconds_per_step']:.1f}",
+            f"{row['last_loss']:.4f}",
+        ]
+        for row in result["rows"]
+    ]
+    return table(["all weights trained by", "held by all", "planned", "s per step", "loss at the end"], rows)
+
+
 def peers(result: Result) -> str:
     rows = [
         [
