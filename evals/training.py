@@ -37,7 +37,7 @@ def measure(way: str, options: Namespace) -> dict[str, Any]:
         *WAYS[way],
     ]
     words += ["--calibration", options.text, "--num-samples", str(4 * options.max_steps)]
-    words += ["--seq-len", str(options.seq_len), "--dtype", "float32", "--no-evaluate", "--no-speed"]
+    words += ["--seq-len", str(options.seq_len), "--dtype", "float32", "--no-evaluate"]
     report, cost = record.quantized(record.llmslim("recover", "demo", *words), output)
     history = [json.loads(line) for line in (output / "training.jsonl").read_text("utf-8").splitlines()]
     shutil.rmtree(output)
