@@ -3,8 +3,9 @@
     python evals/training.py --threads 2
 
 One process with batches of 4 x 256 tokens, and two with half of each: data parallel, and with `--shard` (FSDP), with
-the cores shared among them. 20 steps on the built-in text, next token, float32. Memory is the most (VmHWM) that a
-process held from its start to its end; the loss of the last step shows that all three learn the same.
+the cores shared among them. 20 steps on the built-in text, next token, float32. Memory is the most that each process
+held from its start to its end, summed, with what the one holds that starts them; the loss at the end shows that all
+three learn the same.
 """
 
 from __future__ import annotations
