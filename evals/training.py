@@ -28,26 +28,17 @@ WAYS: dict[str, list[str]] = {
 def measure(way: str, options: Namespace) -> dict[str, Any]:
     """Train in one way, and delete what came of it."""
     output = options.work / "trained"
-    words = [
-        "--method",
-        "full",
-        "--objective",
-        "next_token",
-        "--max-steps",
-        str(options.max_steps),
-        *WAYS[way],
-    ]
+    words = ["--method", "full", "--objective", "next_token", *WAYS[way]]
+    words += ["--max-steps", str(options.max_steps), "--seq-len", str(options.seq_len)]
     words += ["--calibration", options.text, "--num-samples", str(4 * options.max_steps)]
-    words += ["--seq-len", str(options.seq_len), "--dtype", "float32", "--no-evaluate"]
+    words += ["--dtype", "float32", "--no-evaluate"]
     report, cost = record.quantized(record.llmslim("recover", "demo", *words), output)
     history = [json.loads(line) for line in (output / "training.jsonl").read_text("utf-8").splitlines()]
     shutil.rmtree(output)
     held = [note for note in report["notes"] if "held_mb" in note]
-    count = 2 if held else 1
     together = held[0]["held_mb"] if held else report["run"]["peak_memory_mb"]
     return {
         "name": way,
-        "processes": count,
         "batch_tokens": 4 * options.seq_len,
         "held_mb": round(together, 1),
         "planned_mb": round(report["plan"]["peak_memory"] / 1e6, 1),

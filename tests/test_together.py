@@ -139,6 +139,18 @@ def test_plans_count_what_each_process_holds(llama: str) -> None:
     assert two.peak_memory > one.peak_memory + 2 * 500e6
 
 
+def alike_in_shares(model: str, before: list[Any], step: Any, place: Path) -> list[Path]:
+    """What one process makes, and two that share with half of its batch each, which must be the same."""
+    folders = [place / "one", place / "shares"]
+    halved = {"batch_size": step.batch_size // 2, "processes": 2, "shard": True}
+    for each, folder in zip((step, step.model_copy(update=halved)), folders, strict=True):
+        compress(model, [*before, each], folder, **QUICK)
+    one, shared = (weights(folder) for folder in folders)
+    for name, value in one.items():
+        assert (shared[name] - value).norm() < 1e-5 * value.norm() + 1e-6, name
+    return folders
+
+
 def test_shares_train_as_the_whole(llama: str, both: Path, tmp_path: Path) -> None:
     """Killed, one process's share of the last checkpoint lost, and gone on with, at that."""
     torch.set_num_threads(1)
@@ -164,17 +176,10 @@ def test_shares_train_as_the_whole(llama: str, both: Path, tmp_path: Path) -> No
 def test_shares_of_common_weights_and_of_what_is_trained_beside(llama: str, tmp_path: Path) -> None:
     """Blocks that share weights, projections to the teacher's width, and the best mean by validation."""
     torch.set_num_threads(1)
-    fields = {"teacher": llama, "max_steps": 6, "lr": 1e-3, "save_steps": 2, "validation": 0.25, "ema": 0.3}
-    first = ShareBlocks(group_size=2)
-    trained = []
-    for several in ({"batch_size": 4}, {"batch_size": 2, "processes": 2, "shard": True}):
-        folder = tmp_path / str(len(trained))
-        compress(llama, [first, Features(**fields, **several)], folder, **QUICK)
-        trained.append(weights(folder))
+    step = Features(teacher=llama, max_steps=6, lr=1e-3, save_steps=2, validation=0.25, ema=0.3, batch_size=4)
+    for folder in alike_in_shares(llama, [ShareBlocks(group_size=2)], step, tmp_path):
         notes = read_report(folder)["notes"]
         assert not any("changed nothing" in note["what"] for note in notes)
-    for name, value in trained[0].items():
-        assert (trained[1][name] - value).norm() < 1e-5 * value.norm() + 1e-6, name
 
 
 def test_shares_are_of_several(llama: str) -> None:
@@ -188,14 +193,8 @@ def test_shares_where_the_loss_looks_at_the_last_block_alone(tmp_path: Path) -> 
     """MiniLM's: its output gets no gradient."""
     torch.set_num_threads(1)
     models = [str(save_tiny("llama", tmp_path / str(n), num_hidden_layers=n)) for n in (2, 3)]
-    fields = {"teacher": models[1], "response": 0, "attention": 1, "max_steps": 2, "lr": 1e-3}
-    trained = []
-    for several in ({"batch_size": 4}, {"batch_size": 2, "processes": 2, "shard": True}):
-        folder = tmp_path / f"trained-{len(trained)}"
-        compress(models[0], [Response(**fields, **several)], folder, **QUICK)
-        trained.append(weights(folder))
-    for name, value in trained[0].items():
-        assert (trained[1][name] - value).norm() < 1e-5 * value.norm() + 1e-6, name
+    step = Response(teacher=models[1], response=0, attention=1, max_steps=2, lr=1e-3, batch_size=4)
+    alike_in_shares(models[0], [], step, tmp_path)
 
 
 def test_shares_of_experts_that_each_process_uses_others_of_are_refused(tmp_path: Path) -> None:

@@ -320,12 +320,12 @@ class TrainStep(PlacingStep):
 
     def check(self, anatomy: Anatomy) -> None:
         model = anatomy.model
-        apart = [b for b in anatomy.blocks if isinstance(b.mlp, Experts) and b.mlp.gate_up is None]
-        if self.shard and apart:
-            raise UserError(
-                f"shard averages the gradients of a block together, and of {apart[0].name}'s experts, which lie in "
-                "Linears of their own, each process uses others: leave it out, and processes hold all of the model."
-            )
+        for block in anatomy.blocks if self.shard else ():
+            if isinstance(block.mlp, Experts) and block.mlp.gate_up is None:
+                raise UserError(
+                    f"shard averages the gradients of a block together, and of {block.name}'s experts, which lie in "
+                    "Linears of their own, each process uses others: leave it out, and processes hold all of the model."
+                )
         if (anatomy.head is None and self.predicts) or model.config.is_encoder_decoder:
             raise UserError(
                 f"{self.kind} trains models that predict tokens from one text (causal or masked), and "

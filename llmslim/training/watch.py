@@ -50,6 +50,10 @@ class Schedule:
     ema: float = 0.0
 
 
+def _checkpoint(folder: Path, step: int) -> Path:
+    return folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
 def _checkpoints(folder: Path) -> dict[int, Path]:
     """By the steps that they are of, whole or not."""
     return {int(match[1]): place for place in folder.glob("*") if (match := _CHECKPOINT.match(place.name))}
@@ -74,7 +78,7 @@ def resumed(folder: Path, own: bool) -> str | None:
             if other > step:
                 shutil.rmtree(place)
     all_here()
-    return str(folder / f"{PREFIX_CHECKPOINT_DIR}-{step}") if step else None
+    return str(_checkpoint(folder, step)) if step else None
 
 
 def _vouch(place: Path) -> None:
@@ -140,9 +144,10 @@ class Watch(TrainerCallback):
         A checkpoint of these very weights is no good one: the newest before is named.
         """
         kept = max((whole for whole in _whole(self._checkpoints) if whole < step), default=0)
-        place = self._checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{kept}"
         where = (
-            f"; the last good checkpoint is kept as {place}" if kept else ", before its first good checkpoint"
+            f"; the last good checkpoint is kept as {_checkpoint(self._checkpoints, kept)}"
+            if kept
+            else ", before its first good checkpoint"
         )
         raise UserError(
             f"{self.schedule.name}: the {what} is not finite, so training stopped{where}. "
@@ -211,7 +216,7 @@ class Watch(TrainerCallback):
         return f", validation {what} {sign * found[-1]:.4g}, best {sign * max(found):.4g}" if found else ""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        place = self._checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        place = _checkpoint(self._checkpoints, state.global_step)
         if not first() and args.should_save:  # of shares
             _vouch(place)
         all_here()  # each has written what it has to: shares, or the state of its own random numbers
